@@ -1,0 +1,110 @@
+"""inlay adapts large pretrained PyTorch models by training a few parameters set into them while the rest stays frozen.
+
+It speaks the PEFT library's language: names, config fields, files on disk, live parameter names. Names are resolved on
+first use, so that importing the package costs what importing torch costs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_HOME = {
+    "AutoPeftModel": "auto",
+    "AutoPeftModelForCausalLM": "auto",
+    "AutoPeftModelForFeatureExtraction": "auto",
+    "AutoPeftModelForQuestionAnswering": "auto",
+    "AutoPeftModelForSeq2SeqLM": "auto",
+    "AutoPeftModelForSequenceClassification": "auto",
+    "AutoPeftModelForTokenClassification": "auto",
+    "PeftConfig": "config",
+    "PeftType": "config",
+    "TaskType": "config",
+    "PeftError": "errors",
+    "PeftWarning": "errors",
+    "NoMatchingPeftModuleError": "errors",
+    "Explanation": "explanation",
+    "explain": "explanation",
+    "LoraConfig": "methods.lora",
+    "LoraRuntimeConfig": "methods.lora",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "model",
+    "PeftModel": "model",
+    "PeftModelForCausalLM": "model",
+    "PeftModelForFeatureExtraction": "model",
+    "PeftModelForQuestionAnswering": "model",
+    "PeftModelForSeq2SeqLM": "model",
+    "PeftModelForSequenceClassification": "model",
+    "PeftModelForTokenClassification": "model",
+    "get_peft_config": "model",
+    "get_peft_model": "model",
+    "inject_adapter_in_model": "model",
+    "prepare_model_for_kbit_training": "prepare",
+    "LoadReport": "report",
+    "get_peft_model_state_dict": "state",
+    "load_peft_weights": "state",
+    "set_peft_model_state_dict": "state",
+    "TunerLayerStatus": "status",
+    "TunerModelStatus": "status",
+    "get_layer_status": "status",
+    "get_model_status": "status",
+}
+
+__all__ = sorted([*_HOME, "__version__", "settings"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"inlay.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    if name == "settings":
+        return importlib.import_module("inlay.settings")
+    raise AttributeError(f"module 'inlay' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
+    from inlay import settings as settings
+    from inlay.auto import AutoPeftModel as AutoPeftModel
+    from inlay.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from inlay.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from inlay.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from inlay.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from inlay.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from inlay.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from inlay.config import PeftConfig as PeftConfig
+    from inlay.config import PeftType as PeftType
+    from inlay.config import TaskType as TaskType
+    from inlay.errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+    from inlay.errors import PeftError as PeftError
+    from inlay.errors import PeftWarning as PeftWarning
+    from inlay.explanation import Explanation as Explanation
+    from inlay.explanation import explain as explain
+    from inlay.methods.lora import LoraConfig as LoraConfig
+    from inlay.methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
+    from inlay.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    from inlay.model import PeftModel as PeftModel
+    from inlay.model import PeftModelForCausalLM as PeftModelForCausalLM
+    from inlay.model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from inlay.model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from inlay.model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from inlay.model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from inlay.model import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from inlay.model import get_peft_config as get_peft_config
+    from inlay.model import get_peft_model as get_peft_model
+    from inlay.model import inject_adapter_in_model as inject_adapter_in_model
+    from inlay.prepare import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from inlay.report import LoadReport as LoadReport
+    from inlay.state import get_peft_model_state_dict as get_peft_model_state_dict
+    from inlay.state import load_peft_weights as load_peft_weights
+    from inlay.state import set_peft_model_state_dict as set_peft_model_state_dict
+    from inlay.status import TunerLayerStatus as TunerLayerStatus
+    from inlay.status import TunerModelStatus as TunerModelStatus
+    from inlay.status import get_layer_status as get_layer_status
+    from inlay.status import get_model_status as get_model_status

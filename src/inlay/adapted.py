@@ -1,0 +1,662 @@
+"""THE wrapper: a frozen layer and its named adapters.
+
+forward, rows, merge, unmerge, dtype and device exist here and nowhere else; a method brings mathematics only. Tensors
+stand where files and other libraries expect them (``layer.lora_A.default.weight``), so the wrapper gathers an
+adapter's tensors from its children at every call: nothing then can hold a stale one, whoever replaces, moves or
+shards them.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.errors import BaseGoneError, NonFiniteMergeError, PeftWarning, RowsError, UnknownAdapterError
+from inlay.layers import LayerKind
+from inlay.methods._abstract import AbstractAdapter, Slot
+from inlay.ops.rows import rows as rows_product
+from inlay.routing import Router, Rows
+from inlay.storage import Storage, storage_of
+
+
+class Leaf(nn.Module):
+    """One adapter's tensors of one slot: ``layer.lora_A.default``, with ``weight`` and perhaps ``bias``."""
+
+    def forward(self, x: Tensor | str) -> Tensor:
+        # Offloading libraries hang their hooks on forward: asking by name here is how an offloaded tensor comes back.
+        if isinstance(x, str):
+            return self.get_parameter(x)
+        return F.linear(x, self.get_parameter("weight"), self._parameters.get("bias"))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self._parameters.items() if v is not None)
+
+
+class Group(nn.Module):
+    """One slot of all adapters: ``layer.lora_A``. Reads like a dict from adapter name to leaf or tensor."""
+
+    def _all(self) -> dict[str, Any]:
+        return {**self._parameters, **self._modules}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._all()[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules or name in self._parameters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._modules) + len(self._parameters)
+
+    def keys(self) -> Iterable[str]:
+        """Names of the adapters that have this slot."""
+        return self._all().keys()
+
+    def values(self) -> Iterable[Any]:
+        """Their leaves or tensors."""
+        return self._all().values()
+
+    def items(self) -> Iterable[tuple[str, Any]]:
+        """Pairs of both."""
+        return self._all().items()
+
+    def forward(self, name: str) -> Tensor:
+        return self.get_parameter(name)
+
+
+class _Numbers(MutableMapping[str, Any]):
+    """``layer.scaling``: one number of every adapter on a layer, read and written where the adapter keeps it."""
+
+    def __init__(self, methods: Mapping[str, AbstractAdapter], field: str) -> None:
+        self._holders = {name: m for name, m in methods.items() if field in m.numbers}
+        self._field = field
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._holders[name], self._field)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._holders[name], self._field, value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{self._field} belongs to the adapter {name!r}: delete the adapter instead.")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._holders)
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class _Memo:
+    """Values that depend on tensors which seldom change, computed again when one of them has."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[list[tuple[weakref.ref[Tensor], int, int, Tensor | None]], Any]] = {}
+
+    def get(self, key: str, owners: tuple[Tensor, ...], make: Callable[[], Any], contents: bool) -> Any:
+        at = (key, *map(id, owners))
+        known = self._known.get(at)
+        if known is not None and all(map(self._unchanged, owners, known[0])):
+            return known[1]
+        marks = [(weakref.ref(t), t._version, t.data_ptr(), t.detach().clone() if contents else None) for t in owners]
+        value = make()
+        self._known[at] = (marks, value)
+        return value
+
+    @staticmethod
+    def _unchanged(t: Tensor, mark: tuple[weakref.ref[Tensor], int, int, Tensor | None]) -> bool:
+        ref, version, pointer, copy = mark
+        same = ref() is t and t._version == version and t.data_ptr() == pointer
+        # Writes through `.data` leave no trace in the version; where a copy is cheap it is compared as well.
+        return same and (copy is None or torch.equal(copy, t))
+
+    def clear(self) -> None:
+        self._known.clear()
+
+
+class Adapted(nn.Module):
+    """A frozen layer with adapters.
+
+    Args:
+        base_layer (`nn.Module`): The layer, left as it is.
+        kind (`LayerKind`): Its row in `inlay.layers.KINDS`.
+        router (`Router`): The routing of the model it stands in.
+        path (`str`): Its name in the model, for messages.
+        tied (`bool`, *optional*, defaults to `False`): Another module owns the same weight: merging must not write it.
+    """
+
+    def __init__(self, base_layer: nn.Module, kind: LayerKind, router: Router, path: str, tied: bool = False) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.kind = kind
+        self.router = router
+        self.path = path
+        self.tied = tied
+        self.training = base_layer.training
+        self.methods: dict[str, AbstractAdapter] = {}
+        self._places: dict[str, tuple[tuple[str, str, str], ...]] = {}
+        self._active: tuple[str, ...] = ()
+        self._enabled = True
+        self._run: tuple[str, ...] = ()
+        self._merged: tuple[str, ...] = ()
+        self._kept: dict[str, Any] = {}
+        self._memo = _Memo()
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        route = self.router.route()
+        if route is None:
+            run = self._run
+        elif route.rows is not None:
+            return self._forward_rows(route.rows, *args, **kwargs)
+        else:
+            run = tuple(n for n in route.names if n in self.methods)
+        if run == self._merged:  # idle, or merged with just what is asked for
+            return self.base_layer(*args, **kwargs)
+        if self.kind.by_weight:
+            return self.kind.call(self.base_layer, *self.effective(run), _resolve, args, kwargs)
+        x, *rest = args
+        z = x
+        for name in run:
+            if self.methods[name].changes_input:
+                z = self.methods[name].into(self.params(name), z, self)
+        h0 = h = self._frozen(z) if self._merged else self.base_layer(z, *rest, **kwargs)
+        for name in run:
+            h = self._out(name, x, h, h0)
+        return h
+
+    def _out(self, name: str, x: Tensor, h: Tensor, h0: Tensor) -> Tensor:
+        method = self.methods[name]
+        if method.from_base and h is not h0:
+            return h + (method.out(self.params(name), x, h0, self) - h0)
+        return method.out(self.params(name), x, h, self)
+
+    def params(self, name: str) -> dict[str, Tensor]:
+        """The adapter's tensors, by the method's own names for them."""
+        p: dict[str, Tensor] = {}
+        modules = self._modules
+        for key, slot, leaf in self._places[name]:
+            owner: Any = modules[slot]
+            if leaf:
+                owner = owner._modules[name]
+            t = owner._parameters.get(leaf or name)
+            if t is None or t.is_meta:
+                t = getattr(owner, leaf or name) if t is None else owner(leaf or name)
+            p[key] = t
+        return p
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        """The pristine layer's output while another weight stands in its place."""
+        h = self.kind.apply(self.base_layer, x, self.matrix().to(x.dtype) if x.is_floating_point() else self.matrix())
+        bias = self.bias()
+        return h if bias is None else h + self.kind.channels(bias)
+
+    def operate(self, x: Tensor, W_OI: Tensor) -> Tensor:
+        """The layer's operation, without bias, with the matrix ``W_OI``."""
+        return self.kind.apply(self.base_layer, x, W_OI)
+
+    # ------------------------------------------------------------------ rows
+
+    def _forward_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+        names = [n for n in rows.names if n in self.methods]
+        if not names and not self._merged:
+            return self.base_layer(*args, **kwargs)
+        if self.kind.by_weight:
+            raise RowsError(
+                f"{self.path} ({self.kind.name}) uses its weight whole: adapter_names cannot reach its rows."
+            )
+        x, *rest = args
+        rows = rows.fitted(x.shape[self.kind.row_dim], x.device, self.path)
+        z = self._into_rows(rows, names, x)
+        h = self._frozen(z) if self._merged else self.base_layer(z, *rest, **kwargs)
+        stacked = {n: f for n in names if (f := self._stackable(n)) is not None}
+        if stacked:
+            h = self._out_stacked(rows, stacked, x, h)
+        h0 = h
+        for name in names:
+            if name not in stacked:
+                at = rows.members[rows.names.index(name)]
+                mine = self.methods[name].out(self.params(name), x[at], h0[at], self)
+                h = h.index_copy(0, at, mine.to(h.dtype))
+        return h
+
+    def _into_rows(self, rows: Rows, names: list[str], x: Tensor) -> Tensor:
+        for name in names:
+            if self.methods[name].changes_input:
+                at = rows.members[rows.names.index(name)]
+                x = x.index_copy(0, at, self.methods[name].into(self.params(name), x[at], self))
+        return x
+
+    def _stackable(self, name: str) -> tuple[Tensor, Tensor, Any] | None:
+        method = self.methods[name]
+        if not self.kind.matrix or (self.training and method.dropout):
+            return None
+        return method.factors(self.params(name))
+
+    def _out_stacked(self, rows: Rows, factors: dict[str, tuple[Tensor, Tensor, Any]], x: Tensor, h: Tensor) -> Tensor:
+        order = tuple(factors)
+        tensors = tuple(t for down, up, _ in factors.values() for t in (down, up))
+        scales = tuple(scale for _, _, scale in factors.values())
+
+        def stack() -> tuple[Tensor, Tensor]:
+            R = max(down.shape[0] for down, _, _ in factors.values())
+            downs = [F.pad(down, (0, 0, 0, R - down.shape[0])) for down, _, _ in factors.values()]
+            ups = [F.pad(up * scale, (0, R - up.shape[1])) for _, up, scale in factors.values()]
+            return torch.stack(downs), torch.stack(ups)
+
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            down_KRI, up_KOR = stack()
+        else:
+            down_KRI, up_KOR = self._memo.get(f"rows {scales}", tensors, stack, contents=False)
+        return rows_product(x, h, down_KRI, up_KOR, rows.index_of(order))
+
+    # ------------------------------------------------------------------ what methods ask of a layer
+
+    @property
+    def storage(self) -> Storage:
+        """How the frozen weight is kept."""
+        return storage_of(self.base_layer)
+
+    def matrix(self) -> Tensor:
+        """The pristine weight W_OI, dense."""
+        return self.kind.to_matrix(self.base_layer, self._pristine(self.kind.weight_name))
+
+    def bias(self) -> Tensor | None:
+        """The pristine bias."""
+        has_bias = getattr(self.base_layer, self.kind.bias_name, None) is not None
+        return self._pristine(self.kind.bias_name) if has_bias else None
+
+    def _pristine(self, parameter: str) -> Tensor:
+        if self._merged:
+            if not self._kept:
+                raise BaseGoneError(
+                    f"{self.path} was merged with keep_base=False, and the frozen layer is needed now: load the model "
+                    "anew, or merge with keep_base=True."
+                )
+            if parameter in self._kept:
+                kept: Tensor = self._kept[parameter]
+                return kept
+        with self.storage.reading(self.base_layer, parameter) as W:
+            return W
+
+    def remember(self, key: str, owners: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, or its last result where no owner has changed since."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in owners)):
+            return make()
+        value: Tensor = self._memo.get(key, owners, make, contents=True)
+        return value
+
+    def row_squares(self) -> Tensor:
+        """Squared norm of each row of the pristine weight, O."""
+        with torch.no_grad():
+            W = self._pristine(self.kind.weight_name)
+
+            def squares() -> Tensor:
+                W_OI = self.kind.to_matrix(self.base_layer, W)
+                W_OI = W_OI if W_OI.dtype == torch.float64 else W_OI.float()
+                return (W_OI * W_OI).sum(1)
+
+            if torch.compiler.is_compiling() or W.is_meta:
+                return squares()
+            value: Tensor = self._memo.get("row squares", (W,), squares, contents=False)
+            return value
+
+    def effective(self, run: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+        """Weight (in the layer's layout) and bias of the one layer that does what ``run`` does."""
+        W0, b0 = self.matrix(), self.bias()
+        W, b = W0, b0
+        for name in run:
+            method, p = self.methods[name], self.params(name)
+            if method.from_base and W is not W0:
+                dW, db = method.weight(p, W0, b0)
+                W, b = W + (dW - W0), (b if db is None or b is None or b0 is None else b + (db - b0))
+            else:
+                W, b = method.weight(p, W, b)
+        return self.kind.from_matrix(self.base_layer, W.to(W0.dtype)), b
+
+    # ------------------------------------------------------------------ adapters
+
+    def add(self, name: str, method: AbstractAdapter, device: torch.device | str, dtype: torch.dtype | None) -> None:
+        """Makes room for an adapter: its tensors, unfilled.
+
+        Args:
+            name (`str`): The adapter's name.
+            method (`AbstractAdapter`): Its mathematics.
+            device (`torch.device` or `str`): Where; ``"meta"`` where tensors are to be assigned.
+            dtype (`torch.dtype`, *optional*): The frozen weight's if not given.
+        """
+        if dtype is None:
+            dtype = self.storage.facts(self.base_layer, self.kind.weight_name)[0]
+        for slot in method.slots.values():
+            group = self._modules.get(slot.name)
+            if group is None:
+                group = Group()
+                group.training = self.training
+                self._modules[slot.name] = group
+            owner = group
+            if slot.leaf:
+                leaf = group._modules.get(name)
+                if leaf is None:
+                    leaf = group._modules[name] = Leaf()
+                    leaf.training = self.training
+                owner = leaf
+            t = nn.Parameter(torch.empty(slot.shape, device=device, dtype=dtype), requires_grad=False)
+            owner._parameters[slot.leaf or name] = t
+        self._places[name] = tuple((key, s.name, s.leaf) for key, s in method.slots.items())
+        self.methods[name] = method
+        self._refresh()
+
+    def tensors(self, name: str) -> Iterator[tuple[Slot, nn.Module, str]]:
+        """(slot, owning module, attribute) of each of an adapter's tensors."""
+        for slot in self.methods[name].slots.values():
+            owner: Any = self._modules[slot.name]
+            if slot.leaf:
+                owner = owner._modules[name]
+            yield slot, owner, slot.leaf or name
+
+    def facts(self) -> tuple[torch.dtype, torch.device]:
+        """dtype and device of the frozen weight."""
+        base = self.get_base_layer()
+        return storage_of(base).facts(base, self.kind.weight_name)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Trains or freezes adapters, active or not; names that are not here are passed over."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.methods:
+                for slot, owner, attribute in self.tensors(name):
+                    owner.get_parameter(attribute).requires_grad_(requires_grad and slot.trainable)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters this layer's default for all threads; trains these and freezes the ones they replace."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self.set_requires_grad([n for n in self._active if n not in names], False)
+        self.set_requires_grad(names, not inference_mode)
+        self._active = names
+        self._refresh()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches all adapters on or off for all threads."""
+        self._enabled = enabled
+        self.set_requires_grad(self._active if enabled else list(self.methods), enabled)
+        self._refresh()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter; one that is not here is passed over."""
+        if adapter_name not in self.methods:
+            return
+        for slot in {s.name for s in self.methods[adapter_name].slots.values()}:
+            group = self._modules[slot]
+            assert group is not None
+            group._modules.pop(adapter_name, None)
+            group._parameters.pop(adapter_name, None)
+        del self.methods[adapter_name], self._places[adapter_name]
+        self._memo.clear()
+        if adapter_name in self._active:
+            self._active = tuple(n for n in self._active if n != adapter_name)
+            if not self._active and self.methods:
+                self._active = (next(iter(self.methods)),)
+                warnings.warn(
+                    f"Adapter {adapter_name!r} was active and is deleted: {self._active[0]!r} is active now.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self._run = tuple(n for n in self._active if n in self.methods) if self._enabled else ()
+
+    # ------------------------------------------------------------------ merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep_base: bool = True) -> None:
+        """Writes adapters into the frozen weight.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`): Check for NaN and infinity before writing.
+            adapter_names (`list[str]`, *optional*): Which; the active ones if not given.
+            keep_base (`bool`, *optional*, defaults to `True`): Keep the pristine weight, so that `unmerge` is exact.
+
+        Raises:
+            TypeError: ``adapter_names`` is a `str`.
+            NotMergeableError: One of them has no merged weight on this layer.
+            NonFiniteMergeError: ``safe_merge`` found NaN or infinity; nothing was written.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list, got the str {adapter_names!r}: write [{adapter_names!r}].")
+        wanted = self._active if adapter_names is None else adapter_names
+        if any(n in self._merged for n in wanted):
+            warnings.warn(f"{self.path}: already merged are {list(self._merged)}.", PeftWarning, stacklevel=2)
+        new = self.check_merge(wanted, safe_merge)
+        if not new:
+            return
+        with torch.no_grad():
+            self._write(new, keep_base)
+        self._merged += new
+
+    def check_merge(self, adapter_names: Iterable[str] | None, safe_merge: bool = False) -> tuple[str, ...]:
+        """The adapters that merging would write, after checking that it can; nothing is written."""
+        wanted = self._active if adapter_names is None else adapter_names
+        new = tuple(n for n in wanted if n in self.methods and n not in self._merged)
+        for name in new:
+            self.methods[name].check_mergeable(self.kind, self.base_layer)
+        if new and safe_merge:
+            with torch.no_grad():
+                finite = [bool(t.isfinite().all()) for t in self.effective(self._merged + new) if t is not None]
+            if not all(finite):
+                raise NonFiniteMergeError(
+                    f"{self.path}: merging {list(new)} would write NaN or infinity; nothing was written."
+                )
+        return new
+
+    def _write(self, new: tuple[str, ...], keep_base: bool) -> None:
+        base, kind = self.base_layer, self.kind
+        on_top = self.storage.in_place and not self.tied and (not self._merged or not self._kept)
+        factors = [self.methods[n].factors(self.params(n)) for n in new] if on_top else [None]
+        if all(f is not None for f in factors):
+            if keep_base and not self._merged:
+                self._kept[kind.weight_name] = self.storage.keep(base, kind.weight_name)
+            for f in factors:
+                assert f is not None
+                self._add_product(*f, sign=1)
+            return
+        b0 = self.bias()
+        W, b = self.effective(self._merged + new)
+        for parameter, value in ((kind.weight_name, W), (kind.bias_name, None if b is b0 else b)):
+            if value is not None:
+                self._replace(parameter, value, keep_base)
+
+    def _replace(self, parameter: str, value: Tensor, keep_base: bool) -> None:
+        base = self.base_layer
+        if keep_base and parameter not in self._kept:
+            self._kept[parameter] = base._parameters[parameter] if self.tied else self.storage.keep(base, parameter)
+        if self.tied:
+            base._parameters[parameter] = nn.Parameter(value.detach().clone(), requires_grad=False)
+        else:
+            self.storage.write(base, value, parameter)
+
+    def _add_product(self, down: Tensor, up: Tensor, scale: Any, sign: int) -> None:
+        kind = self.kind
+        W = self.base_layer.get_parameter(kind.weight_name)
+        W_OI, down, up = kind.to_matrix(self.base_layer, W), down.flatten(1), up.flatten(1)
+        if W_OI.dtype == down.dtype and isinstance(scale, int | float):
+            W_OI.addmm_(up, down, alpha=sign * scale)
+        else:  # one rounding, at the end
+            W_OI.copy_(torch.addmm(W_OI.to(down.dtype), up * scale, down, alpha=sign))
+
+    def unmerge(self) -> None:
+        """Takes the merged adapters out again: the frozen weight's bits come back.
+
+        Raises:
+            BaseGoneError: They were merged with ``keep_base=False`` and cannot be subtracted.
+        """
+        if not self._merged:
+            warnings.warn(f"{self.path}: nothing is merged, nothing to unmerge.", PeftWarning, stacklevel=2)
+            return
+        with torch.no_grad():
+            if not self._kept:
+                self._subtract()
+            for parameter, kept in self._kept.items():
+                if self.tied:
+                    self.base_layer._parameters[parameter] = kept
+                else:
+                    self.storage.restore(self.base_layer, kept, parameter)
+        self.forget()
+
+    def _subtract(self) -> None:
+        factors = [self.methods[n].factors(self.params(n)) for n in self._merged]
+        if any(f is None for f in factors):
+            raise BaseGoneError(
+                f"{self.path} was merged with keep_base=False, and {list(self._merged)} cannot be subtracted: load "
+                "the "
+                "model anew."
+            )
+        for f in factors:
+            assert f is not None
+            self._add_product(*f, sign=-1)
+
+    def forget(self) -> None:
+        """Takes the weight as it stands for the pristine one."""
+        self._merged, self._kept = (), {}
+
+    # ------------------------------------------------------------------ what users of PEFT read and call
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The default adapters of this layer."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same under its older name."""
+        return list(self._active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether `enable_adapters` has switched all adapters off."""
+        return not self._enabled
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged."""
+        return bool(self._merged)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The merged adapters, in order."""
+        return list(self._merged)
+
+    @merged_adapters.setter
+    def merged_adapters(self, names: list[str]) -> None:
+        self._merged = tuple(names)
+        if not names:
+            self._kept = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's weight as it stands."""
+        W: Tensor = getattr(self.base_layer, self.kind.weight_name)
+        return W
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Names of the slots."""
+        return tuple(k for k in self._modules if k != "base_layer")
+
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer, through nested wrappers."""
+        base = self.base_layer
+        return base.get_base_layer() if isinstance(base, Adapted) else base
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging ``adapter`` adds to the frozen weight, in the layer's layout."""
+        if adapter not in self.methods:
+            raise UnknownAdapterError(f"{self.path} has no adapter {adapter!r}; it has {list(self.methods)}.")
+        W, _ = self.methods[adapter].weight(self.params(adapter), self.matrix(), self.bias())
+        return self.kind.from_matrix(self.base_layer, W - self.matrix())
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scales an adapter relative to its config; one that is not here is passed over."""
+        if adapter in self.methods:
+            self.methods[adapter].rescale(scale, absolute=True)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scale of the active adapters."""
+        if scale != 1:
+            for name in self._run:
+                self.methods[name].rescale(scale, absolute=False)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides it, or gives the config's scale back."""
+        for name in self._run:
+            if scale is None:
+                self.methods[name].rescale(1.0, absolute=True)
+            elif scale != 1:
+                self.methods[name].rescale(1.0 / scale, absolute=False)
+
+    # ------------------------------------------------------------------ nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            methods = self.__dict__.get("methods", {})
+            if any(name in m.numbers for m in methods.values()):
+                return _Numbers(methods, name)
+            if name == "base_layer" or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_layer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memo": _Memo()}
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Adapted:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._memo.clear()
+        if not self.tied:
+            self._kept = {k: fn(v) for k, v in self._kept.items()}
+        return self
+
+    def extra_repr(self) -> str:
+        return f"adapters={list(self.methods)}, active={list(self._active)}" + (
+            f", merged={list(self._merged)}" if self._merged else ""
+        )
+
+
+def _resolve(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias that a module brings to a call which uses them directly."""
+    if not isinstance(module, Adapted):
+        return module.get_parameter("weight"), module._parameters.get("bias")
+    route = module.router.route()
+    if route is not None and route.rows is not None:
+        raise RowsError(f"{module.path}'s weight is used whole: adapter_names cannot reach its rows.")
+    run = module._run if route is None else tuple(n for n in route.names if n in module.methods)
+    if run == module._merged:
+        return module.base_layer.get_parameter("weight"), module.base_layer._parameters.get("bias")
+    return module.effective(run)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """(name, wrapper) of every adapted layer, outer before inner; slots are not walked."""
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if isinstance(module, Adapted):
+            yield name, module
+            stack.append((f"{name}.base_layer" if name else "base_layer", module.base_layer))
+            continue
+        prefix = f"{name}." if name else ""
+        stack.extend((prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None)

@@ -1,0 +1,60 @@
+"""The model card of a saved adapter: the metadata that the hub and transformers read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from inlay.config import FORMAT_VERSION, AdapterConfig, TaskType
+from inlay.formats import files
+
+_PIPELINES = {TaskType.CAUSAL_LM: "text-generation", TaskType.SEQ_2_SEQ_LM: "text2text-generation"}
+
+_BODY = """
+# An adapter
+
+Base model: {base}. Method: {method}. Load it with
+
+```python
+import inlay
+model = inlay.PeftModel.from_pretrained(base_model, "path or id of this adapter")
+```
+
+### Framework versions
+
+- PEFT {version}
+"""
+
+
+def create_or_update(directory: Path, config: AdapterConfig, model: nn.Module) -> None:
+    """Writes ``README.md``, or updates the metadata of the one that is there and leaves its text.
+
+    Args:
+        directory (`Path`): Where the adapter is saved.
+        config (`AdapterConfig`): The adapter's config.
+        model (`nn.Module`): The adapted model.
+
+    Raises:
+        UnwritableError: The file cannot be written.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    path = directory / "README.md"
+    method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    base = config.base_model_name_or_path
+    card = ModelCard.load(path) if path.is_file() else None
+    data = card.data if card is not None else ModelCardData()
+    data["library_name"] = "peft"
+    tags = list(data.get("tags") or [])
+    library = type(model).__module__.partition(".")[0]
+    new = [f"base_model:adapter:{base}" if base else None, method, library if library == "transformers" else None]
+    data["tags"] = sorted({*tags, *(t for t in new if t)})
+    if base:
+        data["base_model"] = base
+    if config.task_type in _PIPELINES and "pipeline_tag" not in data.to_dict():
+        data["pipeline_tag"] = _PIPELINES[TaskType(config.task_type)]
+    if card is None:
+        text = _BODY.format(base=f"`{base}`" if base else "not named", method=method, version=FORMAT_VERSION)
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    files.save_text(path, str(card))

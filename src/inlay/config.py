@@ -1,0 +1,368 @@
+"""Configs: the fields every method shares, written once; JSON in and out.
+
+A config is a dataclass of plain values. It is checked when it is made (types, ranges, names of fields), never holds a
+tensor or a module, and imports nothing that a file names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import types
+import typing
+import warnings
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from inlay import sources
+from inlay.errors import (
+    ConfigError,
+    PeftWarning,
+    UnknownFieldError,
+    UnknownMethodError,
+    UnsupportedFieldError,
+    WrongMethodError,
+    nearest,
+)
+from inlay.formats import files
+
+# The level of PEFT's file format that is written, kept in the key that PEFT itself uses for it.
+FORMAT_VERSION = "0.21.2"
+CONFIG_NAME = files.CONFIG_NAME
+
+
+class TaskType(str, enum.Enum):
+    """What the adapted model is for; chooses the handle's class and which heads are trained beside the adapter."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(str, enum.Enum):
+    """Names of methods as they stand in files; a row in `inlay.methods.METHODS` says which are built."""
+
+    LORA = "LORA"
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether ``value`` is what the annotation ``hint`` promises: containers are looked into, bool is no int."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return any(value == arg and type(value) is type(arg) for arg in args)
+    if origin in (list, set):
+        return isinstance(value, origin) and all(_fits(item, args[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(args) and all(map(_fits, value, args))
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(typing.cast(float, value))
+    if hint is int:
+        return type(value) is int
+    return isinstance(value, hint)
+
+
+def _readable(hint: Any) -> str:
+    text = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    return text.replace("typing.", "").replace("inlay.config.", "").replace("inlay.methods.", "")
+
+
+class _Written:
+    """Marker in a field's metadata: ``NEVER`` in files, or only ``WHEN_SET`` (PEFT's own config lacks the field)."""
+
+    NEVER = "never"
+    WHEN_SET = "when set"
+
+
+def runtime_only() -> dict[str, str]:
+    """Metadata of a field that is never written to a file."""
+    return {"written": _Written.NEVER}
+
+
+@dataclass
+class PeftConfig:
+    """What every config has, whatever the method.
+
+    Args:
+        task_type (`TaskType` or `str`, *optional*): What the model is for.
+        peft_type (`PeftType` or `str`, *optional*): The method; set by the method's own config.
+        auto_mapping (`dict`, *optional*): Class and library of the base model, where no task type tells.
+        peft_version (`str`, *optional*): Level of the file format.
+        base_model_name_or_path (`str`, *optional*): The base model that the adapter was made for.
+        revision (`str`, *optional*): Revision of the base model.
+        inference_mode (`bool`, *optional*, defaults to `False`): Whether the adapter is loaded frozen.
+
+    Raises:
+        UnknownFieldError: A keyword names no field of this config.
+        ConfigError: A value has the wrong type or is out of range.
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    # Fields that PEFT's config of this method has and the shared block would write only when set.
+    always_written: ClassVar[frozenset[str]] = frozenset()
+    is_prompt_learning: ClassVar[bool] = False
+    is_adaption_prompt: ClassVar[bool] = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # Runs before the generated __init__, whose own complaint would name no neighbour.
+        known = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                raise UnknownFieldError(
+                    f"{cls.__name__} has no field '{name}'{nearest(name, known)}. Its fields: {', '.join(known)}."
+                )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self.peft_version = self.peft_version or FORMAT_VERSION
+        self._check_types()
+        if self.task_type is not None:
+            try:
+                self.task_type = TaskType(self.task_type)
+            except ValueError as error:
+                valid = ", ".join(t.value for t in TaskType)
+                raise ConfigError(f"task_type {self.task_type!r} is not one of {valid}.") from error
+        if self.peft_type is not None:
+            try:
+                self.peft_type = PeftType(self.peft_type)
+            except ValueError as error:
+                raise UnknownMethodError(f"peft_type {self.peft_type!r} is no method of this library.") from error
+
+    def _check_types(self) -> None:
+        hints = _hints(self.__class__)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not _fits(value, hints[f.name]):
+                raise ConfigError(
+                    f"{type(self).__name__}.{f.name} must be {_readable(hints[f.name])}, got {value!r} "
+                    f"({type(value).__name__})."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain values that JSON can hold; sets become sorted lists."""
+        out: dict[str, Any] = {}
+        for f in fields(self):
+            value, written = getattr(self, f.name), f.metadata.get("written")
+            unset = value == _default(f) and f.name not in self.always_written
+            if written == _Written.NEVER or (written == _Written.WHEN_SET and unset):
+                continue
+            out[f.name] = _plain(value)
+        return out
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "the given dict") -> PeftConfig:
+        """Makes the config that ``values["peft_type"]`` names.
+
+        Fields that the config does not have are dropped with one warning that names them, for a newer library may
+        have written them.
+
+        Args:
+            values (`dict`): Fields and values, as from a file.
+            where (`str`, *optional*): What to call the source in messages.
+
+        Raises:
+            WrongMethodError: ``peft_type`` is missing, or is another method's than ``cls``'s.
+            UnknownMethodError: ``peft_type`` is no method of this library.
+            ConfigError: A value has the wrong type or is out of range.
+        """
+        from inlay.methods import METHODS
+
+        name = values.get("peft_type")
+        if name is None and cls is not PeftConfig and values:
+            config_cls: type[PeftConfig] = cls
+        elif not isinstance(name, str):
+            raise WrongMethodError(f"{where} has no 'peft_type': it is not the config of an adapter.")
+        elif (key := name.rsplit(".", 1)[-1].upper()) not in METHODS:
+            raise UnknownMethodError(
+                f"{where} is of the method {name!r}, which this library does not have; it has {', '.join(METHODS)}."
+            )
+        else:
+            config_cls = METHODS[key].config
+        if not issubclass(config_cls, cls):
+            raise WrongMethodError(f"{where} is a {config_cls.__name__}, asked for was a {cls.__name__}.")
+        known = {f.name: f for f in fields(config_cls)}
+        extra = sorted(set(values) - set(known))
+        if extra:
+            warnings.warn(
+                f"{where} has fields that {config_cls.__name__} does not know, which were dropped: {extra}. "
+                "A newer library may have written them; check that the adapter does not depend on them.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        kept = {k: v for k, v in values.items() if k in known and known[k].metadata.get("written") != _Written.NEVER}
+        return config_cls(**kept)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
+        """Reads a config file as a dict, without making a config of it."""
+        path = Path(path_json_file)
+        return dict(files.read_json(path))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Reads the config of a saved adapter.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): A directory, or an id on the hub.
+            subfolder (`str`, *optional*): Folder inside it.
+            kwargs: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only`` for the hub; any
+                other is a field that replaces the file's value.
+
+        Raises:
+            MissingFileError: There is no ``adapter_config.json``.
+            CorruptFileError: It is not a JSON object, or not a regular file.
+        """
+        hub, own = sources.split_hub_arguments(kwargs)
+        directory = sources.locate(pretrained_model_name_or_path, subfolder=subfolder, **hub)
+        values = files.read_config(directory)
+        return cls.from_dict({**values, **own}, where=str(directory / CONFIG_NAME))
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """Makes the config that ``peft_type`` names from keywords; unknown ones are dropped with a warning."""
+        return cls.from_dict(kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes ``adapter_config.json``.
+
+        Args:
+            save_directory (`str` or `Path`): The directory; made if absent.
+            kwargs: ``auto_mapping_dict`` sets `auto_mapping` in the file; others are ignored as PEFT does.
+
+        Raises:
+            UnwritableError: The path is a file, or cannot be written.
+        """
+        values = self.to_dict()
+        if kwargs.get("auto_mapping_dict") is not None:
+            values["auto_mapping"] = kwargs["auto_mapping_dict"]
+        files.write_config(Path(save_directory), values)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and all(
+            getattr(self, f.name) == getattr(other, f.name) for f in fields(self) if f.compare
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # configs are mutable values
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(v) for v in value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {k: _plain(v) for k, v in dataclasses.asdict(value).items()}
+    return value
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Where a layer method goes and what is trained beside it: the same fields for every method.
+
+    Args:
+        target_modules (`list[str]` or `str`, *optional*): Names or dotted suffixes of modules; a `str` is a regex for
+            the whole name; ``"all-linear"`` is every linear layer but the output head; `None` is the architecture's
+            default.
+        exclude_modules (`list[str]` or `str`, *optional*): Modules to leave out, matched in the same way.
+        layers_to_transform (`list[int]` or `int`, *optional*): Only layers with these indices.
+        layers_pattern (`list[str]` or `str`, *optional*): Name of the list of layers, where it is not the usual one.
+        modules_to_save (`list[str]`, *optional*): Modules that are copied, trained whole and saved.
+        bias (`str`, *optional*, defaults to ``"none"``): Which biases are trained: ``"none"``, ``"all"`` or
+            ``"<method>_only"``.
+        fan_in_fan_out (`bool`, *optional*, defaults to `False`): Accepted; the layer's kind tells the layout.
+        target_parameters (`list[str]`, *optional*): Dotted suffixes of bare parameters to adapt.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*): Rows of the embedding to train.
+        layer_replication (`list[tuple[int, int]]`, *optional*): Ranges of layers to stack anew, weights shared.
+        ensure_weight_tying (`bool`, *optional*, defaults to `False`): Keep tied layers tied in what is trained.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | set[str] | None = None
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    target_parameters: list[str] | set[str] | None = field(default=None, metadata={"written": _Written.WHEN_SET})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"written": _Written.WHEN_SET}
+    )
+    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata={"written": _Written.WHEN_SET})
+    ensure_weight_tying: bool = field(default=False, metadata={"written": _Written.WHEN_SET})
+
+    # Field of the value that varies by layer -> field with the {pattern: value} table.
+    patterned: ClassVar[dict[str, str]] = {}
+    bias_only: ClassVar[str] = "adapter_only"
+
+    def __post_init__(self) -> None:
+        if self.layer_replication is not None:  # JSON has no tuples
+            self.layer_replication = [tuple(pair) for pair in self.layer_replication]  # type: ignore[misc]
+        for name in ("target_modules", "exclude_modules", "target_parameters"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+                setattr(self, name, set(value) if name != "target_parameters" else sorted(value))
+        super().__post_init__()
+        if self.bias not in ("none", "all", self.bias_only):
+            raise ConfigError(f"bias must be 'none', 'all' or '{self.bias_only}', got {self.bias!r}.")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} needs a list of target_modules, got the regex {self.target_modules!r}; "
+                        "put the layer indices into the regex instead."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern is set and layers_to_transform is not: say which layers.")
+
+    def patterns(self) -> dict[str, dict[str, Any]]:
+        """``{"r": rank_pattern, ...}``: for every value that varies by layer, its table."""
+        return {value: getattr(self, table) for value, table in self.patterned.items()}
+
+    def unsupported(self, name: str, why: str = "is not built yet") -> UnsupportedFieldError:
+        """The error for a field that asks for something this library does not do."""
+        return UnsupportedFieldError(
+            f"{type(self).__name__}.{name}={getattr(self, name)!r} {why}; leave it at {_field_default(self, name)!r}."
+        )
+
+
+def _field_default(config: PeftConfig, name: str) -> Any:
+    return next(_default(f) for f in fields(config) if f.name == name)
+
+
+def dumps(config: PeftConfig) -> str:
+    """The config's JSON text as it stands in a file."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)

@@ -1,0 +1,194 @@
+"""Every exception and warning that inlay raises by name.
+
+Each says what was found, what was expected and what to do, and is raised before anything is changed. Each is also a
+subclass of what the PEFT library raises in the same place, so an existing ``except`` still catches it.
+
+    PeftError
+    ├── ConfigError (ValueError)
+    │   ├── UnknownFieldError (TypeError)         a constructor got a field that does not exist
+    │   ├── UnsupportedFieldError                 the field exists, what it asks for is not built yet
+    │   ├── UnknownMethodError (KeyError)         peft_type names no method of this library
+    │   └── WrongMethodError (TypeError)          a config of another method than was asked for
+    ├── PlanError (ValueError)
+    │   ├── NoMatchingPeftModuleError             nothing in the model matches
+    │   ├── UnknownArchitectureError              no default targets for this model type
+    │   ├── UnsupportedLayerError                 a target that the method cannot adapt
+    │   └── PatternError                          a pattern that does not compile or may not come from a file
+    ├── AdapterNameError (ValueError)
+    │   ├── DuplicateAdapterError
+    │   └── UnknownAdapterError (KeyError)
+    ├── RoutingError
+    │   ├── RowsError (ValueError)                adapter_names does not fit the batch or a module
+    │   ├── LostRoutingError (RuntimeError)       recomputed in backward without the routing of its forward
+    │   └── BusyError (RuntimeError)              merge, delete or load from inside a forward of the same model
+    ├── MergeError (ValueError)
+    │   ├── NotMergeableError (NotImplementedError)
+    │   ├── NonFiniteMergeError                   safe_merge found NaN or infinity
+    │   └── BaseGoneError (RuntimeError)          keep_base=False gave the pristine weight away
+    ├── FileError (ValueError)
+    │   ├── MissingFileError (FileNotFoundError)
+    │   ├── CorruptFileError                      truncated, malformed, over a limit, of an unsafe kind
+    │   ├── TornPairError                         config and weights are not of one save
+    │   └── UnwritableError (OSError)
+    └── LoadError (RuntimeError)                  the file does not fit; `.report` says where
+        ├── IncompatibleBaseError                 made for another base model
+        └── NonFiniteError                        NaN or infinity in the file's tensors
+    PeftWarning (UserWarning)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from inlay.report import LoadReport
+
+
+class PeftError(Exception):
+    """Base of every error of this library."""
+
+    def __str__(self) -> str:
+        # KeyError prints the repr of its message; several errors here are KeyErrors for callers' sake only.
+        return str(self.args[0]) if self.args else ""
+
+
+class PeftWarning(UserWarning):
+    """Base of every warning of this library."""
+
+
+class ConfigError(PeftError, ValueError):
+    """A config holds a value of the wrong type, out of range, or at odds with another one."""
+
+
+class UnknownFieldError(ConfigError, TypeError):
+    """A config's constructor got a field that does not exist."""
+
+
+class UnsupportedFieldError(ConfigError):
+    """The field exists, and what it asks for is not built yet."""
+
+
+class UnknownMethodError(ConfigError, KeyError):
+    """``peft_type`` names no method of this library."""
+
+
+class WrongMethodError(ConfigError, TypeError):
+    """A config of another method than the one asked for."""
+
+
+class PlanError(PeftError, ValueError):
+    """A config cannot be applied to this model; the model is as it was."""
+
+
+class NoMatchingPeftModuleError(PlanError):
+    """Nothing in the model matches the config's targets."""
+
+
+class UnknownArchitectureError(PlanError):
+    """``target_modules`` is None and the model's type is in no default table."""
+
+
+class UnsupportedLayerError(PlanError):
+    """A target is a kind of layer that the method cannot adapt."""
+
+
+class PatternError(PlanError):
+    """A pattern does not compile, or is one that may not come from a file."""
+
+
+class AdapterNameError(PeftError, ValueError):
+    """An adapter name that cannot be a path component and a module attribute."""
+
+
+class DuplicateAdapterError(AdapterNameError):
+    """The adapter name is in use."""
+
+
+class UnknownAdapterError(AdapterNameError, KeyError):
+    """No adapter of this name."""
+
+
+class RoutingError(PeftError):
+    """Which adapter serves which thread or row cannot be told."""
+
+
+class RowsError(RoutingError, ValueError):
+    """``adapter_names`` does not fit the batch, or a module's rows are not the batch's."""
+
+
+class LostRoutingError(RoutingError, RuntimeError):
+    """A layer is recomputed in backward without the routing that its forward saw."""
+
+
+class BusyError(RoutingError, RuntimeError):
+    """A write (merge, delete, load) was asked for from inside a forward of the same model."""
+
+
+class MergeError(PeftError, ValueError):
+    """Merging or unmerging is not possible; the weights are as they were."""
+
+
+class NotMergeableError(MergeError, NotImplementedError):
+    """This adapter on this layer has no merged weight."""
+
+
+class NonFiniteMergeError(MergeError):
+    """``safe_merge`` found NaN or infinity in the merged weight."""
+
+
+class BaseGoneError(MergeError, RuntimeError):
+    """The pristine weight was given away by ``keep_base=False`` and is needed now."""
+
+
+class FileError(PeftError, ValueError):
+    """A file of an adapter cannot be used; nothing was loaded."""
+
+
+class MissingFileError(FileError, FileNotFoundError):
+    """A file that must be there is not."""
+
+
+class CorruptFileError(FileError):
+    """A file is truncated, malformed, over a limit, or not a regular file."""
+
+
+class TornPairError(FileError):
+    """``adapter_config.json`` and the weights were not written by one save."""
+
+
+class UnwritableError(FileError, OSError):
+    """The directory cannot be written."""
+
+
+class LoadError(PeftError, RuntimeError):
+    """The file's tensors do not fit the adapter; ``report`` has every place.
+
+    Args:
+        message (`str`): What was found, expected, and to do.
+        report (`LoadReport`, *optional*): The full comparison of file and model.
+    """
+
+    def __init__(self, message: str, report: LoadReport | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class IncompatibleBaseError(LoadError):
+    """The adapter was made for another base model."""
+
+
+class NonFiniteError(LoadError):
+    """The file's tensors hold NaN or infinity."""
+
+
+def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:
+    """The hint "; closest: a, b" for a misspelt ``word``, or "" where nothing is near.
+
+    Example:
+        >>> nearest("q_prj", ["q_proj", "k_proj", "fc1"])
+        '; closest: q_proj, k_proj'
+    """
+    found = difflib.get_close_matches(word, list(dict.fromkeys(choices)), n=n, cutoff=0.6)
+    return f"; closest: {', '.join(found)}" if found else ""

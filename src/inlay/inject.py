@@ -1,0 +1,600 @@
+"""Applies a Plan to a model and undoes it: the only place that sets attributes on users' modules.
+
+survey(model) -> what is there      prepare(model, config) -> what would be put where, with every shape
+apply(prepared) -> wrappers in place, or the model as it was      remove(model) -> the model without them
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from inlay import match
+from inlay.adapted import Adapted, Group
+from inlay.config import AdapterConfig, PeftType, TaskType
+from inlay.errors import (
+    ConfigError,
+    DuplicateAdapterError,
+    PeftWarning,
+    PlanError,
+    UnsupportedLayerError,
+)
+from inlay.formats.peft import check_adapter_name
+from inlay.layers import LayerKind, kind_of
+from inlay.methods import METHODS, Method
+from inlay.methods._abstract import AbstractAdapter
+from inlay.methods.trainable_tokens import TrainableTokensAdapter
+from inlay.parametrized import ParameterKind
+from inlay.routing import Router
+from inlay.trained import ModulesToSaveWrapper, TiedTokens, TrainableTokensWrapper, trainable_kind
+
+# An adapter's name becomes an attribute of every slot, so it may not be one already.
+FORBIDDEN_NAMES = frozenset(dir(Group())) | {"base_layer", "__base__"}
+_NARROW = {torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+@dataclass
+class Survey:
+    """What a model holds, from one walk."""
+
+    model: nn.Module
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    facts: list[match.Module] = field(default_factory=list)
+    parameters: list[tuple[str, str]] = field(default_factory=list)
+    owners: dict[int, list[str]] = field(default_factory=dict)
+    router: Router | None = None
+    adapters: set[str] = field(default_factory=set)
+
+    def parent(self, path: str) -> tuple[nn.Module, str]:
+        """The module that holds ``path`` and the attribute it stands at."""
+        above, _, attribute = path.rpartition(".")
+        return (self.modules[above] if above else self.model), attribute
+
+    def tied(self, module: nn.Module, parameter: str) -> bool:
+        """Whether another module owns the same parameter."""
+        W = module._parameters.get(parameter)
+        return W is not None and len(self.owners.get(id(W), ())) > 1
+
+
+def survey(model: nn.Module, head: nn.Module | None = None, parameters: bool = False) -> Survey:
+    """Walks ``model`` once; adapted layers are seen as the layers they wrap, and their slots are not walked."""
+    found = Survey(model)
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module, str | None]] = [("", model, None)]
+    while stack:
+        name, module, inside = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        layer = module
+        if isinstance(module, Adapted | ModulesToSaveWrapper | TrainableTokensWrapper):
+            _note_wrapper(found, module)
+            layer = _unwrapped(module)
+        kind = kind_of(layer)
+        if name:
+            found.modules[name] = module
+            found.facts.append(match.Module(name, kind.name if kind else None, layer is head, inside))
+        for key, parameter in layer._parameters.items():
+            if parameter is not None:
+                found.owners.setdefault(id(parameter), []).append(name)
+                if parameters:
+                    found.parameters.append((name, key))
+        if isinstance(module, ModulesToSaveWrapper):
+            continue
+        within = name if kind is not None and kind.by_weight else inside
+        prefix = f"{name}." if name else ""
+        stack.extend((prefix + k, m, within) for k, m in reversed(layer._modules.items()) if m is not None)
+    return found
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    if isinstance(module, Adapted):
+        return module.get_base_layer()
+    if isinstance(module, ModulesToSaveWrapper | TrainableTokensWrapper):
+        return _unwrapped(module.original_module)
+    return module
+
+
+def _note_wrapper(found: Survey, module: nn.Module) -> None:
+    for wrapper in _chain(module):
+        found.router = wrapper.router
+        names = wrapper.methods if isinstance(wrapper, Adapted) else wrapper.modules_to_save
+        found.adapters.update(names)
+
+
+def _chain(module: nn.Module) -> Iterator[Adapted | ModulesToSaveWrapper]:
+    """The wrappers at one place, outermost first."""
+    if isinstance(module, TrainableTokensWrapper):
+        module = module.token_adapter
+    while isinstance(module, Adapted):
+        yield module
+        module = module.base_layer
+    if isinstance(module, ModulesToSaveWrapper):
+        yield module
+
+
+def wrappers(model: nn.Module) -> Iterator[tuple[str, Adapted | ModulesToSaveWrapper]]:
+    """(name, wrapper) of every place where an adapter stands, outer before inner; slots are not walked."""
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    seen: set[int] = set()
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, ModulesToSaveWrapper):
+            yield name, module
+            continue
+        prefix = f"{name}." if name else ""
+        if isinstance(module, Adapted):
+            yield name, module
+            stack.append((prefix + "base_layer", module.base_layer))
+            continue
+        stack.extend((prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None)
+
+
+# ---------------------------------------------------------------------- prepare
+
+
+@dataclass
+class Work:
+    """One layer that is to get an adapter.
+
+    Args:
+        path (`str`): Its name in the model once adapted, as keys have it.
+        parent (`nn.Module`), attribute (`str`): Where it stands.
+        kind (`LayerKind`): How it is seen.
+        adapter (`AbstractAdapter`): What it gets.
+        target (`match.Target`, *optional*): Why, for reports.
+        nested (`bool`): It stands inside another layer of the plan.
+    """
+
+    path: str
+    parent: nn.Module
+    attribute: str
+    kind: LayerKind
+    adapter: AbstractAdapter
+    tied: bool = False
+    target: match.Target | None = None
+    nested: bool = False
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer as it stands now."""
+        module: nn.Module = getattr(self.parent, self.attribute)
+        return module
+
+
+@dataclass
+class TokenWork:
+    """One embedding or tied head whose tokens are to be trained."""
+
+    path: str
+    parent: nn.Module
+    attribute: str
+    kind: LayerKind
+    adapter: TrainableTokensAdapter
+    source: str | None = None
+
+
+@dataclass
+class Prepared:
+    """What a config would put into a model, with every shape; nothing has been touched."""
+
+    config: AdapterConfig
+    method: Method
+    survey: Survey
+    plan: match.Plan
+    works: list[Work]
+    saved: list[str]
+    tokens: list[TokenWork]
+
+
+def method_of(config: AdapterConfig) -> Method:
+    """The row of `METHODS` for a config."""
+    if config.peft_type is None:
+        raise ConfigError(f"{type(config).__name__} names no method: use a method's own config, such as LoraConfig.")
+    return METHODS[PeftType(config.peft_type).value]
+
+
+def prepare(
+    model: nn.Module, config: AdapterConfig, only: Iterable[str] | None = None, adapter_name: str | None = None
+) -> Prepared:
+    """Plans ``config`` on ``model`` down to shapes.
+
+    Args:
+        model (`nn.Module`): The model, on the meta device or any other; it is only read.
+        config (`AdapterConfig`): What to do.
+        only (`Iterable[str]`, *optional*): Names of modules to adapt instead of the config's targets.
+        adapter_name (`str`, *optional*): Checked to be possible and free.
+
+    Raises:
+        PlanError: Nothing matches, a pattern or a layer is not possible.
+        AdapterNameError: The name cannot be used, or is in use.
+    """
+    method = method_of(config)
+    found = survey(model, _head(model, config), parameters=config.target_parameters is not None)
+    if adapter_name is not None:
+        check_adapter_name(adapter_name, FORBIDDEN_NAMES)
+        if adapter_name in found.adapters:
+            raise DuplicateAdapterError(
+                f"Adapter {adapter_name!r} is already in the model: choose another name, or delete it first."
+            )
+    plan = match.plan(found.facts, found.parameters, _targeting(found, config, method, only))
+    prepared = Prepared(config, method, found, plan, [], [name for name, _ in plan.saved], [])
+    for target in plan.targets:
+        prepared.works += _works_for(found, method, config, target)
+    by_module: dict[str, list[match.ParameterTarget]] = {}
+    for wanted in plan.parameters:
+        by_module.setdefault(wanted.module, []).append(wanted)
+    for group in by_module.values():
+        prepared.works += _parameter_works(found, method, config, group)
+    for path in prepared.saved:
+        ModulesToSaveWrapper.check(_unwrapped_saved(found.modules[path]), path)
+    prepared.tokens = _token_works(found, config)
+    return prepared
+
+
+def _unwrapped_saved(module: nn.Module) -> nn.Module:
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def _head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except NotImplementedError:
+        head = None
+    if head is None and config.task_type == TaskType.SEQ_CLS:
+        head = next((m for k in ("classifier", "score") if (m := model._modules.get(k)) is not None), None)
+    return _unwrapped(head) if isinstance(head, nn.Module) else None
+
+
+def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Iterable[str] | None) -> match.Targeting:
+    targets: Any = config.target_modules
+    if only is not None:
+        targets = sorted(only)
+    elif targets is None and not config.target_parameters:
+        model_type = model_config(found.model).get("model_type")
+        targets = match.default_targets(model_type, method.default_targets, found.facts)
+    return match.Targeting(
+        target_modules=targets,
+        exclude_modules=config.exclude_modules if only is None else None,
+        layers_to_transform=config.layers_to_transform if only is None else None,
+        layers_pattern=config.layers_pattern if only is None else None,
+        modules_to_save=config.modules_to_save,
+        target_parameters=config.target_parameters,
+        patterns=config.patterns(),
+        supported=method.kinds,
+        optional=config.trainable_token_indices is not None or bool(config.target_parameters),
+        method=PeftType(config.peft_type).value,
+    )
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """The model's own config as a dict; empty where it has none."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {"model_type": "custom"}
+    values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return values
+
+
+def _works_for(found: Survey, method: Method, config: AdapterConfig, target: match.Target) -> list[Work]:
+    parent, attribute = found.parent(target.name)
+    module = found.modules[target.name]
+    if isinstance(module, TrainableTokensWrapper | ModulesToSaveWrapper):
+        raise UnsupportedLayerError(
+            f"{target.name} is trained whole or by tokens already (modules_to_save, trainable_token_indices): take it "
+            "out of target_modules."
+        )
+    layer = _unwrapped(module)
+    kind = module.kind if isinstance(module, Adapted) else kind_of(layer)
+    assert kind is not None, "the plan holds supported kinds only"
+    if isinstance(kind, ParameterKind):
+        raise UnsupportedLayerError(f"{target.name} is adapted through target_parameters already: it cannot be both.")
+    adapter = _adapter(method, config, kind, layer, target.name, target.overrides)
+    work = Work(target.name, parent, attribute, kind, adapter, found.tied(layer, kind.weight_name), target)
+    if not isinstance(layer, nn.MultiheadAttention):
+        return [work]
+    inner_kind = kind_of(_unwrapped(layer.out_proj))
+    assert inner_kind is not None
+    path = f"{target.name}.base_layer.out_proj"
+    inner = _adapter(method, config, inner_kind, _unwrapped(layer.out_proj), path, target.overrides)
+    return [work, Work(path, layer, "out_proj", inner_kind, inner, target=target, nested=True)]
+
+
+def _adapter(
+    method: Method, config: AdapterConfig, kind: LayerKind, layer: nn.Module, path: str, values: Mapping[str, Any]
+) -> AbstractAdapter:
+    try:
+        return method.adapter(config, kind, layer, values)
+    except PlanError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _parameter_works(
+    found: Survey, method: Method, config: AdapterConfig, targets: list[match.ParameterTarget]
+) -> list[Work]:
+    """Work on the parameters of one module: wrappers nest in the order of the parameters' names, first inmost."""
+    path = targets[0].module
+    if not path:
+        raise UnsupportedLayerError(
+            f"target_parameters reached {targets[0].parameter!r} at the top of the model: only parameters of its "
+            "submodules can be adapted."
+        )
+    parent, attribute = found.parent(path)
+    standing = [w.kind for w in _chain(found.modules[path])]
+    if any(not isinstance(k, ParameterKind) for k in standing):
+        raise UnsupportedLayerError(f"{path} is adapted through target_modules already: it cannot be both.")
+    layer = _unwrapped(found.modules[path])
+    order = sorted({k.weight_name for k in standing} | {t.parameter for t in targets})
+    works = []
+    for target in sorted(targets, key=lambda t: t.parameter):
+        kind = next((k for k in standing if k.weight_name == target.parameter), ParameterKind(target.parameter))
+        adapter = _adapter(method, config, kind, layer, f"{path}.{target.parameter}", target.overrides)
+        key_path = path + ".base_layer" * (len(order) - 1 - order.index(target.parameter))
+        works.append(Work(key_path, parent, attribute, kind, adapter, found.tied(layer, target.parameter)))
+    return works
+
+
+def _token_works(found: Survey, config: AdapterConfig) -> list[TokenWork]:
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return []
+    if not isinstance(wanted, dict):
+        wanted = {_embedding_path(found): wanted}
+    works = []
+    for suffix, tokens in wanted.items():
+        paths = [n for n in found.modules if n == suffix or n.endswith(f".{suffix}")]
+        if not paths:
+            raise PlanError(f"trainable_token_indices names {suffix!r}, which is no module of the model.")
+        for path in paths:
+            if any(path == s for s in (config.modules_to_save or ())) or path in (config.modules_to_save or ()):
+                raise PlanError(
+                    f"{path} is in modules_to_save and in trainable_token_indices: it can be in one of them."
+                )
+            works += _token_work(found, config, path, tokens)
+    return works
+
+
+def _embedding_path(found: Survey) -> str:
+    get = getattr(found.model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    for name, module in found.modules.items():
+        if module is embedding or _unwrapped(module) is embedding:
+            return name
+    raise PlanError(
+        "trainable_token_indices is a list, and the model does not say which its embedding is: use a dict."
+    )
+
+
+def _token_work(found: Survey, config: AdapterConfig, path: str, tokens: list[int]) -> list[TokenWork]:
+    layer = _unwrapped(found.modules[path])
+    kind = trainable_kind(layer, path)
+    parent, attribute = found.parent(path)
+    works = [TokenWork(path, parent, attribute, kind, TrainableTokensAdapter(config, kind, layer, {"tokens": tokens}))]
+    W = layer._parameters.get("weight")
+    for other in found.owners.get(id(W), ()) if W is not None else ():
+        if other != path:
+            tied_layer = _unwrapped(found.modules[other])
+            tied_kind = trainable_kind(tied_layer, other)
+            adapter = TrainableTokensAdapter(config, tied_kind, tied_layer, {"tokens": tokens})
+            works.append(TokenWork(other, *found.parent(other), tied_kind, adapter, source=path))
+    return works
+
+
+# ---------------------------------------------------------------------- apply
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection inside: it would walk the growing model again and again (three times the time)."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@dataclass
+class _Done:
+    """What has been applied so far, for undoing."""
+
+    replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    added: list[Adapted | ModulesToSaveWrapper] = field(default_factory=list)
+
+    def undo(self, name: str) -> None:
+        for wrapper in reversed(self.added):
+            wrapper.delete_adapter(name)
+        for parent, attribute, module in reversed(self.replaced):
+            setattr(parent, attribute, module)
+
+
+def apply(
+    prepared: Prepared,
+    name: str,
+    *,
+    meta: bool = False,
+    autocast: bool = True,
+    activate: bool = True,
+    trainable: bool = True,
+) -> None:
+    """Puts a prepared adapter into its model; on any error the model is as it was.
+
+    Args:
+        prepared (`Prepared`): From `prepare`.
+        name (`str`): The adapter's name.
+        meta (`bool`, *optional*, defaults to `False`): Leave tensors on the meta device: they will be assigned.
+        autocast (`bool`, *optional*, defaults to `True`): Keep tensors in fp32 where the layer is in 16 bits or fewer.
+        activate (`bool`, *optional*, defaults to `True`): Make it the default.
+        trainable (`bool`, *optional*, defaults to `True`): Whether it is trained when active.
+    """
+    found = prepared.survey
+    first = found.router is None
+    router = found.router or Router()
+    done = _Done()
+    grads = [p for p in found.model.parameters() if p.requires_grad] if first else []
+    try:
+        with collector_paused(), router.writing():
+            for parameter in grads:
+                parameter.requires_grad_(False)
+            for work in prepared.works:
+                _place(work, router, name, meta, autocast, done)
+            for path in prepared.saved:
+                _place_saved(found, path, router, name, done)
+            _place_tokens(prepared.tokens, router, name, meta, autocast, done)
+            _train_biases(prepared, name, trainable)
+            for wrapper in done.added if activate else ():
+                wrapper.set_adapter(name, inference_mode=not trainable)
+    except BaseException:
+        done.undo(name)
+        for parameter in grads:
+            parameter.requires_grad_(True)
+        raise
+
+
+def _place(work: Work, router: Router, name: str, meta: bool, autocast: bool, done: _Done) -> None:
+    layer = _existing(work)
+    if layer is None:
+        base = work.base
+        if isinstance(work.kind, ParameterKind) and any(
+            w.kind.weight_name > work.kind.weight_name for w in _chain(base) if isinstance(w, Adapted)
+        ):
+            raise UnsupportedLayerError(
+                f"{work.path}: parameters of one module are wrapped in the order of their names, and "
+                f"{work.kind.weight_name!r} comes before one that is wrapped: name it in the first adapter too."
+            )
+        layer = Adapted(base, work.kind, router, work.path, work.tied)
+        setattr(work.parent, work.attribute, layer)
+        done.replaced.append((work.parent, work.attribute, base))
+    _add(layer, name, work.adapter, meta, autocast, done)
+
+
+def _existing(work: Work) -> Adapted | None:
+    for wrapper in _chain(work.base):
+        if isinstance(wrapper, Adapted) and wrapper.kind is work.kind:
+            return wrapper
+    return None
+
+
+def _add(layer: Adapted, name: str, adapter: AbstractAdapter, meta: bool, autocast: bool, done: _Done) -> None:
+    dtype, device = layer.facts()
+    if autocast and dtype in _NARROW:
+        dtype = torch.float32
+    done.added.append(layer)
+    layer.add(name, adapter, "meta" if meta else device, dtype)
+    if not meta and device.type != "meta":
+        adapter.initialise(layer.params(name), layer)
+
+
+def _place_saved(found: Survey, path: str, router: Router, name: str, done: _Done) -> None:
+    parent, attribute = found.parent(path)
+    module = getattr(parent, attribute)
+    if not isinstance(module, ModulesToSaveWrapper):
+        wrapper = ModulesToSaveWrapper(module, router, path)
+        setattr(parent, attribute, wrapper)
+        done.replaced.append((parent, attribute, module))
+        module = wrapper
+    done.added.append(module)
+    module.add(name)
+
+
+def _place_tokens(works: list[TokenWork], router: Router, name: str, meta: bool, autocast: bool, done: _Done) -> None:
+    placed: dict[str, Adapted] = {}
+    for work in works:
+        module = getattr(work.parent, work.attribute)
+        if isinstance(module, TrainableTokensWrapper):
+            layer = module.token_adapter
+        else:
+            if work.source is None:
+                layer = Adapted(module, work.kind, router, work.path, tied=True)
+            else:
+                layer = TiedTokens(module, work.kind, router, work.path, placed[work.source])
+            setattr(work.parent, work.attribute, TrainableTokensWrapper(layer))
+            done.replaced.append((work.parent, work.attribute, module))
+        placed[work.path] = layer
+        if work.source is None:
+            _add(layer, name, work.adapter, meta, autocast, done)
+        else:
+            done.added.append(layer)
+            layer.add(name, work.adapter, "meta", None)
+
+
+def _train_biases(prepared: Prepared, name: str, trainable: bool) -> None:
+    if prepared.config.bias == "none":
+        return
+    for _, parameter in biases(prepared.survey.model, prepared.config, [w.path for w in prepared.works]):
+        parameter.requires_grad_(trainable)
+
+
+def biases(model: nn.Module, config: AdapterConfig, paths: Iterable[str] = ()) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the model's own biases that ``config`` trains; ``paths`` are the adapted layers."""
+    only = None if config.bias == "all" else {f"{p}.base_layer.bias" for p in paths}
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias") and ".lora_B." not in name and (only is None or name in only):
+            yield name, parameter
+
+
+# ---------------------------------------------------------------------- remove
+
+
+def remove(model: nn.Module, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """Takes all wrappers out of ``model``, writing adapters into the weights first where ``merge`` says so."""
+    layers = [w for _, w in wrappers(model) if isinstance(w, Adapted)]
+    for wrapper in layers if merge else ():
+        wrapper.check_merge(adapter_names, safe_merge)
+    for wrapper in layers:
+        if merge:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PeftWarning)  # what was merged before is merged
+                wrapper.merge(adapter_names=adapter_names, keep_base=wrapper.merged)
+            wrapper.forget()
+        elif wrapper.merged:
+            wrapper.unmerge()
+    for parent, attribute, module in list(_places(model)):
+        setattr(parent, attribute, _replacement(module, merge, adapter_names))
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    stack = [model]
+    while stack:
+        parent = stack.pop()
+        for attribute, module in parent._modules.items():
+            if isinstance(module, Adapted | ModulesToSaveWrapper | TrainableTokensWrapper):
+                yield parent, attribute, module
+                if not isinstance(module, ModulesToSaveWrapper):
+                    stack.append(_unwrapped(module))
+            elif module is not None:
+                stack.append(module)
+
+
+def _replacement(module: nn.Module, merge: bool, adapter_names: list[str] | None) -> nn.Module:
+    if isinstance(module, ModulesToSaveWrapper):
+        return module._copy_for(adapter_names or module._active) if merge else module.original_module
+    return _unwrapped(module)
+
+
+def with_targets(config: AdapterConfig, prepared: Prepared) -> None:
+    """Writes the targets found into a config that named none, or all linear layers: files need them spelt out."""
+    spelt = config.target_modules
+    if spelt is None or (isinstance(spelt, str) and spelt.lower() == "all-linear"):
+        paths = [t.name for t in prepared.plan.targets]
+        names = [m.name for m in prepared.survey.facts]
+        if paths:
+            config.target_modules = set(match.shrink(paths, names))
+
+
+def copy_config(config: AdapterConfig) -> AdapterConfig:
+    """A config that shares nothing with ``config``."""
+    return dataclasses.replace(config)

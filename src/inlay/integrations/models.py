@@ -1,0 +1,94 @@
+"""Base models and tokenizers of transformers for a task, with weights or without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from inlay.errors import ConfigError
+from inlay.integrations.tasks import TASKS
+from inlay.integrations.train_config import ModelSection
+
+
+def load_tokenizer(model: ModelSection) -> Any:
+    """The tokenizer of a model, with a padding token.
+
+    Raises:
+        ConfigError: There is none at the place named.
+    """
+    name = model.tokenizer or model.name
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer at {name!r}: {_first_line(error)}; set model.tokenizer") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"the tokenizer at {name!r} has neither a padding token nor an end-of-text token; add one to it")
+    return tokenizer
+
+
+def load_model_config(model: ModelSection, labels: Sequence[str] = ()) -> Any:
+    """The transformers config of a model, with the names of the classes set where there are any.
+
+    Raises:
+        ConfigError: There is none at the place named.
+    """
+    options: dict[str, Any] = {}
+    if labels:
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: i for i, label in enumerate(labels)}
+    try:
+        return transformers.AutoConfig.from_pretrained(model.name, revision=model.revision, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no model at {model.name!r} (model.name): {_first_line(error)}") from error
+
+
+def load_base(model: ModelSection, task: str | None, labels: Sequence[str] = (), pad_token_id: int | None = None) -> Any:
+    """A pretrained model for a task, on the CPU and in evaluation mode.
+
+    Args:
+        model (`ModelSection`): Which one, and in which dtype.
+        task (`str`, *optional*): A row of `tasks.TASKS`; None takes the class that the model was saved as.
+        labels (`Sequence[str]`, *optional*): The classes, for the head's size and the names in its config.
+        pad_token_id (`int`, *optional*): Set where the model has none: batches of unequal rows need one.
+
+    Raises:
+        ConfigError: There is no such model, or it has no head for this task.
+    """
+    config = load_model_config(model, labels)
+    if config.pad_token_id is None:
+        config.pad_token_id = pad_token_id
+    dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+    try:
+        return _auto_class(task, config).from_pretrained(model.name, config=config, revision=model.revision, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {model.name!r} cannot be loaded for {task}: {_first_line(error)}") from error
+
+
+def empty_base(model: ModelSection, task: str | None, labels: Sequence[str] = ()) -> nn.Module:
+    """The same model on the meta device: every shape, no weights, no memory."""
+    config = load_model_config(model, labels)
+    auto = _auto_class(task, config)
+    build = auto.from_config if auto.__name__.startswith("Auto") else auto
+    try:
+        with torch.device("meta"):
+            empty: nn.Module = build(config)
+    except ValueError as error:
+        raise ConfigError(f"model {model.name!r} cannot be built for {task}: {_first_line(error)}") from error
+    return empty
+
+
+def _auto_class(task: str | None, config: Any) -> Any:
+    if task is not None:
+        return getattr(transformers, TASKS[task].auto_class)
+    return getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,279 @@
+"""The four tasks: how a row becomes tensors, and tensors become figures and predictions.
+
+To add one: a class here, a row in ``TASKS``, its columns in `data.columns`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from inlay.integrations.data import Example, words
+from inlay.integrations.metrics import IGNORED, accuracy, exact_match, perplexity, rows_exact
+from inlay.integrations.train_config import DataSection
+
+Features = dict[str, Any]
+PADDING = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The figure that a task is judged by.
+
+    Args:
+        name (`str`): Its key among the scores.
+        higher_is_better (`bool`): Which way is up.
+    """
+
+    name: str
+    higher_is_better: bool
+
+
+class AbstractTask(abc.ABC):
+    """What differs between tasks.
+
+    Args:
+        data (`DataSection`): Names of columns and lengths.
+        tokenizer: The model's tokenizer.
+        labels (`list[str]`): All classes; empty for language modelling.
+    """
+
+    auto_class: ClassVar[str]
+    task_type: ClassVar[str]
+    metric: ClassVar[Metric]
+    generates: ClassVar[bool] = False
+
+    def __init__(self, data: DataSection, tokenizer: Any, labels: list[str]) -> None:
+        self.data, self.tokenizer, self.labels = data, tokenizer, labels
+        self.ids = {label: i for i, label in enumerate(labels)}
+
+    @abc.abstractmethod
+    def encode(self, row: dict[str, Any]) -> Features:
+        """The tensors of one row, unpadded; ``labels`` only where the row has its answer."""
+
+    @abc.abstractmethod
+    def reduce(self, logits: Any, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """What is kept of one batch's logits; run on the device, before anything is gathered."""
+
+    @abc.abstractmethod
+    def scores(self, kept: Any, labels_BT: Any) -> dict[str, float]:
+        """The figures over a whole held-out part, ``metric`` among them."""
+
+    @abc.abstractmethod
+    def describe(self, row: dict[str, Any], kept: Any, labels_T: Any) -> dict[str, Any]:
+        """One row's line in the file of predictions; ``kept`` is the row's part of what `reduce` kept."""
+
+    def collate(self, rows: list[Features]) -> dict[str, Tensor]:
+        """One batch, padded on the right to its longest row."""
+        padding = {"input_ids": self.tokenizer.pad_token_id, **PADDING}
+        batch = {}
+        for key in rows[0]:
+            values = [row[key] for row in rows]
+            if isinstance(values[0], int):
+                batch[key] = torch.tensor(values)
+                continue
+            width = max(map(len, values))
+            batch[key] = torch.tensor([value + [padding[key]] * (width - len(value)) for value in values])
+        return batch
+
+    def tokenized(self, *texts: str, max_length: int, **options: Any) -> Features:
+        """The tokenizer's output for a text or a pair, cut to ``max_length``."""
+        return dict(self.tokenizer(*texts, truncation=True, max_length=max_length, **options))
+
+
+class CausalLM(AbstractTask):
+    """Continue a text; with a target column, only the answer is learned and judged."""
+
+    auto_class = "AutoModelForCausalLM"
+    task_type = "CAUSAL_LM"
+    metric = Metric("perplexity", higher_is_better=False)
+
+    def encode(self, row: dict[str, Any]) -> Features:
+        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+        room = self.data.max_length - len(end)
+        prompt = self.tokenized(row[self.data.text], max_length=room)["input_ids"]
+        answer: list[int] = []
+        if self.data.target is not None:
+            limit = min(self.data.max_target_length, room - 1)
+            answer = self.tokenized(row[self.data.target], max_length=limit, add_special_tokens=False)["input_ids"]
+            # The end of a prompt says what is asked: where both do not fit, its beginning goes.
+            prompt = prompt[-(room - len(answer)) :]
+        ids = [*prompt, *answer, *end]
+        hidden = len(prompt) if self.data.target is not None else 0
+        return {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": [IGNORED] * hidden + ids[hidden:],
+        }
+
+    def reduce(self, logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """For logits (B, T, V): what each position predicts of its next token, and what the true one cost, both (B, T)."""
+        logits_BTV = logits[0] if isinstance(logits, tuple) else logits
+        next_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        cost_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), next_BT, reduction="none", ignore_index=IGNORED)
+        return logits_BTV.argmax(-1), cost_BT
+
+    def scores(self, kept: Any, labels_BT: Any) -> dict[str, float]:
+        predicted_BT, cost_BT = kept[0][:, :-1], kept[1][:, :-1]
+        wanted_BT = labels_BT[:, 1:]
+        scores = {
+            "perplexity": perplexity(float(cost_BT[wanted_BT != IGNORED].astype(np.float64).mean())),
+            "token_accuracy": accuracy(predicted_BT, wanted_BT),
+        }
+        if self.data.target is not None:
+            # Greedy decoding gives exactly the answer if and only if every token is the likeliest after the true ones.
+            scores["exact_match"] = float(rows_exact(predicted_BT, wanted_BT).mean())
+        return scores
+
+    def describe(self, row: dict[str, Any], kept: Any, labels_T: Any) -> dict[str, Any]:
+        wanted_T = labels_T[1:]
+        counted = wanted_T != IGNORED
+        predicted_T, cost_T = kept[0][:-1][counted], kept[1][:-1][counted]
+        line = {
+            "text": row[self.data.text],
+            "next_tokens": self.tokenizer.decode(predicted_T, skip_special_tokens=True),
+            "perplexity": perplexity(float(cost_T.mean())),
+            "token_accuracy": accuracy(predicted_T, wanted_T[counted]),
+        }
+        if self.data.target is not None:
+            line |= {"target": row[self.data.target], "exact": bool((predicted_T == wanted_T[counted]).all())}
+        return line
+
+
+class Seq2Seq(AbstractTask):
+    """Answer a text with a text, by greedy decoding."""
+
+    auto_class = "AutoModelForSeq2SeqLM"
+    task_type = "SEQ_2_SEQ_LM"
+    metric = Metric("exact_match", higher_is_better=True)
+    generates = True
+
+    def encode(self, row: dict[str, Any]) -> Features:
+        features = self.tokenized(row[self.data.text], max_length=self.data.max_length)
+        target = row.get(self.data.target or "")
+        if target is not None:
+            options = {"text_target": target, "truncation": True, "max_length": self.data.max_target_length}
+            features["labels"] = self.tokenizer(**options)["input_ids"]
+        return features
+
+    def reduce(self, logits: Any, labels: Tensor) -> Tensor:
+        """Unused where tokens are generated; kept whole for those who switch that off."""
+        logits_BTV: Tensor = logits[0] if isinstance(logits, tuple) else logits
+        return logits_BTV.argmax(-1)
+
+    def scores(self, kept: Any, labels_BT: Any) -> dict[str, float]:
+        return {"exact_match": exact_match(self._texts(kept), self._texts(labels_BT))}
+
+    def describe(self, row: dict[str, Any], kept: Any, labels_T: Any) -> dict[str, Any]:
+        return {
+            "text": row[self.data.text],
+            "target": row.get(self.data.target or ""),
+            "predicted": self._texts(kept[None])[0],
+        }
+
+    def _texts(self, ids_BT: Any) -> list[str]:
+        ids_BT = np.where(ids_BT == IGNORED, self.tokenizer.pad_token_id, ids_BT)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
+
+
+class SequenceClassification(AbstractTask):
+    """One class for a text or a pair of texts."""
+
+    auto_class = "AutoModelForSequenceClassification"
+    task_type = "SEQ_CLS"
+    metric = Metric("accuracy", higher_is_better=True)
+
+    def encode(self, row: dict[str, Any]) -> Features:
+        texts = [row[self.data.text], *([row[self.data.text_pair]] if self.data.text_pair else [])]
+        features = self.tokenized(*texts, max_length=self.data.max_length)
+        label = self.ids.get(str(row.get(self.data.label)))
+        if label is not None:
+            features["labels"] = label
+        return features
+
+    def reduce(self, logits: Any, labels: Tensor) -> Tensor:
+        """The probabilities (B, classes); encoder-decoders return more than logits."""
+        logits_BC: Tensor = logits[0] if isinstance(logits, tuple) else logits
+        return logits_BC.float().softmax(-1)
+
+    def scores(self, kept: Any, labels_BT: Any) -> dict[str, float]:
+        return {"accuracy": accuracy(kept.argmax(-1), labels_BT)}
+
+    def describe(self, row: dict[str, Any], kept: Any, labels_T: Any) -> dict[str, Any]:
+        best = int(kept.argmax())
+        return {
+            "text": row[self.data.text],
+            "label": None if row.get(self.data.label) is None else str(row[self.data.label]),
+            "predicted": self.labels[best],
+            "probability": float(kept[best]),
+        }
+
+
+class TokenClassification(AbstractTask):
+    """One class per word; the first piece of a word speaks for it."""
+
+    auto_class = "AutoModelForTokenClassification"
+    task_type = "TOKEN_CLS"
+    metric = Metric("accuracy", higher_is_better=True)
+
+    def encode(self, row: dict[str, Any]) -> Features:
+        encoded = self.tokenizer(
+            words(row[self.data.tokens]), is_split_into_words=True, truncation=True, max_length=self.data.max_length
+        )
+        features = dict(encoded)
+        tags = [self.ids.get(tag, IGNORED) for tag in words(row.get(self.data.tags) or [])]
+        if tags:
+            features["labels"] = [IGNORED if w is None else tags[w] for w in first_pieces(encoded.word_ids())]
+        return features
+
+    def reduce(self, logits: Any, labels: Tensor) -> Tensor:
+        """The likeliest class of each piece, (B, T)."""
+        logits_BTC: Tensor = logits[0] if isinstance(logits, tuple) else logits
+        return logits_BTC.argmax(-1)
+
+    def scores(self, kept: Any, labels_BT: Any) -> dict[str, float]:
+        return {"accuracy": accuracy(kept, labels_BT), "exact_match": float(rows_exact(kept, labels_BT).mean())}
+
+    def describe(self, row: dict[str, Any], kept: Any, labels_T: Any) -> dict[str, Any]:
+        tokens = words(row[self.data.tokens])
+        pieces = self.tokenizer(tokens, is_split_into_words=True, truncation=True, max_length=self.data.max_length)
+        found = {w: self.labels[int(kept[i])] for i, w in enumerate(first_pieces(pieces.word_ids())) if w is not None}
+        return {
+            "tokens": tokens,
+            "tags": None if row.get(self.data.tags) is None else words(row[self.data.tags]),
+            "predicted": [found.get(i) for i in range(len(tokens))],  # None: cut off by max_length
+        }
+
+
+def first_pieces(word_ids: Iterable[int | None]) -> list[int | None]:
+    """``word_ids`` with every piece but a word's first one set to None.
+
+    Example:
+        >>> first_pieces([None, 0, 0, 1, None])
+        [None, 0, None, 1, None]
+    """
+    ids = list(word_ids)
+    return [None if i and ids[i - 1] == word else word for i, word in enumerate(ids)]
+
+
+TASKS: dict[str, type[AbstractTask]] = {
+    "causal-lm": CausalLM,
+    "seq2seq": Seq2Seq,
+    "sequence-classification": SequenceClassification,
+    "token-classification": TokenClassification,
+}
+
+
+def examples_to_features(task: AbstractTask, rows: Iterable[Example]) -> list[Features]:
+    """`AbstractTask.encode` over rows; answers that only some rows have, or of classes never seen, are left out."""
+    features = [task.encode(row.values) for row in rows]
+    if not all("labels" in row for row in features):
+        features = [{key: value for key, value in row.items() if key != "labels"} for row in features]
+    return features

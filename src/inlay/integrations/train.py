@@ -1,0 +1,277 @@
+"""Training an adapter on a file of examples: the work behind ``inlay train`` and ``inlay predict``."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+import inlay
+from inlay.errors import PeftError
+from inlay.integrations.data import Examples, load_examples, load_inputs
+from inlay.integrations.models import load_base, load_tokenizer
+from inlay.integrations.run_folder import RunFolder, step_of, write_lines
+from inlay.integrations.tasks import TASKS, AbstractTask, examples_to_features
+from inlay.integrations.train_config import TrainConfig, raise_all
+from inlay.integrations.trainer import AdapterTrainer, build_trainer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What came out of a run; every figure was measured by it.
+
+    Args:
+        task (`str`): As in the config.
+        metric (`str`): The name of the figure that the task is judged by.
+        higher_is_better (`bool`): Which way that figure is better.
+        before (`dict[str, float]`): Scores on the held-out part with the fresh adapter, which is the frozen base.
+        after (`dict[str, float]`): The same with the trained adapter.
+        train_rows (`int`): Rows trained on.
+        held_out_rows (`int`): Rows judged on.
+        repeated_rows (`int`): Held-out rows whose input also stands in the training part.
+        labels (`list[str]`): The classes.
+        trainable (`int`): Trained parameters.
+        parameters (`int`): All parameters, the adapter's included.
+        adapter_bytes (`int`): Size of the adapter's weights on disk.
+        base_bytes (`int`): Size of the base model's weights in memory.
+        steps (`int`): Optimiser steps in all.
+        resumed_at (`int`): The step that this process began at.
+        seconds (`float`): Time spent training, in this process.
+        output (`str`): The folder with everything.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    before: dict[str, float]
+    after: dict[str, float]
+    train_rows: int
+    held_out_rows: int
+    repeated_rows: int
+    labels: list[str]
+    trainable: int
+    parameters: int
+    adapter_bytes: int
+    base_bytes: int
+    steps: int
+    resumed_at: int
+    seconds: float
+    output: str
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns: the report, and the live pieces for those who go on working with them."""
+
+    report: TrainReport
+    model: Any
+    predictions: list[dict[str, Any]]
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and prints; ``torchrun`` and ``accelerate launch`` set RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def adapter_config(config: TrainConfig) -> Any:
+    """The method's own config from the ``adapter`` section.
+
+    Raises:
+        ConfigError: The method is not known, or it has no such field, or a value does not fit.
+    """
+    task_type = TASKS[config.task].task_type
+    return inlay.get_peft_config(
+        {"peft_type": config.adapter.method.upper(), "task_type": task_type, **config.adapter.options}
+    )
+
+
+def prepare(config: TrainConfig) -> tuple[Examples, Any]:
+    """The examples and the method's config, everything checked and no model loaded.
+
+    Raises:
+        ConfigError: With every complaint at once.
+    """
+    complaints = []
+    if not config.model.name:
+        complaints.append("model.name: missing; expected a local folder or the id of a model on the hub")
+    if not config.data.path:
+        complaints.append("data.path: missing; expected a .jsonl, .csv, .tsv or .parquet file")
+    examples = adapter = None
+    try:
+        adapter = adapter_config(config)
+    except PeftError as error:
+        complaints.append(f"adapter: {error}")
+    if config.data.path:
+        try:
+            examples = load_examples(config)
+        except PeftError as error:
+            complaints.append(str(error))
+    raise_all(complaints)
+    assert examples is not None
+    return examples, adapter
+
+
+def train(
+    config: TrainConfig,
+    *,
+    say: Say = lambda text: None,
+    callbacks: Iterable[transformers.TrainerCallback] = (),
+    resume: bool | None = None,
+) -> TrainResult:
+    """Adapt a model to a file of examples.
+
+    Everything that can be wrong with the config or the data is raised before the model is loaded. Under ``torchrun`` or
+    ``accelerate launch`` every process calls this; only the main one writes.
+
+    Args:
+        config (`TrainConfig`): The whole plan.
+        say (`Callable[[str], None]`, *optional*): Told in one line what happens next.
+        callbacks (`Iterable[TrainerCallback]`, *optional*): For the Trainer, such as a progress bar.
+        resume (`bool`, *optional*): None continues from the last complete checkpoint in ``config.output`` if there is one;
+            True insists on one; False starts over.
+
+    Returns:
+        `TrainResult`: The report, the live model and its predictions on the held-out part.
+
+    Raises:
+        ConfigError: With everything that is wrong with the config, the data, or the folder to continue in.
+    """
+    examples, adapter = prepare(config)
+    folder = RunFolder(config.output)
+    checkpoint = folder.last_checkpoint(config, resume)
+    if is_main_process():
+        folder.begin(config, examples.labels, start_over=resume is False)
+    say(f"loading {config.model.name}")
+    transformers.set_seed(config.training.seed)
+    tokenizer = load_tokenizer(config.model)
+    base = load_base(config.model, config.task, examples.labels, tokenizer.pad_token_id)
+    base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
+    model = inlay.get_peft_model(base, adapter)
+    task = TASKS[config.task](config.data, tokenizer, examples.labels)
+    run = _Run(config, folder, task, model, examples, checkpoint, base_bytes, say)
+    return run.go(callbacks)
+
+
+@dataclass
+class _Run:
+    """One training, from the model to the report."""
+
+    config: TrainConfig
+    folder: RunFolder
+    task: AbstractTask
+    model: Any
+    examples: Examples
+    checkpoint: Path | None
+    base_bytes: int
+    say: Say
+
+    def go(self, callbacks: Iterable[transformers.TrainerCallback]) -> TrainResult:
+        """Evaluate, train, evaluate, save."""
+        train_features = examples_to_features(self.task, self.examples.train)
+        features = examples_to_features(self.task, self.examples.held_out)
+        trainer = build_trainer(self.model, self.task, self.config, self.folder.checkpoints, train_features)
+        trainer.eval_dataset = features
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        before = self._before(trainer, features)
+        seconds = self._train(trainer)
+        self.say(f"predicting {len(features)} held-out rows")
+        lines, after = trainer.describe(self.examples.held_out, features)
+        trainer.save_model(str(self.folder.adapter))
+        trainer.accelerator.wait_for_everyone()
+        report = self._report(before, after, seconds, trainer.state.global_step)
+        if is_main_process():
+            self.task.tokenizer.save_pretrained(self.folder.adapter)
+            write_lines(self.folder.path / "predictions.jsonl", lines)
+            self.folder.write("report", asdict(report))
+        return TrainResult(report, self.model, lines)
+
+    def _before(self, trainer: AdapterTrainer, features: list[dict[str, Any]]) -> dict[str, float]:
+        """Scores of the frozen base; a run that continues has them from its beginning."""
+        scores: dict[str, float] | None = self.folder.read("before") if self.checkpoint else None
+        if scores is None:
+            self.say(f"evaluating the base on {len(features)} held-out rows")
+            scores = trainer.score(features)
+            if is_main_process():
+                self.folder.write("before", scores)
+        return scores
+
+    def _train(self, trainer: AdapterTrainer) -> float:
+        rows = len(self.examples.train)
+        self.say(f"training on {rows} rows" + (f", from {self.checkpoint.name}" if self.checkpoint else ""))
+        clock = time.perf_counter()
+        trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        return time.perf_counter() - clock
+
+    def _report(self, before: dict[str, float], after: dict[str, float], seconds: float, steps: int) -> TrainReport:
+        trainable, parameters = self.model.get_nb_trainable_parameters()
+        weights = self.folder.adapter / "adapter_model.safetensors"
+        return TrainReport(
+            task=self.config.task,
+            metric=self.task.metric.name,
+            higher_is_better=self.task.metric.higher_is_better,
+            before=before,
+            after=after,
+            train_rows=len(self.examples.train),
+            held_out_rows=len(self.examples.held_out),
+            repeated_rows=self.examples.repeated,
+            labels=self.examples.labels,
+            trainable=trainable,
+            parameters=parameters,
+            # A machine that shares no disk with the main process has no file to measure.
+            adapter_bytes=weights.stat().st_size if weights.is_file() else 0,
+            base_bytes=self.base_bytes,
+            steps=steps,
+            resumed_at=step_of(self.checkpoint) if self.checkpoint else 0,
+            seconds=seconds,
+            output=str(self.folder.path),
+        )
+
+
+def predict(
+    run: str | Path,
+    data: str | Path | None = None,
+    *,
+    merge: bool = False,
+    say: Say = lambda text: None,
+    callbacks: Iterable[transformers.TrainerCallback] = (),
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Predict with the adapter that a run left.
+
+    Args:
+        run (`str` or `Path`): The output folder of `train`.
+        data (`str` or `Path`, *optional*): A file like the one trained on, answers optional; None takes the held-out part.
+        merge (`bool`, *optional*, defaults to False): Merge the adapter into the base first.
+        say (`Callable[[str], None]`, *optional*): Told in one line what happens next.
+        callbacks (`Iterable[TrainerCallback]`, *optional*): For the Trainer, such as a progress bar.
+
+    Returns:
+        `tuple[list[dict[str, Any]], dict[str, float]]`: One line per row, and the scores where all rows have answers.
+
+    Raises:
+        MissingFileError: No run was made there, or there is no such data.
+        ConfigError: A column is missing.
+    """
+    folder = RunFolder(run)
+    config = folder.config()
+    labels = folder.read("labels") or []
+    rows = load_examples(config).held_out if data is None else load_inputs(config.task, config.data, data)
+    say(f"loading {config.model.name} and {folder.adapter}")
+    tokenizer = load_tokenizer(config.model)
+    base = load_base(config.model, config.task, labels, tokenizer.pad_token_id)
+    model = inlay.PeftModel.from_pretrained(base, str(folder.adapter))
+    if merge:
+        model = model.merge_and_unload()
+    task = TASKS[config.task](config.data, tokenizer, labels)
+    trainer = build_trainer(model, task, config, folder.checkpoints, [])
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    say(f"predicting {len(rows)} rows")
+    return trainer.describe(rows, examples_to_features(task, rows))

@@ -1,0 +1,339 @@
+"""The typed tree behind ``inlay train CONFIG.yaml``, and the reading of it.
+
+A section is a frozen dataclass, a limit stands beside the field it limits, and every complaint about a config is
+collected and raised at once, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+
+from inlay.errors import ConfigError, MissingFileError, nearest
+
+TaskName = Literal["causal-lm", "seq2seq", "sequence-classification", "token-classification"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
+
+SHORT_LIST = 8
+
+
+def limited(default: Any, *, above: float | None = None, at_least: float | None = None, below: float | None = None) -> Any:
+    """A dataclass field whose number must be ``> above``, ``>= at_least`` and ``< below``, where given."""
+    return field(default=default, metadata={"above": above, "at_least": at_least, "below": below})
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which model is adapted.
+
+    Args:
+        name (`str`): A local folder or the id of a model on the hub.
+        tokenizer (`str`, *optional*): The tokenizer's folder or id, where it is not the model's.
+        revision (`str`, *optional*): Branch, tag or commit on the hub.
+        dtype (`str`, *optional*, defaults to "float32"): What the frozen weights are loaded as; "auto" keeps the file's.
+    """
+
+    name: str = ""
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Where the examples are, and which columns hold what.
+
+    Args:
+        path (`str`): A .jsonl, .csv, .tsv or .parquet file.
+        held_out_path (`str`, *optional*): A second file to evaluate on; without it a part of ``path`` is held out.
+        held_out_fraction (`float`, *optional*, defaults to 0.2): How large that part is.
+        text (`str`, *optional*, defaults to "text"): Column of the input (or of the whole text of a causal LM).
+        text_pair (`str`, *optional*): Column of a second input, for classifying pairs.
+        target (`str`, *optional*): Column of the answer; required for seq2seq. A causal LM with one learns the answer only.
+        label (`str`, *optional*, defaults to "label"): Column of the class, for sequence classification.
+        tokens (`str`, *optional*, defaults to "tokens"): Column of the words, for token classification.
+        tags (`str`, *optional*, defaults to "tags"): Column of one class per word, for token classification.
+        max_length (`int`, *optional*, defaults to 256): Inputs are cut to so many tokens.
+        max_target_length (`int`, *optional*, defaults to 64): Answers are cut to so many tokens.
+        max_rows (`int`, *optional*): Use only so many rows of ``path``, drawn with ``training.seed``.
+    """
+
+    path: str = ""
+    held_out_path: str | None = None
+    held_out_fraction: float = limited(0.2, above=0, below=1)
+    text: str = "text"
+    text_pair: str | None = None
+    target: str | None = None
+    label: str = "label"
+    tokens: str = "tokens"
+    tags: str = "tags"
+    max_length: int = limited(256, at_least=4)
+    max_target_length: int = limited(64, at_least=2)
+    max_rows: int | None = limited(None, at_least=2)
+
+
+@dataclass(frozen=True)
+class AdapterSection:
+    """The method and its own fields, as its config class takes them (``r``, ``target_modules``, ...)."""
+
+    method: str = "lora"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    """How it is trained.
+
+    Args:
+        epochs (`float`, *optional*, defaults to 3.0): Passes over the training rows.
+        max_steps (`int`, *optional*): Stop after so many optimiser steps; takes precedence over ``epochs``.
+        batch_size (`int`, *optional*, defaults to 16): Rows per device and step.
+        held_out_batch_size (`int`, *optional*, defaults to 32): Rows per device when evaluating.
+        accumulate (`int`, *optional*, defaults to 1): Batches per optimiser step.
+        learning_rate (`float`, *optional*, defaults to 2e-4): The peak.
+        warmup (`float`, *optional*, defaults to 0.06): Share of the steps over which the learning rate rises.
+        schedule (`str`, *optional*, defaults to "linear"): How it falls afterwards.
+        weight_decay (`float`, *optional*, defaults to 0.0): AdamW's.
+        clip (`float`, *optional*, defaults to 1.0): Largest gradient norm.
+        precision (`str`, *optional*, defaults to "float32"): The dtype of autocast.
+        gradient_checkpointing (`bool`, *optional*, defaults to False): Recompute activations to save memory.
+        group_by_length (`bool`, *optional*, defaults to False): Draw batches of similar length, to pad less.
+        seed (`int`, *optional*, defaults to 0): Split, initial values, order and dropout.
+        save_steps (`int`, *optional*, defaults to 100): A checkpoint every so many steps.
+        keep_checkpoints (`int`, *optional*, defaults to 2): Older ones are deleted.
+        log_steps (`int`, *optional*, defaults to 10): Report the loss every so many steps.
+        evaluate_steps (`int`, *optional*): Evaluate during training every so many steps.
+    """
+
+    epochs: float = limited(3.0, above=0)
+    max_steps: int | None = limited(None, at_least=1)
+    batch_size: int = limited(16, at_least=1)
+    held_out_batch_size: int = limited(32, at_least=1)
+    accumulate: int = limited(1, at_least=1)
+    learning_rate: float = limited(2e-4, above=0)
+    warmup: float = limited(0.06, at_least=0, below=1)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = limited(0.0, at_least=0)
+    clip: float = limited(1.0, above=0)
+    precision: DTypeName = "float32"
+    gradient_checkpointing: bool = False
+    group_by_length: bool = False
+    seed: int = limited(0, at_least=0, below=2**32)
+    save_steps: int = limited(100, at_least=1)
+    keep_checkpoints: int = limited(2, at_least=1)
+    log_steps: int = limited(10, at_least=1)
+    evaluate_steps: int | None = limited(None, at_least=1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything ``inlay train`` needs to know.
+
+    Args:
+        task (`str`, *optional*, defaults to "causal-lm"):
+            "causal-lm", "seq2seq", "sequence-classification" or "token-classification".
+        output (`str`, *optional*, defaults to "runs/train"): The folder that receives everything.
+    """
+
+    task: TaskName = "causal-lm"
+    output: str = "runs/train"
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tree as it would stand in a YAML file; `parse` reads it back."""
+        tree = dataclasses.asdict(self)
+        adapter = tree["adapter"]
+        tree["adapter"] = {"method": adapter["method"], **adapter["options"]}
+        return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose ``2e-4`` is a number: YAML 1.1 asks for ``2.0e-4`` and silently reads anything shorter as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """``text`` as plain data.
+
+    Raises:
+        ConfigError: The text is not YAML.
+
+    Example:
+        >>> read_yaml("2e-4", "--set"), read_yaml("[query, value]", "--set")
+        (0.0002, ['query', 'value'])
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a subclass of SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        MissingFileError: There is no such file.
+        ConfigError: It is not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"no config file {path}; expected a YAML file, see examples/train.yaml")
+    tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}; expected `key: value` lines")
+    return cast(dict[str, Any], tree)
+
+
+def with_settings(tree: Mapping[str, Any], settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """``tree`` with dotted keys set; the given tree stays as it is.
+
+    Example:
+        >>> with_settings({"data": {"path": "a"}}, [("data.path", "b"), ("adapter.r", 4)])
+        {'data': {'path': 'b'}, 'adapter': {'r': 4}}
+    """
+    result = dict(tree)
+    for key, value in settings:
+        head, _, rest = key.partition(".")
+        if not rest:
+            result[head] = value
+            continue
+        inner = result.get(head) or {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"cannot set {key}: {head} is a {type(inner).__name__}, not a section")
+        result[head] = with_settings(inner, [(rest, value)])
+    return result
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """One ``--set key=value`` as a dotted key and a YAML value.
+
+    Example:
+        >>> parse_setting("adapter.target_modules=[query, value]")
+        ('adapter.target_modules', ['query', 'value'])
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.strip().split(".")):
+        raise ConfigError(f"--set {text!r}: expected key=value with a dotted key, as in training.batch_size=8")
+    return key.strip(), read_yaml(value, f"--set {key.strip()}")
+
+
+def parse(tree: Mapping[str, Any]) -> TrainConfig:
+    """The typed config for a plain tree.
+
+    Raises:
+        ConfigError: With every unknown key, wrong type and number out of range at once.
+
+    Example:
+        >>> parse({"training": {"batch_sise": 4}})
+        Traceback (most recent call last):
+        inlay.errors.ConfigError: training.batch_sise: no such key; closest: batch_size
+    """
+    complaints: list[str] = []
+    config = _section(TrainConfig, _split_adapter(tree), "", complaints)
+    raise_all(complaints)
+    return cast(TrainConfig, config)
+
+
+def raise_all(complaints: list[str]) -> None:
+    """Raise one ConfigError that lists ``complaints``, if there are any."""
+    if len(complaints) == 1:
+        raise ConfigError(complaints[0])
+    if complaints:
+        raise ConfigError(f"{len(complaints)} things to put right:\n" + "\n".join(f"  - {c}" for c in complaints))
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """The dotted keys at which two plain trees differ.
+
+    Example:
+        >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+        ['b.c']
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}".strip("."))]
+    return [] if old == new else [where]
+
+
+def _split_adapter(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``adapter: {method, r, ...}`` as ``{method, options: {r, ...}}``: the options belong to the method's config."""
+    adapter = tree.get("adapter")
+    if not isinstance(adapter, dict):
+        return dict(tree)
+    options = {key: value for key, value in adapter.items() if key != "method"}
+    return {**tree, "adapter": {"method": adapter.get("method", "lora"), "options": options}}
+
+
+def _section(cls: type[Any], given: Any, where: str, complaints: list[str]) -> Any:
+    if not isinstance(given, dict):
+        complaints.append(f"{where}: expected a section of `key: value` lines, found {given!r}")
+        return cls()
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in given.items():
+        path = f"{where}.{key}".lstrip(".")
+        if key not in hints:
+            complaints.append(f"{path}: no such key{nearest(str(key), hints) or _listed(hints)}")
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = _section(cast(type[Any], hints[key]), {} if value is None else value, path, complaints)
+        else:
+            values[key] = _value(hints[key], value, path, complaints)
+    complaints.extend(_out_of_range(cls, values, where))
+    return cls(**values)
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    return f"; known: {', '.join(listed[:SHORT_LIST])}{', ...' if len(listed) > SHORT_LIST else ''}"
+
+
+def _value(hint: Any, value: Any, path: str, complaints: list[str]) -> Any:
+    """``value`` where it is of the type ``hint`` (an int passes for a float), else a complaint."""
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            complaints.append(f"{path}: {value!r} is none of {', '.join(choices)}")
+        return value
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = tuple(typing.get_origin(one) or one for one in allowed)
+    if float in plain and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    # bool is an int to Python; `epochs: yes` is a mistake to everyone else.
+    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
+        names = " or ".join("nothing" if one is types.NoneType else one.__name__ for one in plain)
+        complaints.append(f"{path}: expected {names}, found {value!r}")
+    return value
+
+
+def _out_of_range(cls: type[Any], values: Mapping[str, Any], where: str) -> Iterable[str]:
+    for one in dataclasses.fields(cls):
+        value, limits = values.get(one.name), one.metadata
+        if not limits or isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        above, at_least, below = limits["above"], limits["at_least"], limits["below"]
+        # Written so that NaN, which compares False with everything, is out of every range.
+        inside = (
+            (above is None or value > above)
+            and (at_least is None or value >= at_least)
+            and (below is None or value < below)
+            and abs(value) != float("inf")
+        )
+        if not inside:
+            wanted = [f"{sign} {limit}" for sign, limit in ((">", above), (">=", at_least), ("<", below)) if limit is not None]
+            yield f"{where}.{one.name}: {value} is out of range; expected {' and '.join(wanted)}"

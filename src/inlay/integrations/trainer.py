@@ -1,0 +1,165 @@
+"""transformers' Trainer for a model with an adapter."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers.trainer_callback import PrinterCallback
+
+import inlay
+from inlay.integrations.data import Example
+from inlay.integrations.tasks import AbstractTask, Features
+from inlay.integrations.train_config import TrainConfig
+
+NOISE = ("runtime", "per_second", "preparation_time", "epoch")
+BATCHES_SORTED = 50  # so many batches are drawn at random and then sorted by length among themselves
+
+
+class SimilarLengths(Sampler[int]):
+    """A random order in which neighbours have similar lengths; the same for the same seed and epoch.
+
+    A run that continues in the middle of an epoch therefore sees exactly the rows that are left of it.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.chunk, self.seed, self.epoch = lengths, batch_size * BATCHES_SORTED, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch by accelerate's data loader."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(len(self.lengths)))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        for start in range(0, len(order), self.chunk):
+            yield from sorted(order[start : start + self.chunk], key=lambda i: -self.lengths[i])
+
+
+class AdapterTrainer(transformers.Seq2SeqTrainer):
+    """transformers' Trainer, taught that a checkpoint of an adapted model is an adapter.
+
+    The greedy decoding it inherits is used by tasks that generate and dormant for the others.
+    """
+
+    adapter_task: AbstractTask
+    lengths: list[int] | None = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapted = self.accelerator.unwrap_model(model or self.model)
+        inlay.set_peft_model_state_dict(adapted, inlay.load_peft_weights(resume_from_checkpoint, device="cpu"))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return SimilarLengths(self.lengths, batch, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return SequentialSampler(eval_dataset)
+
+    def score(self, features: list[Features]) -> dict[str, float]:
+        """The task's scores on ``features``, and the mean loss."""
+        return _plain(self.evaluate(cast(Any, features)))
+
+    def describe(self, rows: Sequence[Example], features: list[Features]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """One line per row as the task describes it, and the scores where the rows have answers."""
+        output = self.predict(cast(Any, features))
+        kept, labels = output.predictions, cast(Any, output.label_ids)
+        lines = []
+        for i, row in enumerate(rows):
+            mine = tuple(part[i] for part in kept) if isinstance(kept, tuple) else kept[i]
+            described = self.adapter_task.describe(row.values, mine, None if labels is None else labels[i])
+            lines.append({"row": row.index, **described})
+        return lines, _plain(output.metrics or {})
+
+
+def _plain(metrics: dict[str, float]) -> dict[str, float]:
+    """The Trainer's metrics without its prefixes and timings."""
+    ours = {key.removeprefix("eval_").removeprefix("test_"): value for key, value in metrics.items()}
+    return {key: float(value) for key, value in ours.items() if not any(word in key for word in NOISE)}
+
+
+def build_trainer(model: Any, task: AbstractTask, config: TrainConfig, folder: Path, train: list[Features]) -> AdapterTrainer:
+    """A trainer for ``model``, silent, with ``config``'s settings.
+
+    Args:
+        model: An adapted model, or a plain one to predict with.
+        task (`AbstractTask`): Collates, scores and describes.
+        config (`TrainConfig`): Its training section is used.
+        folder (`Path`): Receives the checkpoints.
+        train (`list[Features]`): The encoded training rows; empty to predict only.
+    """
+    if config.training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    trainer = AdapterTrainer(
+        model=model,
+        args=_arguments(config, task, folder),
+        data_collator=task.collate,
+        train_dataset=cast(Any, train),
+        compute_metrics=lambda output: task.scores(output.predictions, output.label_ids),
+        preprocess_logits_for_metrics=None if task.generates else cast(Any, task.reduce),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.adapter_task = task
+    if config.training.group_by_length:
+        trainer.lengths = [len(row["input_ids"]) for row in train]
+    # The Trainer looks at the outermost forward, which passes anything on; what counts is who receives it.
+    forward = inspect.signature(_innermost(model).forward).parameters.values()
+    trainer.model_accepts_loss_kwargs = any(one.kind is one.VAR_KEYWORD for one in forward)
+    return trainer
+
+
+def _innermost(model: Any) -> nn.Module:
+    return cast(nn.Module, model.get_base_model()) if isinstance(model, inlay.PeftModel) else cast(nn.Module, model)
+
+
+def _arguments(config: TrainConfig, task: AbstractTask, folder: Path) -> transformers.Seq2SeqTrainingArguments:
+    training, cpu = config.training, not torch.accelerator.is_available()
+    return transformers.Seq2SeqTrainingArguments(
+        output_dir=str(folder),
+        use_cpu=cpu,
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.held_out_batch_size,
+        gradient_accumulation_steps=training.accumulate,
+        learning_rate=training.learning_rate,
+        warmup_steps=training.warmup,
+        lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.clip,
+        bf16=training.precision == "bfloat16",
+        fp16=training.precision == "float16",
+        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        seed=training.seed,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        save_total_limit=training.keep_checkpoints,
+        logging_steps=training.log_steps,
+        eval_strategy="no" if training.evaluate_steps is None else "steps",
+        eval_steps=training.evaluate_steps,
+        predict_with_generate=task.generates,
+        generation_max_length=config.data.max_target_length,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=not cpu,
+        report_to=[],
+        disable_tqdm=True,
+    )

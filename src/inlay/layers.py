@@ -1,0 +1,307 @@
+"""The M axis: one row per kind of layer, so that a method never names a layer.
+
+Every kind shows its weight as a matrix W_OI (out x in) and can run its own operation with another matrix. A low-rank
+method then is ``mix(apply(x, down_RI), up_OR)`` on a linear layer, a convolution and an embedding alike.
+
+Shapes: O out, I in (a convolution's I is channels x kernel), R rank, B batch, V vocabulary, D embedding width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.errors import UnsupportedLayerError
+
+Resolve = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
+
+
+class LayerKind(ABC):
+    """How one kind of layer is seen by methods. Stateless: a row of `KINDS`."""
+
+    name: ClassVar[str]
+    row_dim: ClassVar[int] = 0
+    # A plain matrix product on the last dimension: fused paths and stacked rows apply.
+    matrix: ClassVar[bool] = False
+    # The layer's result is not linear in the weight: adapters act on the weight, never beside the call.
+    by_weight: ClassVar[bool] = False
+    # Part of slot names ("lora_embedding_A") and whether tensors stand bare in their slot, as files have it.
+    infix: ClassVar[str] = ""
+    bare: ClassVar[bool] = False
+    # The layer reads indices: nothing can be done to its input.
+    indexed: ClassVar[bool] = False
+    weight_name: str = "weight"
+    bias_name: str = "bias"
+
+    @abstractmethod
+    def owns(self, layer: nn.Module) -> bool:
+        """Whether this row describes ``layer``."""
+
+    @abstractmethod
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        """(O, I) of the matrix view."""
+
+    @abstractmethod
+    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
+        """The layer's operation, without bias, with the matrix ``W_OI`` in place of its weight; O is free."""
+
+    def mix(self, layer: nn.Module, h: Tensor, W_OR: Tensor) -> Tensor:
+        """Mixes the output channels of ``h``."""
+        return F.linear(h, W_OR)
+
+    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+        """The layer's weight as W_OI; a view where possible."""
+        return W
+
+    def from_matrix(self, layer: nn.Module, W_OI: Tensor) -> Tensor:
+        """A matrix of the view's shape in the layer's own layout."""
+        return W_OI
+
+    def down_shape(self, layer: nn.Module, r: int) -> tuple[int, ...]:
+        """Shape of a down factor as it stands in files."""
+        return (r, self.shape(layer)[1])
+
+    def up_shape(self, layer: nn.Module, r: int) -> tuple[int, ...]:
+        """Shape of an up factor as it stands in files."""
+        return (self.shape(layer)[0], r)
+
+    def channels(self, v_O: Tensor) -> Tensor:
+        """A vector over output channels, shaped to multiply the layer's output."""
+        return v_O
+
+    def channel_shape(self, layer: nn.Module) -> tuple[int, ...]:
+        """Shape of a vector over output channels as it stands in files."""
+        return (self.shape(layer)[0],)
+
+    def groups(self, layer: nn.Module) -> int:
+        """In how many groups the output channels see the input."""
+        return 1
+
+    def experts(self, layer: nn.Module) -> int:
+        """How many matrices of one shape the weight stacks."""
+        return 1
+
+    def call(self, layer: nn.Module, W: Tensor, b: Tensor | None, resolve: Resolve, args: Any, kwargs: Any) -> Any:
+        """Runs a layer that is adapted by weight; ``resolve`` gives the weights of modules inside it."""
+        raise UnsupportedLayerError(f"{self.name} is adapted beside its call, not through its weight.")
+
+
+class _Linear(LayerKind):
+    name = "Linear"
+    matrix = True
+
+    def owns(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear)
+
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        linear = cast(nn.Linear, layer)
+        return linear.out_features, linear.in_features
+
+    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
+        return F.linear(x, W_OI)
+
+
+class _Conv1D(LayerKind):
+    """GPT-2's linear layer, its weight stored in x out. Known by its class name: transformers stays unimported."""
+
+    name = "Conv1D"
+    matrix = True
+
+    def owns(self, layer: nn.Module) -> bool:
+        return any(
+            c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__
+        )
+
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        n_in, n_out = cast(Tensor, layer.weight).shape
+        return n_out, n_in
+
+    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
+        return F.linear(x, W_OI)
+
+    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+        return W.t()
+
+    def from_matrix(self, layer: nn.Module, W_OI: Tensor) -> Tensor:
+        return W_OI.t()
+
+
+class _Conv(LayerKind):
+    def __init__(self, dims: int) -> None:
+        self.dims = dims
+        self.cls: type[nn.Module] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        self.conv: Any = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        self.name = self.cls.__name__  # type: ignore[misc]  # one row per number of dimensions
+
+    def owns(self, layer: nn.Module) -> bool:
+        return isinstance(layer, self.cls)
+
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        conv = cast(nn.Conv2d, layer)
+        return conv.out_channels, conv.weight[0].numel()
+
+    def groups(self, layer: nn.Module) -> int:
+        return cast(nn.Conv2d, layer).groups
+
+    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
+        conv = cast(nn.Conv2d, layer)
+        W = W_OI.reshape(W_OI.shape[0], -1, *conv.kernel_size)
+        padding: Any = conv.padding
+        if conv.padding_mode != "zeros":
+            x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+        # A factor may see all input channels though the base is grouped (that is how files have it).
+        groups = conv.in_channels // W.shape[1]
+        return cast(Tensor, self.conv(x, W, None, conv.stride, padding, conv.dilation, groups))
+
+    def mix(self, layer: nn.Module, h: Tensor, W_OR: Tensor) -> Tensor:
+        W = W_OR.reshape(*W_OR.shape[:2], *(1,) * self.dims)
+        return cast(Tensor, self.conv(h, W, groups=h.shape[1] // W.shape[1] if h.dim() > self.dims + 1 else 1))
+
+    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+        return W.flatten(1)
+
+    def from_matrix(self, layer: nn.Module, W_OI: Tensor) -> Tensor:
+        return W_OI.reshape(W_OI.shape[0], -1, *cast(nn.Conv2d, layer).kernel_size)
+
+    def down_shape(self, layer: nn.Module, r: int) -> tuple[int, ...]:
+        conv = cast(nn.Conv2d, layer)
+        return (r, conv.in_channels, *conv.kernel_size)
+
+    def up_shape(self, layer: nn.Module, r: int) -> tuple[int, ...]:
+        conv = cast(nn.Conv2d, layer)
+        return (conv.out_channels, r // conv.groups, *(1,) * self.dims)
+
+    def channels(self, v_O: Tensor) -> Tensor:
+        return v_O.reshape(-1, *(1,) * self.dims)
+
+    def channel_shape(self, layer: nn.Module) -> tuple[int, ...]:
+        return (1, cast(nn.Conv2d, layer).out_channels, *(1,) * self.dims)
+
+
+class _Embedding(LayerKind):
+    """The matrix view is the transposed table W_DV: an index is a one-hot input."""
+
+    name = "Embedding"
+    infix = "embedding_"
+    bare = True
+    indexed = True
+
+    def owns(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Embedding)
+
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        table = cast(nn.Embedding, layer)
+        return table.embedding_dim, table.num_embeddings
+
+    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
+        table = cast(nn.Embedding, layer)
+        h = F.embedding(x, W_OI.t(), padding_idx=table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
+        # Some embeddings (Gemma's) multiply their output; the factor belongs to the layer, not to the table.
+        scale = getattr(layer, "embed_scale", None)
+        return h if scale is None else h * (scale.to(h.dtype) if isinstance(scale, Tensor) else scale)
+
+    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+        return W.t()
+
+    def from_matrix(self, layer: nn.Module, W_OI: Tensor) -> Tensor:
+        return W_OI.t()
+
+
+class _MultiheadAttention(LayerKind):
+    """torch's attention hands its weights to one fused call, so adapters act on the packed in-projection W_(3n)n."""
+
+    name = "MultiheadAttention"
+    by_weight = True
+    weight_name = "in_proj_weight"
+    bias_name = "in_proj_bias"
+
+    def owns(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.MultiheadAttention)
+
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        attention = cast(nn.MultiheadAttention, layer)
+        return 3 * attention.embed_dim, attention.embed_dim
+
+    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
+        raise UnsupportedLayerError("MultiheadAttention is adapted through its weight, not beside its call.")
+
+    def call(self, layer: nn.Module, W: Tensor, b: Tensor | None, resolve: Resolve, args: Any, kwargs: Any) -> Any:
+        mha = cast(nn.MultiheadAttention, layer)
+        return attention(mha, W, b, *resolve(mha.out_proj), *args, **kwargs)
+
+
+KINDS: tuple[LayerKind, ...] = (
+    _Linear(),
+    _Embedding(),
+    _Conv(2),
+    _Conv1D(),
+    _Conv(1),
+    _Conv(3),
+    _MultiheadAttention(),
+)
+
+
+def kind_of(layer: nn.Module) -> LayerKind | None:
+    """The row of `KINDS` that describes ``layer``, or None.
+
+    Example:
+        >>> kind_of(nn.Linear(2, 3)).name
+        'Linear'
+    """
+    for kind in KINDS:
+        if kind.owns(layer):
+            return kind
+    return None
+
+
+def attention(
+    layer: nn.MultiheadAttention,
+    W_in: Tensor,
+    b_in: Tensor | None,
+    W_out: Tensor,
+    b_out: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`torch.nn.MultiheadAttention`'s forward as a function of its weights; ``layer`` is only read."""
+    batched = query.dim() == 3
+    if layer.batch_first and batched:
+        query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+    out, weights = F.multi_head_attention_forward(
+        query,
+        key,
+        value,
+        layer.embed_dim,
+        layer.num_heads,
+        W_in,
+        b_in,
+        layer.bias_k,
+        layer.bias_v,
+        layer.add_zero_attn,
+        layer.dropout,
+        W_out,
+        b_out,
+        training=layer.training,
+        key_padding_mask=key_padding_mask,
+        need_weights=need_weights,
+        attn_mask=attn_mask,
+        average_attn_weights=average_attn_weights,
+        is_causal=is_causal,
+    )
+    return (out.transpose(0, 1) if layer.batch_first and batched else out), weights
+
+
+def dtype_for_new(W: Tensor) -> torch.dtype:
+    """The dtype of an adapter's fresh tensors on a layer with weight ``W``: the weight's, where it is a float."""
+    return W.dtype if W.is_floating_point() else torch.get_default_dtype()

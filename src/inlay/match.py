@@ -1,0 +1,708 @@
+"""From names to a plan: strings in, a `Plan` out. No torch here, and every complaint about targets is raised here.
+
+A plan says of every module that a config's patterns name what happens to it and why: adapted, trained whole, or left
+out for a reason. It is made before anything is touched, so that a config that does not fit leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal
+
+from inlay.errors import (
+    ConfigError,
+    NoMatchingPeftModuleError,
+    PlanError,
+    UnknownArchitectureError,
+    UnsupportedLayerError,
+    nearest,
+)
+from inlay.patterns import KeyTable, compile_pattern
+
+# How many unmatched entries are compared with the model's names, and with how many of them: comparing is slow.
+_MAX_HINTS = 5
+_MAX_CANDIDATES = 1_000
+# Lists at least this long are written to files as the shortest suffixes that say the same.
+_SHRINK_FROM = 20
+# Heads that a task's handle asks to save on the chance that the model has them.
+_USUAL_HEADS = frozenset({"classifier", "score", "qa_outputs"})
+_REGEX_CHARACTERS = re.compile(r"[\\*+?()\[\]|^$]")
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One module of the model.
+
+    Args:
+        name (`str`): Its dotted name.
+        kind (`str`, *optional*): Name of its row in the table of layer kinds; `None` for anything else.
+        output_head (`bool`, *optional*, defaults to `False`): Whether "all-linear" leaves it out as the output head.
+        inside (`str`, *optional*): Name of the module around it that reads its weight without calling it, so that an
+            adapter on it would have no effect.
+    """
+
+    name: str
+    kind: str | None
+    output_head: bool = False
+    inside: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A module that gets an adapter.
+
+    Args:
+        name (`str`): The module.
+        kind (`str`): Its kind.
+        pattern (`str`): The entry of ``target_modules`` that named it; the longest, where several do.
+        overrides (`Mapping[str, object]`): Field and value, where a table such as ``rank_pattern`` has one for it.
+        reason (`str`): Why it is a target, for people.
+    """
+
+    name: str
+    kind: str
+    pattern: str
+    overrides: Mapping[str, object]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterTarget:
+    """A bare parameter that gets an adapter.
+
+    Args:
+        module (`str`): The module that owns it.
+        parameter (`str`): Its name there.
+        pattern (`str`): The entry of ``target_parameters`` that named it.
+        overrides (`Mapping[str, object]`): As in `Target`; looked up by ``<module>.<parameter>``.
+    """
+
+    module: str
+    parameter: str
+    pattern: str
+    overrides: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A module (or parameter) that a pattern named and that is left alone.
+
+    Args:
+        name (`str`): Its name.
+        reason (`str`): Why.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a config does to a model.
+
+    Args:
+        targets (`tuple[Target, ...]`): Modules that get an adapter, in the order of the model.
+        parameters (`tuple[ParameterTarget, ...]`): Bare parameters that get one, by module, then by name.
+        saved (`tuple[tuple[str, str], ...]`): Modules trained whole, each with its entry of ``modules_to_save``.
+        matched (`Mapping[str, int]`): How many modules or parameters each pattern named, before any was left out.
+        unmatched (`tuple[tuple[str, str], ...]`): Patterns that named nothing, each with a hint such as
+            ``"; closest: q_proj"`` or ``""``.
+        skipped (`tuple[Skip, ...]`): What a pattern named and the plan leaves alone.
+        warnings (`tuple[str, ...]`): What looks like a mistake and is none for certain.
+    """
+
+    targets: tuple[Target, ...]
+    parameters: tuple[ParameterTarget, ...]
+    saved: tuple[tuple[str, str], ...]
+    matched: Mapping[str, int]
+    unmatched: tuple[tuple[str, str], ...]
+    skipped: tuple[Skip, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targeting:
+    """What a config says about where its method goes; the fields are those of the config.
+
+    Args:
+        target_modules (`list[str]`, `set[str]` or `str`, *optional*): Names or dotted suffixes; a `str` is a regular
+            expression for the whole name, or ``"all-linear"``.
+        exclude_modules (`list[str]`, `set[str]` or `str`, *optional*): Left out; matched in the same way.
+        layers_to_transform (`list[int]` or `int`, *optional*): Only layers with these indices; `None` or an empty list
+            is all. A target given by its full name is exempt.
+        layers_pattern (`list[str]` or `str`, *optional*): The component before the layer's index; by default the index
+            is the name's first integer.
+        modules_to_save (`list[str]` or `set[str]`, *optional*): Names or dotted suffixes of modules trained whole.
+        target_parameters (`list[str]` or `set[str]`, *optional*): Dotted suffixes of ``<module>.<parameter>``.
+        patterns (`Mapping[str, Mapping[str, object]]`, *optional*): For every field that varies by layer its table:
+            ``{"r": rank_pattern}``.
+        supported (`frozenset[str]`): Kinds of layer that the method adapts.
+        method (`str`, *optional*, defaults to ``"LoRA"``): The method, for messages.
+        optional (`bool`, *optional*, defaults to `False`): Whether a plan without any target is fine, because
+            something else is trained.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | set[str] | None = None
+    target_parameters: list[str] | set[str] | None = None
+    patterns: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    supported: frozenset[str]
+    method: str = "LoRA"
+    optional: bool = False
+
+
+def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targeting: Targeting) -> Plan:
+    """Decides what happens to every module and parameter that a config names.
+
+    Args:
+        modules (`Sequence[Module]`): Every module but the root, in the order of the model.
+        parameters (`Sequence[tuple[str, str]]`): Every parameter as (module, parameter name); needed for
+            ``target_parameters`` only.
+        targeting (`Targeting`): What the config says.
+
+    Returns:
+        `Plan`
+
+    Raises:
+        ConfigError: ``layers_to_transform`` with a regular expression, or ``layers_pattern`` alone.
+        NoMatchingPeftModuleError: Nothing is left to adapt; the message says which rule took the last target.
+        UnsupportedLayerError: A target is of a kind that the method does not adapt.
+        PatternError: A pattern is malformed, or takes too long to match.
+        PlanError: A parameter of the root or of a module that is a target itself is to be adapted, or a module inside
+            a target to be saved.
+
+    Example:
+        >>> modules = [Module("layers.0", None), Module("layers.0.q_proj", "Linear"), Module("layers.0.fc", "Linear")]
+        >>> made = plan(modules, [], Targeting(target_modules=["q_proj", "fd"], supported=frozenset({"Linear"})))
+        >>> [target.name for target in made.targets]
+        ['layers.0.q_proj']
+        >>> made.warnings
+        ("'fd' in target_modules matched 0 of 3 modules.",)
+    """
+    _check(targeting)
+    planner = _Planner(modules, targeting)
+    planner.choose_saved()
+    planner.choose_targets()
+    planner.choose_parameters(parameters)
+    planner.complain()
+    return planner.finish()
+
+
+def _check(targeting: Targeting) -> None:
+    """Contradictions within the config itself."""
+    if _is_regex(targeting.target_modules):
+        for name, value in (
+            ("layers_to_transform", targeting.layers_to_transform),
+            ("layers_pattern", targeting.layers_pattern),
+        ):
+            if value is not None:
+                raise ConfigError(
+                    f"{name} needs a list of target_modules, got the regular expression "
+                    f"{targeting.target_modules!r}; put the layer indices into the expression instead."
+                )
+    if targeting.layers_pattern and targeting.layers_to_transform is None:
+        raise ConfigError("layers_pattern is set and layers_to_transform is not: say which layers.")
+    if not targeting.target_modules and not targeting.target_parameters and not targeting.optional:
+        raise NoMatchingPeftModuleError(
+            "there is nothing to adapt: neither target_modules nor target_parameters is given. Name the layers, as in "
+            "target_modules=['q_proj', 'v_proj'], or pass target_modules='all-linear'."
+        )
+
+
+# ------------------------------------------------------------------------------------------------- matching one name
+
+
+def _is_regex(entries: Iterable[str] | str | None) -> bool:
+    return isinstance(entries, str) and not _is_all_linear(entries)
+
+
+def _is_all_linear(entries: Iterable[str] | str | None) -> bool:
+    return isinstance(entries, str) and entries.lower() == "all-linear"
+
+
+def _suffixes(name: str) -> Iterator[str]:
+    """The name and every end of it after a dot, longest first."""
+    yield name
+    dot = name.find(".")
+    while dot >= 0:
+        yield name[dot + 1 :]
+        dot = name.find(".", dot + 1)
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """The names of the modules around ``name``, innermost first."""
+    dot = name.rfind(".")
+    while dot > 0:
+        yield name[:dot]
+        dot = name.rfind(".", 0, dot)
+
+
+class _Matcher:
+    """One field of patterns: a list of names and dotted suffixes, a regular expression, or "all-linear".
+
+    A list costs one look-up per component of a name, however long it is.
+    """
+
+    def __init__(
+        self, field_name: str, entries: Iterable[str] | str | None, linear: frozenset[str] = frozenset()
+    ) -> None:
+        self.field = field_name
+        self.linear = linear if _is_all_linear(entries) else frozenset()
+        self.regex = compile_pattern(entries) if isinstance(entries, str) and not self.linear else None
+        self.entries = (entries,) if isinstance(entries, str) else tuple(dict.fromkeys(entries or ()))
+        if isinstance(entries, set | frozenset):
+            self.entries = tuple(sorted(self.entries))
+        self.names = frozenset() if isinstance(entries, str) else frozenset(self.entries)
+        self.counts: Counter[str] = Counter()
+
+    def hits(self, name: str, kind: str | None = None) -> tuple[str, ...]:
+        """The entries that name this module, longest first."""
+        if self.names:
+            found = tuple(end for end in _suffixes(name) if end in self.names)
+        elif self.linear:
+            found = self.entries if kind in self.linear else ()
+        else:
+            found = self.entries if self.regex is not None and self.regex.fullmatch(name) else ()
+        if found:
+            self.counts.update(found)
+        return found
+
+    def unmatched(self) -> list[str]:
+        return [entry for entry in self.entries if not self.counts[entry]]
+
+
+class _Layers:
+    """``layers_to_transform`` and ``layers_pattern``."""
+
+    def __init__(self, indices: list[int] | int | None, pattern: list[str] | str | None) -> None:
+        self.wanted = frozenset([indices] if isinstance(indices, int) else indices or ())
+        self.prefixes = tuple(f".{p}" for p in ([pattern] if isinstance(pattern, str) else pattern or ()))
+        self.seen: set[int] = set()
+
+    def reject(self, name: str) -> str:
+        """Why the layers leave ``name`` out, or ""."""
+        if not self.wanted:
+            return ""
+        index = self.index(name)
+        if index is None:
+            return "no layer index in its name, and layers_to_transform is set"
+        self.seen.add(index)
+        return "" if index in self.wanted else f"layer {index} is not in layers_to_transform"
+
+    def index(self, name: str) -> int | None:
+        """The integer after a layers_pattern, or the first one after any word; it is never the name's last part."""
+        parts = name.split(".")
+        found = [i for i in range(1, len(parts) - 1) if parts[i].isdecimal()]
+        if not self.prefixes:
+            return next((int(parts[i]) for i in found if not parts[i - 1].isdecimal()), None)
+        before = {i: "." + ".".join(parts[:i]) for i in found}
+        return next((int(parts[i]) for p in self.prefixes for i in found if before[i].endswith(p)), None)
+
+    def never_seen(self) -> list[int]:
+        return sorted(self.wanted - self.seen)
+
+
+class _Hints:
+    """What the user may have meant by an entry that matched nothing."""
+
+    def __init__(self, names: Sequence[str], preferred: Sequence[str]) -> None:
+        self.names = names
+        self.preferred = preferred
+        self.left = _MAX_HINTS
+        self._candidates: dict[int, list[str]] = {}
+
+    def __call__(self, entry: str, whole_regex: bool) -> str:
+        """The end of a sentence, such as "; closest: q_proj", or ""."""
+        if self.left <= 0:
+            return ""
+        self.left -= 1
+        if whole_regex:
+            if any(entry in _suffixes(name) for name in self.names):
+                return f"; a string is a regular expression for the whole name, pass the list [{entry!r}]"
+            word = re.findall(r"\w+", entry)
+            return self.closest(word[-1]) if word else ""
+        if _is_all_linear(entry):
+            return "; for every linear layer pass the string 'all-linear', not a list"
+        if _REGEX_CHARACTERS.search(entry):
+            return "; entries of a list are names, pass a regular expression as one string"
+        return self.closest(entry)
+
+    def closest(self, entry: str) -> str:
+        size = entry.count(".") + 1
+        if entry in self.candidates(size):
+            return ""
+        return nearest(entry, self.candidates(size)) or (nearest(entry, self.candidates(1)) if size > 1 else "")
+
+    def candidates(self, size: int) -> list[str]:
+        """Distinct ends of ``size`` components, of layers that the method adapts first."""
+        if size not in self._candidates:
+            ends = (
+                ".".join(name.rsplit(".", size)[-size:]) for names in (self.preferred, self.names) for name in names
+            )
+            self._candidates[size] = list(islice(dict.fromkeys(ends), _MAX_CANDIDATES))
+        return self._candidates[size]
+
+
+# --------------------------------------------------------------------------------------------------------- the plan
+
+# Which rule left a module out; the texts stand in messages after "by".
+_Cause = Literal[
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "the rule for output heads",
+    "the rule for layers that are not called",
+    "the rule for targets inside targets",
+]
+
+
+class _Planner:
+    """The steps of `plan`, in order; each adds to what the next one reads."""
+
+    def __init__(self, modules: Sequence[Module], targeting: Targeting) -> None:
+        self.modules = modules
+        self.asked = targeting
+        linear = frozenset({"Linear", "Conv1D"}) & targeting.supported
+        self.targets = _Matcher("target_modules", targeting.target_modules, linear)
+        self.excluded = _Matcher("exclude_modules", targeting.exclude_modules)
+        self.saves = _Matcher("modules_to_save", targeting.modules_to_save)
+        self.parameters = _Matcher("target_parameters", targeting.target_parameters)
+        self.layers = _Layers(targeting.layers_to_transform, targeting.layers_pattern)
+        self.overrides = {name: KeyTable(table) for name, table in targeting.patterns.items()}
+        self.hints = _Hints([m.name for m in modules], [m.name for m in modules if m.kind in targeting.supported])
+        self.saved: dict[str, str] = {}
+        self.chosen: dict[str, tuple[Module, str]] = {}
+        self.chosen_parameters: list[ParameterTarget] = []
+        self.skipped: list[Skip] = []
+        self.causes: Counter[_Cause] = Counter()
+        self.first: dict[_Cause, Skip] = {}
+        self.unmatched: list[tuple[str, str]] = []
+        self.warnings: list[str] = []
+        self.parameters_seen = 0
+
+    # -- what is trained whole
+
+    def choose_saved(self) -> None:
+        named = {m.name: hits[0] for m in self.modules if (hits := self.saves.hits(m.name))}
+        for name, entry in named.items():
+            outer = next((a for a in _ancestors(name) if a in named), None)
+            if outer is None:
+                self.saved[name] = entry
+            else:
+                self.skipped.append(Skip(name, f"inside {outer!r}, which modules_to_save trains whole"))
+
+    # -- what is adapted
+
+    def choose_targets(self) -> None:
+        for module in self.modules:
+            hits = self.targets.hits(module.name, module.kind)
+            if not hits:
+                continue
+            cause, reason = self._rejected(module)
+            if cause is None:
+                self.chosen[module.name] = (module, hits[0])
+            else:
+                self._skip(module.name, cause, reason)
+        self._drop_nested()
+        self._refuse_unsupported()
+        self._refuse_saved_inside()
+
+    def _rejected(self, module: Module) -> tuple[_Cause | None, str]:
+        """Which rule leaves out a module that ``target_modules`` names, and in words."""
+        name = module.name
+        if hits := self.excluded.hits(name):
+            return "exclude_modules", f"{hits[0]!r} in exclude_modules"
+        if self.saved:
+            for outer in (name, *_ancestors(name)):
+                if outer in self.saved:
+                    return "modules_to_save", f"{self.saved[outer]!r} in modules_to_save trains it whole"
+        if self.targets.linear and module.output_head:
+            return "the rule for output heads", "the output head, which 'all-linear' leaves out; name it to adapt it"
+        if name not in self.targets.names and (reason := self.layers.reject(name)):
+            return "layers_to_transform", reason
+        if module.inside is not None:
+            return (
+                "the rule for layers that are not called",
+                f"{module.inside!r} reads its weight without calling it; target {module.inside!r}",
+            )
+        return None, ""
+
+    def _skip(self, name: str, cause: _Cause, reason: str) -> None:
+        self.causes[cause] += 1
+        self.skipped.append(Skip(name, reason))
+        self.first.setdefault(cause, self.skipped[-1])
+
+    def _drop_nested(self) -> None:
+        for name in list(self.chosen):
+            outer = next((a for a in _ancestors(name) if a in self.chosen), None)
+            # A container that cannot be a target is refused by name later; it does not hide what is in it.
+            if outer is not None and self.chosen[outer][0].kind in self.asked.supported:
+                self._skip(name, "the rule for targets inside targets", f"inside {outer!r}, which is a target itself")
+        for skip in self.skipped:
+            self.chosen.pop(skip.name, None)
+
+    def _refuse_unsupported(self) -> None:
+        bad = [(m, entry) for m, entry in self.chosen.values() if m.kind not in self.asked.supported]
+        if not bad:
+            return
+        module, entry = bad[0]
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        kind = f"a {module.kind}" if module.kind else "a container or a layer of another kind"
+        raise UnsupportedLayerError(
+            f"{entry!r} in target_modules names {module.name!r}{more}, which is {kind}; {self.asked.method} adapts "
+            f"{', '.join(sorted(self.asked.supported))}. Name the layers inside it, or put it into exclude_modules."
+        )
+
+    def _refuse_saved_inside(self) -> None:
+        for name, entry in self.saved.items():
+            outer = next((a for a in _ancestors(name) if a in self.chosen), None)
+            if outer is not None:
+                raise PlanError(
+                    f"{entry!r} in modules_to_save names {name!r}, which is inside the target {outer!r}; a part of an "
+                    "adapted layer cannot be trained whole. Leave out one of the two."
+                )
+
+    def choose_parameters(self, parameters: Sequence[tuple[str, str]]) -> None:
+        self.parameters_seen = len(parameters)
+        if not self.parameters.names:
+            return
+        order = {module: i for i, (module, _) in reversed(list(enumerate(parameters)))}
+        for module, parameter in sorted(parameters, key=lambda p: (order[p[0]], p[1])):
+            full = f"{module}.{parameter}" if module else parameter
+            hits = self.parameters.hits(full)
+            if not hits:
+                continue
+            around = [module, *_ancestors(module)]
+            if any(a in self.saved for a in around):
+                self._skip(full, "modules_to_save", "modules_to_save trains its module whole")
+                continue
+            self._refuse_parameter(full, module, around, hits[0])
+            self.chosen_parameters.append(ParameterTarget(module, parameter, hits[0], self._overrides(full)))
+
+    def _refuse_parameter(self, full: str, module: str, around: Sequence[str], entry: str) -> None:
+        if not module:
+            raise PlanError(
+                f"{entry!r} in target_parameters names {full!r}, a parameter of the model itself; only parameters of "
+                "its modules can be adapted."
+            )
+        if outer := next((a for a in around if a in self.chosen), None):
+            raise PlanError(
+                f"{entry!r} in target_parameters names {full!r}, and target_modules names {outer!r}; a layer is "
+                "adapted in one way only. Leave out one of the two, as with target_modules=[]."
+            )
+
+    def _overrides(self, name: str) -> dict[str, object]:
+        rows = ((label, table.find(name)) for label, table in self.overrides.items())
+        return {label: row[1] for label, row in rows if row is not None}
+
+    # -- complaints
+
+    def complain(self) -> None:
+        nothing = not self.chosen and not self.chosen_parameters
+        missing = self._unmatched(self.targets, f"of {len(self.modules)} modules")
+        missing += self._unmatched(self.parameters, f"of {self.parameters_seen} parameters")
+        if nothing and not self.asked.optional:
+            raise NoMatchingPeftModuleError(self._why_nothing(missing))
+        self.warnings += missing
+        if self.causes and not self.chosen:
+            self.warnings.append(f"target_modules adapts nothing: {self._why_nothing([])}")
+        heads = _USUAL_HEADS if self.saved else frozenset()
+        self.warnings += self._unmatched(self.saves, f"of {len(self.modules)} modules", heads)
+        self._warn_exclusions()
+        self._warn_layers()
+        self._warn_no_effect()
+
+    def _unmatched(self, matcher: _Matcher, of: str, quiet: frozenset[str] = frozenset()) -> list[str]:
+        """One sentence for each of the first entries that matched nothing, and one for the rest."""
+        entries = matcher.unmatched()
+        rows = [(e, self.hints(e, matcher.regex is not None)) for e in entries if e not in quiet]
+        self.unmatched += rows + [(e, "") for e in entries if e in quiet]
+        texts = [f"{e!r} in {matcher.field} matched 0 {of}{hint}." for e, hint in rows[:_MAX_HINTS]]
+        if rest := rows[_MAX_HINTS:]:
+            named = ", ".join(repr(e) for e, _ in rest[:10]) + (", ..." if len(rest) > 10 else "")
+            texts.append(f"{len(rest)} more entries of {matcher.field} matched nothing: {named}.")
+        return texts
+
+    def _why_nothing(self, missing: Sequence[str]) -> str:
+        named = self.causes.total()
+        if not named:
+            return "there is nothing to adapt: " + " ".join(missing)
+        cause, _ = self.causes.most_common(1)[0]
+        if len(self.causes) > 1:
+            why = "left out are " + ", ".join(f"{n} by {rule}" for rule, n in self.causes.most_common())
+        elif cause == "layers_to_transform":
+            seen = (
+                f"they lie in layers {_ranges(self.layers.seen)}" if self.layers.seen else "none has a layer's index"
+            )
+            why = f"layers_to_transform={sorted(self.layers.wanted)} keeps none, {seen}"
+        else:
+            why = f"{cause} takes every one"
+        first = self.first[cause]
+        head = f"{named} modules or parameters are named as targets and none is left: {why}."
+        return " ".join([head, f"First: {first.name!r}: {first.reason}.", *missing])
+
+    def _warn_exclusions(self) -> None:
+        if not (idle := self.excluded.unmatched()):
+            return
+        if self.excluded.regex is None:
+            inside = _Matcher("", idle)
+            names = {m.name: inside.hits(m.name) for m in self.modules}
+            holding = {e for t in self.chosen for a in _ancestors(t) for e in names.get(a, ())}
+            known = {e for hits in names.values() for e in hits}
+        else:
+            holding, known = set(), {m.name for m in self.modules if self.excluded.regex.fullmatch(m.name)}
+            known = set(idle) if known else set()
+        for entry in idle[:_MAX_HINTS]:
+            self.warnings.append(self._idle_exclusion(entry, entry in known, entry in holding))
+        if len(idle) > _MAX_HINTS:
+            self.warnings.append(f"{len(idle) - _MAX_HINTS} more entries of exclude_modules exclude nothing.")
+
+    def _idle_exclusion(self, entry: str, known: bool, holding: bool) -> str:
+        if holding:
+            whole = rf"(.*\.)?{re.escape(entry)}\..*"
+            return (
+                f"{entry!r} in exclude_modules names a module and not the targets inside it, which are adapted; to "
+                f"exclude these pass a regular expression: exclude_modules={whole!r}."
+            )
+        if known:
+            return f"{entry!r} in exclude_modules names no target and so excludes nothing."
+        hint = self.hints(entry, self.excluded.regex is not None)
+        self.unmatched.append((entry, hint))
+        return f"{entry!r} in exclude_modules matched 0 of {len(self.modules)} modules{hint}."
+
+    def _warn_layers(self) -> None:
+        if never := self.layers.never_seen():
+            seen = f"; they lie in layers {_ranges(self.layers.seen)}" if self.layers.seen else ""
+            self.warnings.append(f"layers_to_transform={never} are indices of no target module{seen}.")
+
+    def _warn_no_effect(self) -> None:
+        rule: _Cause = "the rule for layers that are not called"
+        if rule in self.first and not self.targets.linear:
+            first = self.first[rule]
+            self.warnings.append(
+                f"{self.causes[rule]} named modules are left out. First: {first.name!r}: {first.reason}."
+            )
+
+    def _warn_overrides(self) -> None:
+        total = len(self.chosen) + len(self.chosen_parameters)
+        hints = _Hints([*self.chosen, *(f"{p.module}.{p.parameter}" for p in self.chosen_parameters)], ())
+        for label, table in self.overrides.items():
+            if unused := table.unused():
+                named = ", ".join(f"{key!r}{hints(key, False)}" for key in unused[:_MAX_HINTS])
+                more = f" (and {len(unused) - _MAX_HINTS} more)" if len(unused) > _MAX_HINTS else ""
+                self.warnings.append(
+                    f"patterns for {label!r} that serve none of the {total} targets, because none fits or an earlier "
+                    f"pattern does: {named}{more}."
+                )
+
+    # -- the result
+
+    def finish(self) -> Plan:
+        targets = tuple(
+            Target(name, str(m.kind), entry, self._overrides(name), self._reason(m, entry))
+            for name, (m, entry) in self.chosen.items()
+        )
+        self._warn_overrides()
+        counted = (self.targets, self.parameters, self.saves)
+        return Plan(
+            targets=targets,
+            parameters=tuple(self.chosen_parameters),
+            saved=tuple(self.saved.items()),
+            matched={entry: matcher.counts[entry] for matcher in counted for entry in matcher.entries},
+            unmatched=tuple(self.unmatched),
+            skipped=tuple(self.skipped),
+            warnings=tuple(self.warnings),
+        )
+
+    def _reason(self, module: Module, entry: str) -> str:
+        if self.targets.linear:
+            return f"{module.kind} layer, and target_modules is 'all-linear'"
+        if self.targets.regex is not None:
+            return "its name matches the regular expression in target_modules"
+        return f"{'named' if entry == module.name else f'ends with {entry!r}'} in target_modules"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Sorted integers as people write them.
+
+    Example:
+        >>> _ranges([3, 1, 2, 7])
+        '1-3, 7'
+    """
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
+
+
+# ------------------------------------------------------------------------------------------------- lists of targets
+
+
+def shrink(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
+    """The shortest list of suffixes that selects the same modules as a long list of names.
+
+    Args:
+        names (`Sequence[str]`): Names or dotted suffixes; fewer than 20 are returned as they are.
+        all_names (`Sequence[str]`): The name of every module of the model.
+
+    Returns:
+        `list[str]`: sorted; the suffix rule selects from ``all_names`` what it selects with ``names``.
+
+    Example:
+        >>> names = [f"layers.{i}.{leaf}" for i in range(12) for leaf in ("q_proj", "v_proj")]
+        >>> shrink(names, [*names, "layers.0.k_proj"])
+        ['q_proj', 'v_proj']
+    """
+    if len(names) < _SHRINK_FROM:
+        return list(names)
+    wanted = frozenset(names)
+    selected: list[str] = []
+    taken: set[str] = set()
+    for name in all_names:
+        ends = tuple(_suffixes(name))
+        if wanted.isdisjoint(ends):
+            taken.update(ends)
+        else:
+            selected.append(name)
+    # The entry that selected a name is no end of any other's, so every name has a free end. The shortest free ends
+    # are needed: none is an end of another one, and a longer one would cover no more.
+    return sorted({min((end for end in _suffixes(name) if end not in taken), key=len) for name in selected})
+
+
+def default_targets(
+    model_type: str | None, table: Mapping[str, Sequence[str] | str], modules: Sequence[Module]
+) -> list[str] | str:
+    """The architecture's row of a method's table of default targets.
+
+    Args:
+        model_type (`str`, *optional*): The architecture, as transformers names it in ``config.model_type``.
+        table (`Mapping[str, Sequence[str] | str]`): Targets by architecture.
+        modules (`Sequence[Module]`): The modules of the model, for the hint.
+
+    Returns:
+        `list[str]` or `str`: what to use as ``target_modules``.
+
+    Raises:
+        UnknownArchitectureError: There is no such row; the message lists the model's linear layers by frequency.
+    """
+    if model_type is not None and model_type in table:
+        row = table[model_type]
+        return row if isinstance(row, str) else list(row)
+    leaves = Counter(m.name.rsplit(".", 1)[-1] for m in modules if m.kind in ("Linear", "Conv1D"))
+    listed = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.most_common(12)) or "none"
+    found = "the model names no architecture (it has no config.model_type)"
+    if model_type is not None:
+        found = f"there are no default target_modules for the architecture {model_type!r}{nearest(model_type, table)}"
+    raise UnknownArchitectureError(
+        f"{found}. Pass target_modules: names of layers, or 'all-linear'. The model's linear layers: {listed}."
+    )

@@ -1,0 +1,244 @@
+"""LoRA: low-rank adaptation (https://arxiv.org/abs/2106.09685), with rsLoRA and DoRA.
+
+    W' = W + s B A,  A: R x I,  B: O x R,  s = alpha / r  (alpha / sqrt(r): rsLoRA, https://arxiv.org/abs/2312.03732)
+    DoRA (https://arxiv.org/abs/2402.09353): W' = m / |W + s B A|_row * (W + s B A), the norm outside the gradient
+
+A is drawn as torch draws a linear layer's weight and B is zero, so a fresh adapter changes nothing. On an embedding,
+whose matrix is the transposed table, A is zero and B is drawn. On a convolution A has the layer's own kernel and B
+mixes channels. `lora_bias` gives B a bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.config import AdapterConfig, PeftType, runtime_only
+from inlay.errors import ConfigError, NotMergeableError, UnsupportedLayerError
+from inlay.layers import LayerKind
+from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype, kaiming_, product
+from inlay.ops.dora import dora, weight_norm
+from inlay.ops.low_rank import low_rank
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of one run, never saved.
+
+    Args:
+        ephemeral_gpu_offload (`bool`, *optional*, defaults to `False`): Accepted; DoRA's norm needs no offload here.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+
+# Fields of PEFT's config that wait for an issue of their own, with the value that asks for nothing.
+_LATER: dict[str, Any] = {
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+    "loftq_config": {},
+    "velora_config": None,
+    "monteclora_config": None,
+    "kasa_config": None,
+    "arrow_config": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "megatron_config": None,
+}
+
+
+@dataclass
+class LoraConfig(AdapterConfig):
+    """Config of LoRA, rsLoRA and DoRA.
+
+    Args:
+        r (`int`, *optional*, defaults to 8): Rank of the update.
+        lora_alpha (`float`, *optional*, defaults to 8): The update is scaled by ``lora_alpha / r``.
+        lora_dropout (`float`, *optional*, defaults to 0.0): Share of the input dropped on the way into A, below 1.
+        use_rslora (`bool`, *optional*, defaults to `False`): Scale by ``lora_alpha / sqrt(r)``.
+        use_dora (`bool`, *optional*, defaults to `False`): Learn the magnitude of each output channel apart.
+        lora_bias (`bool`, *optional*, defaults to `False`): Give B a bias.
+        init_lora_weights (`bool` or `str`, *optional*, defaults to `True`): ``True`` starts as the identity, ``False``
+            at random, ``"gaussian"`` draws A from N(0, 1/r).
+        rank_pattern (`dict[str, int]`, *optional*): Rank by layer: suffix or regex of a name -> rank.
+        alpha_pattern (`dict[str, float]`, *optional*): Alpha by layer.
+
+    The remaining fields are `inlay.config.AdapterConfig`'s, or PEFT's that wait for their own methods: these raise
+    `UnsupportedFieldError` when set.
+
+    Example:
+        >>> LoraConfig(r=16, target_modules=["q_proj"]).r
+        16
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    loftq_config: dict[str, Any] | None = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, metadata=runtime_only())
+    lora_bias: bool = False
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+
+    patterned: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+    bias_only: ClassVar[str] = "lora_only"
+    always_written: ClassVar[frozenset[str]] = frozenset(
+        {"target_parameters", "trainable_token_indices", "layer_replication", "ensure_weight_tying"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        for r in (self.r, *self.rank_pattern.values()):
+            if r <= 0:
+                raise ConfigError(f"r and the values of rank_pattern must be positive, got {r}.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}.")
+        for name, unset in _LATER.items():
+            if getattr(self, name) not in (unset, None):
+                raise self.unsupported(name)
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights.lower() != "gaussian":
+            raise self.unsupported("init_lora_weights", "is not built yet, only True, False and 'gaussian' are")
+        if self.lora_bias and self.use_dora:
+            raise ConfigError("lora_bias and use_dora cannot both be set: DoRA has no place for the bias.")
+
+
+class LoraAdapter(AbstractAdapter):
+    """LoRA on one layer; see the module's text for the mathematics."""
+
+    numbers = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
+
+    def __init__(self, config: LoraConfig, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
+        self.r: int = values.get("r", config.r)
+        self.lora_alpha: float = values.get("lora_alpha", config.lora_alpha)
+        self.use_rslora, self.use_dora, self.lora_bias = config.use_rslora, config.use_dora, config.lora_bias
+        self.init: bool | Literal["gaussian"] | str = config.init_lora_weights
+        self.lora_dropout = self.dropout = config.lora_dropout
+        self.experts = kind.experts(base)
+        self.scaling: float | Tensor = self.natural_scaling()
+        self.from_base = self.use_dora
+        self._check(kind, base)
+        leaf = "" if kind.bare else "weight"
+        self.slots = {
+            "down": Slot(kind.down_shape(base, self.r), f"lora_{kind.infix}A", leaf),
+            "up": Slot(kind.up_shape(base, self.r), f"lora_{kind.infix}B", leaf),
+        }
+        if self.lora_bias:
+            self.slots["bias"] = Slot((kind.shape(base)[0],), "lora_B", "bias")
+        if self.use_dora:
+            self.slots["magnitude"] = Slot(kind.channel_shape(base), "lora_magnitude_vector", "weight", saved_leaf="")
+
+    def natural_scaling(self) -> float:
+        """The scale that rank and alpha give."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    def _check(self, kind: LayerKind, base: nn.Module) -> None:
+        if self.r % kind.groups(base):
+            raise UnsupportedLayerError(
+                f"r={self.r} must be a multiple of the convolution's {kind.groups(base)} groups."
+            )
+        if self.use_dora and kind.groups(base) > 1:
+            raise UnsupportedLayerError(
+                "use_dora is not defined on a grouped convolution: its B A is no weight of it."
+            )
+        if kind.by_weight and (self.lora_dropout or self.use_dora or self.lora_bias):
+            raise UnsupportedLayerError(
+                f"{kind.name} is adapted through its weight: lora_dropout, use_dora and lora_bias must be off for it."
+            )
+        if kind.indexed and self.lora_bias:
+            raise UnsupportedLayerError("lora_bias is not defined on an embedding.")
+
+    def initialise(self, p: Params, layer: Layer) -> None:
+        drawn, zeroed = (p["up"], p["down"]) if layer.kind.indexed else (p["down"], p["up"])
+        with torch.no_grad():
+            if layer.kind.indexed:
+                drawn.normal_()
+            elif self.init == "gaussian":
+                drawn.normal_(std=1 / self.r)
+            else:
+                kaiming_(drawn)
+            if self.init is False:
+                zeroed.normal_() if layer.kind.indexed else kaiming_(zeroed)
+            else:
+                zeroed.zero_()
+            if self.lora_bias:
+                p["bias"].zero_()
+            if self.use_dora:
+                p["magnitude"].copy_(self._norm(p, layer).reshape(p["magnitude"].shape))
+
+    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer) -> Tensor:
+        dropout = self.lora_dropout if layer.training else 0.0
+        if self.use_dora:
+            return self._dora(p, x, h, layer, dropout)
+        if layer.kind.matrix:
+            return low_rank(x, h, p["down"], p["up"], self.scaling, dropout, p.get("bias"))
+        delta = self._delta(p, F.dropout(x, dropout) if dropout and not layer.kind.indexed else x, layer)
+        return h + as_dtype(delta, h)
+
+    def _delta(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
+        z = layer.operate(as_dtype(x, p["down"]), p["down"].flatten(1))
+        delta = layer.kind.mix(layer.base_layer, z, p["up"].flatten(1)) * self.scaling
+        return delta + layer.kind.channels(p["bias"]) * self.scaling if self.lora_bias else delta
+
+    def _norm(self, p: Params, layer: Layer) -> Tensor:
+        down, up = p["down"].flatten(1), p["up"].flatten(1)
+        return weight_norm(layer.matrix(), down, up, self.scaling, layer.row_squares())
+
+    def _dora(self, p: Params, x: Tensor, h: Tensor, layer: Layer, dropout: float) -> Tensor:
+        bias, kind = layer.bias(), layer.kind
+        if layer.training:
+            norm_O = self._norm(p, layer)
+        else:
+            norm_O = layer.remember("norm", (p["down"], p["up"]), lambda: self._norm(p, layer))
+        if kind.matrix and not dropout:
+            return dora(x, h, p["down"], p["up"], self.scaling, p["magnitude"], norm_O, bias)
+        gain = kind.channels(p["magnitude"].flatten() / norm_O)
+        if dropout and not kind.indexed:
+            # Only the update sees dropout: (gain - 1) W drop(x) stands beside the frozen layer's W x.
+            x = F.dropout(x, dropout)
+            frozen = layer.operate(x, as_dtype(layer.matrix(), x))
+            return h + as_dtype((gain - 1) * frozen + gain * self._delta(p, x, layer), h)
+        frozen = h if bias is None else h - kind.channels(bias)
+        return h + as_dtype((gain - 1) * frozen + gain * self._delta(p, x, layer), h)
+
+    def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        W = W_OI + self.scaling * product(p["up"].flatten(1), p["down"].flatten(1), self.experts)
+        if self.use_dora:
+            W = W * (p["magnitude"].flatten() / W.detach().norm(dim=1))[:, None]
+        return W, (b_O + self.scaling * p["bias"] if b_O is not None and self.lora_bias else b_O)
+
+    def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
+        if kind.groups(base) > 1:
+            raise NotMergeableError(
+                "LoRA on a grouped convolution sees all input channels, which a grouped weight cannot: leave it "
+                "unmerged."
+            )
+        if self.lora_bias and getattr(base, kind.bias_name, None) is None:
+            raise NotMergeableError("lora_bias needs a layer with a bias to merge into: leave it unmerged.")
+
+    def factors(self, p: Params) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        plain = not self.use_dora and not self.lora_bias and self.experts == 1
+        return (p["down"], p["up"], self.scaling) if plain else None

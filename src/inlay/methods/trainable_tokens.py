@@ -1,0 +1,60 @@
+"""Trainable tokens: new values for single rows of an embedding table, and of a head that is tied to it.
+
+    W'[i] = delta[k] for the k-th trained index i, W' = W elsewhere
+
+The rows start as they are. Files hold the rows; which tokens they belong to stands in the config only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.errors import ConfigError
+from inlay.layers import LayerKind
+from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype
+
+
+class TrainableTokensAdapter(AbstractAdapter):
+    """Rows of a table: ``values["tokens"]`` says which."""
+
+    def __init__(self, config: Any, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
+        self.tokens: list[int] = values["tokens"]
+        self.indexed = kind.indexed
+        out, inner = kind.shape(base)
+        vocabulary, width = (inner, out) if kind.indexed else (out, inner)
+        bad = [i for i in self.tokens if not 0 <= i < vocabulary]
+        if bad or len(set(self.tokens)) < len(self.tokens):
+            raise ConfigError(
+                f"trainable_token_indices must be different and below the vocabulary of {vocabulary}, got "
+                f"{bad or self.tokens}."
+            )
+        self.slots = {"delta": Slot((len(self.tokens), width), "trainable_tokens_delta")}
+
+    def _index(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.tokens, device=like.device)
+
+    def initialise(self, p: Params, layer: Layer) -> None:
+        table_VD = layer.matrix().t() if layer.kind.indexed else layer.matrix()
+        with torch.no_grad():
+            p["delta"].copy_(table_VD[self._index(table_VD)])
+
+    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer) -> Tensor:
+        delta = p["delta"]
+        if not layer.kind.indexed:  # the tied head: these tokens' logits
+            logits = as_dtype(F.linear(as_dtype(x, delta), delta), h)
+            bias = layer.bias()
+            index = self._index(h)
+            return h.index_copy(-1, index, logits if bias is None else logits + bias[index])
+        hit = x[..., None] == self._index(x)
+        rows = as_dtype(layer.operate(hit.to(torch.uint8).argmax(-1), delta.t()), h)
+        return torch.where(hit.any(-1, keepdim=True), rows, h)
+
+    def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        delta = as_dtype(p["delta"], W_OI)
+        dim, rows = (1, delta.t()) if self.indexed else (0, delta)
+        return W_OI.index_copy(dim, self._index(W_OI), rows), b_O

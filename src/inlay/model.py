@@ -1,0 +1,959 @@
+"""The user's handle on an adapted model: add, set, use, delete, merge, save, load.
+
+A `PeftModel` stands around a `Tuner`, which stands around the user's model; that is how live names come to begin with
+``base_model.model.``. Attributes that the handle does not have are the tuner's, then the model's.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from inlay import card, sources, state
+from inlay.adapted import Adapted
+from inlay.config import AdapterConfig, PeftConfig, TaskType
+from inlay.errors import (
+    ConfigError,
+    DuplicateAdapterError,
+    PeftWarning,
+    PlanError,
+    RowsError,
+    UnknownAdapterError,
+    UnsupportedLayerError,
+    UnwritableError,
+)
+from inlay.formats import files
+from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir
+from inlay.inject import Prepared, apply, method_of, model_config, prepare, remove, with_targets, wrappers
+from inlay.report import BASE_KEY, LoadReport
+from inlay.routing import BASE, Bound, Route, Router, Rows
+
+
+class Tuner(nn.Module):
+    """The user's model with adapters inside, and the verbs that act on all of its layers.
+
+    Args:
+        model (`nn.Module`): The user's model; it is changed in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self.peft_config: dict[str, AdapterConfig] = {}
+        self._active: tuple[str, ...] = ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.model, name)
+
+    @property
+    def router(self) -> Router:
+        """The routing that all wrappers of this model share."""
+        for _, wrapper in wrappers(self.model):
+            return wrapper.router
+        return self.__dict__.setdefault("_router", Router())  # type: ignore[no-any-return]
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the method's slots begin with."""
+        config = next(iter(self.peft_config.values()), None)
+        return "" if config is None else method_of(config).prefix
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that run by default."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same under its older name."""
+        return list(self._active)
+
+    def layers(self) -> Iterator[tuple[str, Adapted]]:
+        """(name, wrapper) of every adapted layer."""
+        return ((name, w) for name, w in wrappers(self.model) if isinstance(w, Adapted))
+
+    def add(self, adapter_name: str, config: AdapterConfig, prepared: Prepared, active: bool) -> None:
+        """Registers an adapter that stands in the layers."""
+        with_targets(config, prepared)
+        self.peft_config[adapter_name] = config
+        if active:
+            self._active = (adapter_name,)
+
+    def check_known(self, names: Sequence[str]) -> None:
+        """Raises `UnknownAdapterError` for a name that is no adapter."""
+        for name in names:
+            if name not in self.peft_config:
+                raise UnknownAdapterError(f"There is no adapter {name!r}; there are {list(self.peft_config)}.")
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the default for all threads.
+
+        Args:
+            adapter_name (`str` or `list[str]`): Which; several run together, in this order.
+            inference_mode (`bool`, *optional*, defaults to `False`): Keep them frozen.
+
+        Raises:
+            UnknownAdapterError: One of them does not exist.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        self.check_known(names)
+        if any(layer.merged for _, layer in self.layers()):
+            warnings.warn(
+                "Adapters are merged: they are unmerged first, then others are set.", PeftWarning, stacklevel=3
+            )
+            self.unmerge_adapter()
+        for _, wrapper in wrappers(self.model):
+            wrapper.set_adapter(list(names), inference_mode=inference_mode)
+        self._active = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Trains or freezes adapters, active or not."""
+        for _, wrapper in wrappers(self.model):
+            wrapper.set_requires_grad(adapter_names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Switches all adapters on, for all threads."""
+        for _, wrapper in wrappers(self.model):
+            wrapper.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switches all adapters off, for all threads; `PeftModel.disable_adapter` does for one thread."""
+        if any(config.bias != "none" for config in self.peft_config.values()):
+            warnings.warn("Trained biases stay in place while adapters are off.", PeftWarning, stacklevel=2)
+        for _, wrapper in wrappers(self.model):
+            wrapper.enable_adapters(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter.
+
+        Raises:
+            UnknownAdapterError: No such adapter.
+            PlanError: It is merged.
+        """
+        self.check_known([adapter_name])
+        found = [w for _, w in wrappers(self.model)]
+        if any(isinstance(w, Adapted) and adapter_name in w.merged_adapters for w in found):
+            raise PlanError(f"Adapter {adapter_name!r} is merged: unmerge it, then delete it.")
+        left = tuple(n for n in self._active if n != adapter_name)
+        others = [n for n in self.peft_config if n != adapter_name]
+        if not left and others:
+            left = (others[0],)
+            warnings.warn(
+                f"Adapter {adapter_name!r} was active and is deleted: {left[0]!r} is active now.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        with self.router.writing(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", PeftWarning)  # said once, above
+            for wrapper in found:
+                wrapper.delete_adapter(adapter_name)
+            del self.peft_config[adapter_name]
+            if left != self._active:
+                for wrapper in found:
+                    wrapper.set_adapter(list(left))
+                self._active = left
+
+    # ------------------------------------------------------------------ merging
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_base: bool = True
+    ) -> None:
+        """Writes adapters into the frozen weights, in place; `unmerge_adapter` gives every bit back.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): Which; the active ones if not given.
+            safe_merge (`bool`, *optional*, defaults to `False`): Check for NaN and infinity before writing anything.
+            keep_base (`bool`, *optional*, defaults to `True`): Keep the pristine weights aside. Without them there is
+                no second copy in memory, `unmerge_adapter` is as exact as the dtype allows, and `disable_adapter`
+                raises.
+
+        Raises:
+            UnknownAdapterError: One of them does not exist.
+            NotMergeableError, NonFiniteMergeError: They cannot be merged; nothing was written.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
+        self.check_known(adapter_names or ())
+        with self.router.writing():
+            for _, layer in self.layers():
+                layer.check_merge(adapter_names, safe_merge)
+            for _, layer in self.layers():
+                layer.merge(adapter_names=adapter_names, keep_base=keep_base)
+
+    def unmerge_adapter(self) -> None:
+        """Takes merged adapters out of the weights again."""
+        with self.router.writing():
+            for _, layer in self.layers():
+                layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Writes adapters into the weights and gives the model back without any wrapper.
+
+        Args:
+            progressbar (`bool`, *optional*, defaults to `False`): Accepted; merging is over before a bar is drawn.
+            safe_merge (`bool`, *optional*, defaults to `False`): Check for NaN and infinity before writing anything.
+            adapter_names (`list[str]`, *optional*): Which; the active ones if not given.
+
+        Returns:
+            `nn.Module`: The user's model.
+
+        Raises:
+            NotMergeableError, NonFiniteMergeError: They cannot be merged; nothing was written.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
+        self.check_known(adapter_names or ())
+        if any(config.layer_replication for config in self.peft_config.values()):
+            raise UnsupportedLayerError(
+                "Replicated layers share one weight and have an adapter each: they cannot merge."
+            )
+        with self.router.writing():
+            untied = any(
+                layer.tied and set(adapter_names or layer._active) & set(layer.methods) for _, layer in self.layers()
+            )
+            remove(self.model, merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
+        if untied:
+            self._untie()
+        return self._released()
+
+    def _untie(self) -> None:
+        config = getattr(self.model, "config", None)
+        if config is not None and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+            warnings.warn(
+                "One of two tied layers was adapted, so after merging they differ: config.tie_word_embeddings is "
+                "False now.",
+                PeftWarning,
+                stacklevel=4,
+            )
+
+    def unload(self) -> nn.Module:
+        """Gives the model back as it was before any adapter."""
+        with self.router.writing():
+            remove(self.model, merge=False)
+        return self._released()
+
+    def _released(self) -> nn.Module:
+        self.peft_config = {}
+        self._active = ()
+        if "peft_config" in self.model.__dict__:
+            del self.model.peft_config
+        return self.model
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's own config as a dict."""
+        return model_config(model)
+
+
+class PeftModel(nn.Module):
+    """A model with adapters.
+
+    Args:
+        model (`nn.Module`): The model to adapt; it is changed in place.
+        peft_config (`AdapterConfig`): What to put into it.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The adapter's name.
+        autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): Keep the adapter in fp32 where the model is in
+            16 bits or fewer.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Make the adapter on the meta device, to be loaded.
+
+    Raises:
+        PlanError: The config does not fit the model, which is as it was.
+        AdapterNameError: The name cannot be used.
+
+    Example:
+        >>> import torch, inlay
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> model = inlay.PeftModel(mlp, inlay.LoraConfig(r=2, target_modules=["0", "2"]))
+        >>> model.get_nb_trainable_parameters()
+        (44, 102)
+    """
+
+    # Heads that stay random after loading a base for this task, and are therefore trained beside the adapter.
+    heads: ClassVar[tuple[str, ...]] = ()
+    special_peft_forward_args: ClassVar[frozenset[str]] = frozenset({"adapter_names", "alora_offsets"})
+
+    base_model: Tuner
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: AdapterConfig,
+        adapter_name: str = DEFAULT_ADAPTER,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        self._surround(model)
+        self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, activate=True)
+        self._prepare_checkpointing()
+
+    def _surround(self, model: nn.Module) -> None:
+        if isinstance(model, PeftModel):
+            raise PlanError("The model is a PeftModel already: call its add_adapter, or give its get_base_model().")
+        self.base_model = Tuner(model)
+        self.training = model.training
+
+    @classmethod
+    def _around(cls, model: nn.Module) -> Self:
+        """A handle without any adapter yet."""
+        handle = cls.__new__(cls)
+        nn.Module.__init__(handle)
+        handle._surround(model)
+        return handle
+
+    def _inject(self, name: str, config: AdapterConfig, autocast: bool, meta: bool, activate: bool) -> None:
+        self._check_bias(name, config)
+        self._add_heads(config)
+        prepared = prepare(self.base_model.model, config, adapter_name=name)
+        for text in prepared.plan.warnings:
+            warnings.warn(text, PeftWarning, stacklevel=5)
+        trainable = not config.inference_mode
+        apply(prepared, name, meta=meta, autocast=autocast, activate=activate, trainable=trainable)
+        self.base_model.add(name, config, prepared, activate)
+
+    def _add_heads(self, config: AdapterConfig) -> None:
+        present = [n for n in self.heads if n in self.base_model.model._modules]
+        listed = list(config.modules_to_save or ())
+        if new := [n for n in present if n not in listed]:
+            config.modules_to_save = listed + new
+
+    def _check_bias(self, name: str, config: AdapterConfig) -> None:
+        if config.bias != "none" and (other := [n for n, c in self.peft_config.items() if n != name]):
+            raise ConfigError(
+                f"bias={config.bias!r} trains the model's own biases, which adapters share: it must be the only "
+                "adapter, "
+                f"and there is {other}."
+            )
+
+    def _prepare_checkpointing(self) -> None:
+        model = self.base_model.model
+        if getattr(model, "is_gradient_checkpointing", False) and not getattr(model, "is_loaded_in_8bit", False):
+            enable = getattr(model, "enable_input_require_grads", None)
+            if callable(enable):
+                enable()
+
+    # ------------------------------------------------------------------ calls
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Runs the model.
+
+        Args:
+            args, kwargs: The model's own.
+            adapter_names (`Sequence[str]`, *optional*): One adapter for each row of the batch; ``"__base__"`` runs the
+                frozen model.
+
+        Raises:
+            UnknownAdapterError: A name that is no adapter.
+            RowsError: Not one name per row, or a module's rows are not the batch's.
+        """
+        if adapter_names is None and torch.compiler.is_compiling():
+            return self.base_model.model(*args, **kwargs)
+        with self._call(adapter_names, args, kwargs, ()):
+            return self.base_model.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own ``generate``; ``adapter_names`` has one adapter for each prompt."""
+        config = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)
+        repeats = [kwargs.get(k) or getattr(config, k, None) or 1 for k in ("num_beams", "num_return_sequences")]
+        with self._call(adapter_names, args, kwargs, repeats):
+            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    @contextmanager
+    def _call(
+        self, adapter_names: Sequence[str] | None, args: Any, kwargs: Mapping[str, Any], repeats: Sequence[int]
+    ) -> Iterator[None]:
+        router = self.base_model.router
+        route = None
+        if adapter_names is not None:
+            route = Route(rows=self._rows(adapter_names, args, kwargs, repeats))
+        with router.call(route):
+            if self.training and torch.is_grad_enabled() and router.routes_training:
+                self._bind_checkpoints(router)
+            yield
+
+    def _rows(self, names: Sequence[str], args: Any, kwargs: Mapping[str, Any], repeats: Sequence[int]) -> Rows:
+        if isinstance(names, str):
+            raise RowsError(
+                f"adapter_names must hold one name per row, got the str {names!r}: write [{names!r}] * batch."
+            )
+        self.base_model.check_known([n for n in names if n != BASE])
+        batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+        if batch is not None and batch != len(names):
+            raise RowsError(
+                f"adapter_names has {len(names)} names for a batch of {batch} rows: give one name per row."
+            )
+        product = 1
+        for n in repeats:
+            product *= n
+        return Rows.of(tuple(names), tuple({1, product, *repeats}))
+
+    def _bind_checkpoints(self, router: Router) -> None:
+        for module in self.base_model.model.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, Bound):
+                setattr(module, "_gradient_checkpointing_func", Bound(function, router))  # noqa: B010  (no module)
+
+    def bind(self, function: Any) -> Any:
+        """``function`` with the adapters chosen now, wherever it runs: for ``checkpoint(model.bind(f), x)``."""
+        return self.base_model.router.bind(function)
+
+    @contextmanager
+    def use_adapter(self, adapter_name: str | Sequence[str]) -> Iterator[None]:
+        """Runs with these adapters inside the ``with``, in the calling thread and task only.
+
+        Args:
+            adapter_name (`str` or `Sequence[str]`): Which.
+
+        Raises:
+            UnknownAdapterError: One of them does not exist.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        self.base_model.check_known(names)
+        with self.base_model.router.choose(Route(names)):
+            yield
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Runs the frozen model inside the ``with``, in the calling thread and task only; merged stays merged."""
+        with self.base_model.router.choose(Route(())):
+            yield
+
+    # ------------------------------------------------------------------ adapters
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """Configs by adapter name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that run by default."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str:
+        """The first of them."""
+        return next(iter(self.base_model._active), DEFAULT_ADAPTER)
+
+    @property
+    def active_peft_config(self) -> AdapterConfig:
+        """Its config."""
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a forward would use an adapter."""
+        return any(layer._run for _, layer in self.base_model.layers())
+
+    @property
+    def peft_type(self) -> Any:
+        """The method of the active adapter."""
+        return self.active_peft_config.peft_type
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that are trained whole."""
+        return {n for config in self.peft_config.values() for n in config.modules_to_save or ()} or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The model's own dtype."""
+        return getattr(self.base_model.model, "dtype", None)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds a fresh adapter, which `set_adapter` then activates.
+
+        Args:
+            adapter_name (`str`): Its name.
+            peft_config (`AdapterConfig`): What to put in.
+            low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Leave it on the meta device, to be loaded.
+            autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): Keep it in fp32 on a 16-bit model.
+
+        Raises:
+            DuplicateAdapterError: The name is in use.
+            ConfigError: The config is of another method than the model's adapters.
+            PlanError: The config does not fit the model.
+        """
+        if adapter_name in self.peft_config:
+            raise DuplicateAdapterError(f"Adapter {adapter_name!r} exists already: choose another name, or delete it.")
+        for name, other in self.peft_config.items():
+            if other.peft_type != peft_config.peft_type:
+                raise ConfigError(
+                    f"{adapter_name!r} is a {peft_config.peft_type} and {name!r} a {other.peft_type}: one PeftModel "
+                    "holds one "
+                    "method."
+                )
+        self._inject(
+            adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, activate=not self.peft_config
+        )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes an adapter the default for all threads; see `Tuner.set_adapter`."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter; see `Tuner.delete_adapter`."""
+        self.base_model.delete_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Trains or freezes adapters, active or not."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def get_base_model(self) -> nn.Module:
+        """The user's model, with the wrappers inside."""
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters; a packed 4-bit parameter counts the weights it stands for."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            n = parameter.numel() or int(getattr(parameter, "ds_numel", 0))
+            if type(parameter).__name__ == "Params4bit":
+                n *= 2 * parameter.element_size()
+            total += n
+            trainable += n if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Prints them."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    # ------------------------------------------------------------------ files
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves adapters: ``"default"`` into the directory itself, any other into a folder of its name.
+
+        Args:
+            save_directory (`str` or `Path`): Where; made if absent.
+            safe_serialization (`bool`, *optional*, defaults to `True`): safetensors; a pickle otherwise.
+            selected_adapters (`list[str]`, *optional*): Which; all if not given.
+            save_embedding_layers (`bool` or `str`, *optional*, defaults to `"auto"`): See `get_peft_model_state_dict`.
+            is_main_process (`bool`, *optional*, defaults to `True`): Only the main process writes.
+            path_initial_model_for_weight_conversion (`str`, *optional*): For starting values that change the base,
+                which are not built yet.
+            state_dict (`Mapping[str, Tensor]`, *optional*): Take tensors from here, by live name.
+            kwargs: Accepted as PEFT does.
+
+        Raises:
+            UnwritableError: The directory is a file, or cannot be written.
+            UnknownAdapterError: A selected adapter does not exist.
+        """
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        self.base_model.check_known(names)
+        if path_initial_model_for_weight_conversion is not None:
+            raise ConfigError(
+                "path_initial_model_for_weight_conversion is for starting values that change the base model."
+            )
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise UnwritableError(f"{directory} is a file: name a directory to save into.")
+        if not is_main_process:
+            return
+        for name in names:
+            self._save_one(adapter_dir(directory, name), name, safe_serialization, save_embedding_layers, state_dict)
+        self.create_or_update_model_card(directory)
+
+    def _save_one(
+        self,
+        directory: Path,
+        name: str,
+        safe: bool,
+        embeddings: bool | str,
+        state_dict: Mapping[str, Tensor] | None,
+    ) -> None:
+        tensors = state.get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=embeddings)
+        values = {**self.peft_config[name].to_dict(), "inference_mode": True}
+        if values["task_type"] is None:
+            model = self.base_model.model
+            values["auto_mapping"] = {
+                "base_model_class": type(model).__name__,
+                "parent_library": type(model).__module__.partition(".")[0],
+            }
+        metadata = {BASE_KEY: state.live_fingerprint(self.base_model.model, name)}
+        files.write_pair(directory, values, tensors, metadata, safe_serialization=safe)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Writes ``README.md`` with the metadata that the hub reads, or updates the one that is there."""
+        name = next(iter(self.peft_config), None)
+        if name is not None:
+            card.create_or_update(Path(output_dir), self.peft_config[name], self.base_model.model)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Saves all adapters to a repository on the hub.
+
+        Args:
+            repo_id (`str`): ``user/name``.
+            kwargs: ``commit_message``, ``private``, ``token``, ``revision``, ``create_pr`` for the hub;
+                ``safe_serialization`` for `save_pretrained`.
+
+        Returns:
+            The hub client's description of the commit.
+        """
+        from inlay.integrations import hub
+
+        safe = bool(kwargs.pop("safe_serialization", True))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe)
+            return hub.push(Path(folder), repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = DEFAULT_ADAPTER,
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Loads a saved adapter onto ``model``.
+
+        Args:
+            model (`nn.Module`): The base model; it is changed in place.
+            model_id (`str` or `Path`): A directory, or an id on the hub.
+            adapter_name (`str`, *optional*, defaults to `"default"`): What to call it here.
+            is_trainable (`bool`, *optional*, defaults to `False`): Whether to train it on.
+            config (`PeftConfig`, *optional*): Stands in for the file's.
+            autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): Keep it in fp32 on a 16-bit model.
+            ephemeral_gpu_offload, low_cpu_mem_usage (`bool`): Accepted; the fast path is the only one.
+            key_mapping (`Mapping[str, str]`, *optional*): Regex -> replacement, for keys of another naming.
+            strict (`bool`, *optional*): Raise for what would silently change results; `inlay.settings` if not given.
+            kwargs: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ...
+
+        Returns:
+            `PeftModel`: Of the class that the config's task type names; the report is its ``load_report``.
+
+        Raises:
+            LoadError, FileError, PlanError, ConfigError: It cannot be used; the model is as it was.
+        """
+        if config is not None and not isinstance(config, AdapterConfig):
+            raise ConfigError(f"config must be an adapter's config, got {type(config).__name__}.")
+        source = _open(model_id, config, kwargs)
+        with source.weights:
+            task = source.config.task_type
+            handle_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(task, "value", task)), cls)
+            handle = (handle_cls if cls is PeftModel else cls)._around(model)
+            handle._load(
+                source,
+                adapter_name,
+                is_trainable,
+                autocast_adapter_dtype,
+                key_mapping,
+                strict,
+                activate=True,
+                **kwargs,
+            )
+        handle._prepare_checkpointing()
+        return handle
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> LoadReport:
+        """Loads another saved adapter, which `set_adapter` then activates.
+
+        An adapter of the same name and config is given the file's values in place.
+
+        Args:
+            model_id (`str` or `Path`): A directory, or an id on the hub.
+            adapter_name (`str`): What to call it here.
+            is_trainable (`bool`, *optional*, defaults to `False`): Whether to train it on.
+            torch_device (`str`, *optional*): Accepted; an adapter lives where its layer does.
+            autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): Keep it in fp32 on a 16-bit model.
+            ephemeral_gpu_offload, low_cpu_mem_usage (`bool`): Accepted; the fast path is the only one.
+            key_mapping (`Mapping[str, str]`, *optional*): Regex -> replacement, for keys of another naming.
+            strict (`bool`, *optional*): Raise for what would silently change results; `inlay.settings` if not given.
+            kwargs: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ...; ``ignore_mismatched_sizes``.
+
+        Returns:
+            `LoadReport`: What file and model disagree on.
+
+        Raises:
+            LoadError, FileError, PlanError, ConfigError, DuplicateAdapterError: The model is as it was.
+        """
+        source = _open(model_id, None, kwargs)
+        with source.weights:
+            report = self._load(
+                source,
+                adapter_name,
+                is_trainable,
+                autocast_adapter_dtype,
+                key_mapping,
+                strict,
+                activate=False,
+                **kwargs,
+            )
+        if not is_trainable:
+            self.eval()
+        return report
+
+    def _load(
+        self,
+        source: state.Source,
+        name: str,
+        trainable: bool,
+        autocast: bool,
+        key_mapping: Mapping[str, str] | None,
+        strict: bool | None,
+        activate: bool,
+        **kwargs: Any,
+    ) -> LoadReport:
+        config, model = source.config, self.base_model.model
+        if not isinstance(config, AdapterConfig):
+            raise ConfigError(f"{source.directory} holds a {type(config).__name__}, which adapts no layer.")
+        config.inference_mode = not trainable
+        if name in self.peft_config:
+            return self._reload(source, name, config, trainable, key_mapping, strict)
+        self._check_bias(name, config)
+        self._add_heads(config)
+        report, prepared = state.load_into(
+            model,
+            source,
+            name,
+            config=config,
+            strict=strict,
+            trainable=trainable,
+            autocast=autocast,
+            activate=activate,
+            key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None),
+            ignore_mismatched_sizes=bool(kwargs.get("ignore_mismatched_sizes", False)),
+            base_name=model.__dict__.get("name_or_path"),
+        )
+        self.base_model.add(name, config, prepared, activate)
+        self.__dict__["load_report"] = report
+        return report
+
+    def _reload(
+        self,
+        source: state.Source,
+        name: str,
+        config: AdapterConfig,
+        trainable: bool,
+        key_mapping: Mapping[str, str] | None,
+        strict: bool | None,
+    ) -> LoadReport:
+        state.check_same(self.peft_config[name], config, name)
+        with self.base_model.router.writing():
+            report = state.reload(self, source, name, key_mapping, strict)
+        if name in self.active_adapters:
+            self.set_requires_grad(name, trainable)
+        return report
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_model, name)
+
+
+def _open(model_id: str | Path, config: PeftConfig | None, kwargs: dict[str, Any]) -> state.Source:
+    hub, _ = sources.split_hub_arguments(kwargs)
+    directory = sources.locate(model_id, subfolder=kwargs.get("subfolder"), **hub)
+    return state.open_source(directory, config)
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A causal language model with adapters."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """An encoder-decoder language model with adapters."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """A sequence classifier with adapters; its head is trained and saved with them."""
+
+    heads = ("classifier", "score")
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """A token classifier with adapters; its head is trained and saved with them."""
+
+    heads = ("classifier", "score")
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """A span predictor with adapters; its head is trained and saved with them."""
+
+    heads = ("qa_outputs",)
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """An encoder with adapters."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: AdapterConfig,
+    adapter_name: str = DEFAULT_ADAPTER,
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Puts a fresh adapter into ``model``.
+
+    Args:
+        model (`nn.Module`): The model; it is changed in place, and every parameter but the adapter's is frozen.
+        peft_config (`AdapterConfig`): The adapter's config, such as `LoraConfig`.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Its name.
+        mixed (`bool`, *optional*, defaults to `False`): Several methods in one model: not built yet.
+        autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): Keep it in fp32 on a 16-bit model.
+        revision (`str`, *optional*): Revision of the base model, for the config.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Leave it on the meta device, to be loaded.
+
+    Returns:
+        `PeftModel`: Of the class that ``peft_config.task_type`` names.
+
+    Raises:
+        PlanError: The config does not fit the model, which is as it was.
+        AdapterNameError: The name cannot be used, or is in use.
+
+    Example:
+        >>> import torch, inlay
+        >>> model = inlay.get_peft_model(
+        ...     torch.nn.Sequential(torch.nn.Linear(4, 3)), inlay.LoraConfig(target_modules=["0"])
+        ... )
+        >>> model.active_adapter
+        'default'
+    """
+    if mixed:
+        raise ConfigError("mixed=True (several methods in one model) is not built yet.")
+    if not isinstance(peft_config, AdapterConfig):
+        raise ConfigError(
+            f"peft_config must be a method's config, such as LoraConfig, got {type(peft_config).__name__}."
+        )
+    old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path")
+    if old is not None and new is not None and old != new:
+        warnings.warn(f"The config names its base model {old!r}; it is {new!r} now.", PeftWarning, stacklevel=2)
+    if any(True for _ in wrappers(model)):
+        warnings.warn(
+            "The model has adapters already: this one is put beside them, in a handle that does not list them. Call "
+            "unload() on the first handle, or its add_adapter, instead.",
+            PeftWarning,
+            stacklevel=2,
+        )
+    if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(f"revision {peft_config.revision!r} becomes {revision!r}.", PeftWarning, stacklevel=2)
+        peft_config.revision = revision
+    task = peft_config.task_type
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task.value if isinstance(task, TaskType) else "", PeftModel)
+    handle = cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    peft_config.base_model_name_or_path = new if new is not None else old
+    return handle
+
+
+def inject_adapter_in_model(
+    peft_config: AdapterConfig,
+    model: nn.Module,
+    adapter_name: str = DEFAULT_ADAPTER,
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Puts an adapter into a model that someone else owns, without a handle around it.
+
+    Args:
+        peft_config (`AdapterConfig`): The adapter's config.
+        model (`nn.Module`): The model; it is changed in place and gets ``peft_config``.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The adapter's name, active afterwards.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Leave it on the meta device, to be loaded.
+        state_dict (`Mapping[str, Tensor]`, *optional*): Adapt the layers that its keys name, not the config's.
+
+    Returns:
+        `nn.Module`: ``model``.
+
+    Raises:
+        PlanError: The config does not fit the model, which is as it was.
+        AdapterNameError: The name cannot be used, or is in use.
+    """
+    only = None
+    if state_dict is not None:
+        if peft_config.target_parameters:
+            raise ConfigError("state_dict cannot be given with target_parameters: its keys do not name parameters.")
+        prefix = method_of(peft_config).prefix
+        only = {key.split(f".{prefix}")[0] for key in state_dict if f".{prefix}" in key}
+    prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name)
+    for text in prepared.plan.warnings:
+        warnings.warn(text, PeftWarning, stacklevel=2)
+    trainable = not peft_config.inference_mode
+    apply(prepared, adapter_name, meta=low_cpu_mem_usage, autocast=False, trainable=trainable)
+    with_targets(peft_config, prepared)
+    configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or {}
+    configs[adapter_name] = peft_config
+    model.peft_config = configs  # type: ignore[assignment]
+    return model
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The config that ``config_dict["peft_type"]`` names.
+
+    Example:
+        >>> get_peft_config({"peft_type": "LORA", "r": 4}).r
+        4
+    """
+    return PeftConfig.from_dict(config_dict)

@@ -1,0 +1,160 @@
+"""Dropout that keeps one bit per element for backward.
+
+The generator is the cost of dropout on a CPU, so no element gets a number of its own. The mask is built 64 elements
+at a time by comparing random bit planes with the threshold, from the lowest bit up (``u < keep`` is ``~u_k | m`` where
+bit k of ``keep`` is set and ``~u_k & m`` where it is not), and comes out packed. Every element is kept with probability
+``round((1 - p) * 65536) / 65536`` exactly. In large masks the eight lowest planes are shared by 16 elements far apart:
+they decide one element in 256, so two such elements are dependent with probability 2**-16.
+
+The packed mask is stored, not the generator's state: drawing again in backward would cost the draw a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+STEPS = 65536  # probabilities are multiples of 1 / STEPS
+_FINE_BITS = 8
+_SHARE = 16  # elements that share one set of fine bits
+_SHARE_FROM = 1024  # words of 64 elements; below this nothing is shared
+_LOWEST = -(2**63)
+
+
+def keep_steps(p: float) -> int:
+    """The probability of keeping an element, in 1/65536.
+
+    Raises:
+        ValueError: ``p`` is not in [0, 1].
+
+    Example:
+        >>> keep_steps(0.5)
+        32768
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability must be between 0 and 1, found {p}")
+    return round((1.0 - p) * STEPS)
+
+
+def keep_scale(p: float) -> float:
+    """What a kept element is multiplied by, so that the mean is unchanged (0.0 where nothing is kept)."""
+    keep = keep_steps(p)
+    return STEPS / keep if keep else 0.0
+
+
+def draw_mask(shape: Sequence[int], p: float, device: torch.device | str | None = None) -> Tensor:
+    """Draws which elements of a tensor of ``shape`` survive dropout.
+
+    Args:
+        shape (`Sequence[int]`): Shape of the tensor to drop.
+        p (`float`): Probability of dropping an element.
+        device (`torch.device`, *optional*): Where the mask lives and whose default generator is used.
+
+    Returns:
+        `Tensor`: uint8, ``ceil(numel / 64) * 8`` bytes, one bit per element.
+    """
+    numel = 1
+    for size in shape:
+        numel *= size
+    words = -(-numel // 64)
+    keep = keep_steps(p)
+    if keep in (0, STEPS):
+        return torch.full((words * 8,), 255 if keep else 0, dtype=torch.uint8, device=device)
+    share = _SHARE if words >= _SHARE_FROM else 1
+    fine_words = -(-words // share)
+    mask = _fold(None, keep & (2**_FINE_BITS - 1), (fine_words,), device)
+    mask = _fold(mask, keep >> _FINE_BITS, (share, fine_words), device)
+    assert mask is not None  # one of the sixteen bits is set
+    # The copy lets go of the planes, which are eight times as large.
+    return mask.view(-1)[:words].clone().view(torch.uint8)
+
+
+def _fold(mask: Tensor | None, bits: int, shape: tuple[int, ...], device: torch.device | str | None) -> Tensor | None:
+    """Compares a fresh random plane per bit with ``bits``, lowest first; ``mask`` is the result of the lower bits."""
+    low = 0 if mask is not None else (bits & -bits).bit_length() - 1  # an all-zero tail compares as "not less"
+    if low < 0:
+        return None
+    planes = torch.empty((_FINE_BITS - low, *shape), dtype=torch.int64, device=device).random_(_LOWEST, None)
+    for bit, plane in enumerate(planes.unbind(), start=low):
+        if mask is None:
+            mask = plane  # the lowest set bit, and nothing below
+        elif bits >> bit & 1:
+            mask = plane.bitwise_or_(mask)
+        else:
+            mask = plane.bitwise_and_(mask)
+    return mask
+
+
+def unpack(packed: Tensor, itemsize: int) -> Tensor:
+    """All-ones or all-zeros integers of ``itemsize`` bytes (2, 4 or 8), one per element, flat, padded to 64.
+
+    Bits 0, 16, 1, 17, ... of each 32-bit word belong to consecutive elements: the two of a pair then sit where
+    one 32-bit lane of two 16-bit numbers wants them (16-bit shifts are not vectorised on CPU, 32-bit ones are).
+    """
+    words = packed.view(torch.int32).unsqueeze(1)
+    if itemsize == 2:
+        lanes = words >> torch.arange(16, dtype=torch.int32, device=packed.device)
+        return lanes.bitwise_and_(0x00010001).mul_(0xFFFF).view(torch.int16).view(-1)
+    shifts = torch.arange(31, -1, -1, dtype=torch.int32, device=packed.device).view(2, 16).t().reshape(32)
+    lanes = (words << shifts).bitwise_right_shift_(31).view(-1)
+    return lanes if itemsize == 4 else lanes.to(torch.int64)
+
+
+_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Mask:
+    """A packed mask unpacked for tensors of one shape and item size, to be applied several times."""
+
+    __slots__ = ("ones",)
+
+    def __init__(self, packed: Tensor, like: Tensor) -> None:
+        self.ones = unpack(packed, like.element_size())[: like.numel()].view(like.shape)
+
+    def zero(self, x: Tensor) -> Tensor:
+        """``x`` with the dropped elements zero, not rescaled; differentiable where gradients are recorded."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return x * self.ones.neg().to(x.dtype)
+        return (x.view(self.ones.dtype) & self.ones).view(x.dtype)
+
+    def zero_(self, x: Tensor) -> Tensor:
+        """`zero` in place where nothing is recorded; ``x`` must be the caller's own."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return self.zero(x)
+        x.view(self.ones.dtype).bitwise_and_(self.ones)
+        return x
+
+
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, factor):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(packed)
+        ctx.factor = factor
+        return Mask(packed, x).zero(x).mul_(factor)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        (packed,) = ctx.saved_tensors
+        return _Apply.apply(g, packed, ctx.factor), None, None  # type: ignore[no-untyped-call]
+
+
+def apply_mask(x: Tensor, packed: Tensor, p: float) -> Tensor:
+    """Dropout of ``x`` by a drawn mask; saves the packed mask and nothing else for backward.
+
+    Args:
+        x (`Tensor`): Any shape, a floating dtype of 2, 4 or 8 bytes.
+        packed (`Tensor`): ``draw_mask(x.shape, p, x.device)``.
+        p (`float`): The probability given to `draw_mask`.
+    """
+    dropped: Tensor = _Apply.apply(x, packed, keep_scale(p))  # type: ignore[no-untyped-call]
+    return dropped
+
+
+def reference(x: Tensor, packed: Tensor, p: float) -> Tensor:
+    """`apply_mask`, one bit at a time in plain torch."""
+    words = packed.view(torch.int32).unsqueeze(1)
+    bits = torch.arange(32, device=packed.device).view(2, 16).t().reshape(32)
+    kept = (words >> bits & 1).view(-1)[: x.numel()].view(x.shape)
+    return x * kept.to(x.dtype) * keep_scale(p)

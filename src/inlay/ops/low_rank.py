@@ -1,0 +1,221 @@
+"""``h + scale * (dropout(x) @ down.T) @ up.T`` in the fewest passes over the large tensors.
+
+Training runs one autograd function that keeps ``x`` as it is, and of dropout one bit per element. The middle, of size
+rank x tokens, is computed again in backward from tensors that autograd knows, so second derivatives are right.
+
+Where the factors have a wider dtype than a bfloat16 ``x`` (fp32 adapters on a bf16 model), many tokens are multiplied
+in bfloat16 with fp32 accumulation, as autocast does, and added to ``h`` with a single rounding; few tokens are
+widened instead, which is then cheaper than narrowing the factors. The factors' gradients are computed in their own
+dtype, from copies of ``x`` and ``h``'s gradient that live as long as the call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from inlay.ops import dropout as drop
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def steps_aside(*tensors: Tensor | None) -> bool:
+    """True where only the readable formula works: functorch, forward-mode AD, tracing, tensor subclasses."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return any(t is not None and type(t) not in _PLAIN for t in tensors)
+
+
+def reference(
+    x_BI: Tensor,
+    h_BO: Tensor,
+    down_RI: Tensor,
+    up_OR: Tensor,
+    scale: float | Tensor,
+    dropout: float = 0.0,
+    bias_O: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    h_is_fresh: bool = False,
+) -> Tensor:
+    """The formula of `low_rank` in plain torch, traceable and transformable; without a mask, torch draws its own."""
+    x = x_BI.to(down_RI.dtype)
+    if dropout:
+        x = F.dropout(x, dropout) if mask is None else drop.reference(x, mask, dropout)
+    delta_BO = F.linear(F.linear(x, down_RI), up_OR, bias_O)
+    return h_BO + (delta_BO * scale).to(h_BO.dtype)
+
+
+def low_rank(
+    x_BI: Tensor,
+    h_BO: Tensor,
+    down_RI: Tensor,
+    up_OR: Tensor,
+    scale: float | Tensor,
+    dropout: float = 0.0,
+    bias_O: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    h_is_fresh: bool = False,
+) -> Tensor:
+    """Adds a low-rank product to a layer's output.
+
+    Args:
+        x_BI (`Tensor`): The layer's input, any number of leading dimensions (none too). Never modified.
+        h_BO (`Tensor`): The layer's output, same leading dimensions.
+        down_RI (`Tensor`): First factor.
+        up_OR (`Tensor`): Second factor.
+        scale (`float` or 0-dim `Tensor`): Multiplies the product; a tensor stays one, and gets no gradient.
+        dropout (`float`, *optional*, defaults to 0.0): Probability of dropping an element of ``x``; 0 in eval.
+        bias_O (`Tensor`, *optional*): Bias of the second factor, scaled like the product.
+        mask (`Tensor`, *optional*): ``draw_mask(x.shape, dropout)`` where the caller needs to know it.
+        h_is_fresh (`bool`, *optional*, defaults to False): Nobody else holds ``h``: it may be written to.
+
+    Returns:
+        `Tensor`: Shape and dtype of ``h``.
+
+    Example:
+        >>> x, h = torch.ones(2, 3), torch.zeros(2, 4)
+        >>> low_rank(x, h, torch.ones(1, 3), torch.ones(4, 1), 2.0)[0]
+        tensor([6., 6., 6., 6.])
+    """
+    if steps_aside(x_BI, h_BO, down_RI, up_OR):
+        return reference(x_BI, h_BO, down_RI, up_OR, scale, dropout, bias_O, mask=mask)
+    if dropout and mask is None:
+        mask = drop.draw_mask(x_BI.shape, dropout, x_BI.device)
+    if torch.is_grad_enabled() and (
+        down_RI.requires_grad
+        or up_OR.requires_grad
+        or x_BI.requires_grad
+        or h_BO.requires_grad
+        or (bias_O is not None and bias_O.requires_grad)
+    ):
+        dtype = compute_dtype(x_BI, down_RI)
+        in_place = h_is_fresh and h_BO.dtype == dtype and h_BO.is_contiguous() and not h_BO._is_view()
+        if isinstance(scale, Tensor):
+            scale = scale.detach()
+        packed, keep = (mask, drop.keep_scale(dropout)) if dropout else (None, 1.0)
+        out: Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
+            x_BI, h_BO, down_RI, up_OR, bias_O, packed, scale, keep, dtype, in_place
+        )
+        return out
+    if dropout and mask is not None:
+        x_BI = drop.apply_mask(x_BI, mask, dropout)
+    return _infer(x_BI, h_BO, down_RI, up_OR, scale, bias_O, h_is_fresh)
+
+
+def compute_dtype(x_BI: Tensor, down_RI: Tensor) -> torch.dtype:
+    """The dtype of the products: autocast's, else the factors', else bfloat16 where narrowing them is cheaper."""
+    given = x_BI.dtype
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x_BI.device.type):
+        return down_RI.dtype if down_RI.dtype == torch.float64 else torch.get_autocast_dtype(x_BI.device.type)
+    if given == torch.bfloat16 and down_RI.dtype == torch.float32 and x_BI.numel() > down_RI.numel():
+        return given
+    return down_RI.dtype
+
+
+def _infer(
+    x_BI: Tensor,
+    h_BO: Tensor,
+    down_RI: Tensor,
+    up_OR: Tensor,
+    scale: float | Tensor,
+    bias_O: Tensor | None,
+    h_is_fresh: bool,
+) -> Tensor:
+    """Two launches for one token, three views more for many. Nothing is recorded."""
+    dtype = compute_dtype(x_BI, down_RI)
+    if x_BI.dtype != dtype or down_RI.dtype != dtype:
+        x_BI, down_RI, up_OR = x_BI.to(dtype), down_RI.to(dtype), up_OR.to(dtype)
+    fresh = h_is_fresh and h_BO.is_contiguous()
+    if bias_O is not None:
+        h_BO = torch.add(h_BO, (bias_O * scale).to(h_BO.dtype))
+        fresh = True
+    alpha: float = 1.0
+    outs, ins = up_OR.shape[0], down_RI.shape[1]
+    if isinstance(scale, Tensor):
+        down_RI = down_RI * scale
+    else:
+        alpha = scale
+    if h_BO.dtype != dtype:
+        delta_BO = F.linear(F.linear(x_BI, down_RI), up_OR).mul_(alpha).to(h_BO.dtype)
+        return h_BO.add_(delta_BO) if fresh else h_BO + delta_BO
+    if fresh and x_BI.numel() == ins:
+        h_BO.view(outs).addmv_(up_OR, torch.mv(down_RI, x_BI.reshape(ins)), alpha=alpha)
+        return h_BO
+    h_TO = h_BO.reshape(-1, outs)
+    mid_TR = torch.mm(x_BI.reshape(-1, ins), down_RI.t())
+    if fresh:
+        h_TO.addmm_(mid_TR, up_OR.t(), alpha=alpha)
+        return h_BO
+    return torch.addmm(h_TO, mid_TR, up_OR.t(), alpha=alpha).view(h_BO.shape)
+
+
+class _LowRank(torch.autograd.Function):
+    """Saves x, the factors and the packed mask; T is the number of tokens."""
+
+    @staticmethod
+    def forward(ctx, x_BI, h_BO, down_RI, up_OR, bias_O, packed, scale, keep, dtype, in_place):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_BI, down_RI, up_OR, bias_O, packed)
+        ctx.scale, ctx.keep, ctx.dtype = scale, keep, dtype
+        ctx.autocast = torch.is_autocast_enabled(x_BI.device.type)
+        ctx.set_materialize_grads(False)
+        x_TI = x_BI.reshape(-1, x_BI.shape[-1])
+        if packed is not None:
+            x_TI = drop.Mask(packed, x_TI).zero(x_TI)
+        mid_TR = torch.mm(x_TI.to(dtype), down_RI.to(dtype).t()).mul_(scale)
+        if packed is not None:
+            mid_TR.mul_(keep)
+        h_TO, up_RO = h_BO.reshape(-1, h_BO.shape[-1]), up_OR.to(dtype).t()
+        if in_place:
+            ctx.mark_dirty(h_BO)
+            h_TO.addmm_(mid_TR, up_RO)
+            out = h_BO
+        elif h_BO.dtype == dtype:
+            out = torch.addmm(h_TO, mid_TR, up_RO).view(h_BO.shape)
+        else:
+            out = torch.add(h_TO, torch.mm(mid_TR, up_RO).to(h_BO.dtype)).view(h_BO.shape)
+        if bias_O is not None:
+            out.add_((bias_O * scale).to(out.dtype))
+        return out
+
+    @staticmethod
+    def backward(ctx, g_BO):  # type: ignore[no-untyped-def]
+        if g_BO is None:
+            return (None,) * 10
+        if torch.is_autocast_enabled(g_BO.device.type):
+            with torch.autocast(g_BO.device.type, enabled=False):
+                return (*_gradients(ctx, g_BO), None, None, None, None, None)
+        return (*_gradients(ctx, g_BO), None, None, None, None, None)
+
+
+def _gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    """Gradients of x, h, down, up, bias in differentiable operations on saved inputs only."""
+    x_BI, down_RI, up_OR, bias_O, packed = ctx.saved_tensors
+    need_x, need_h, need_down, need_up, need_bias = ctx.needs_input_grad[:5]
+    factor = ctx.scale if packed is None else ctx.scale * ctx.keep
+    x_TI, g_TO = x_BI.reshape(-1, x_BI.shape[-1]), g_BO.reshape(-1, g_BO.shape[-1])
+    mask = None if packed is None else drop.Mask(packed, x_TI)
+    # The factors' own gradients in the factors' dtype, although the products were narrow: they are what is trained.
+    wide = ctx.dtype if ctx.autocast else down_RI.dtype
+    dx = ddown = dup = dbias = None
+    if need_down or need_up:
+        kept_TI = (x_TI if mask is None else mask.zero(x_TI)).to(wide)
+        g_wide_TO = g_TO.to(wide)
+    else:
+        wide, g_wide_TO = ctx.dtype, g_TO.to(ctx.dtype)
+    if need_up:
+        mid_TR = torch.mm(kept_TI, down_RI.to(wide).t()) * factor
+        dup = torch.mm(mid_TR.t(), g_wide_TO).t().to(up_OR.dtype)
+    if need_x or need_down:
+        dmid_TR = torch.mm(g_wide_TO, up_OR.to(wide)) * factor
+    if need_down:
+        ddown = torch.mm(dmid_TR.t(), kept_TI).to(down_RI.dtype)
+    if need_x:
+        dx = torch.mm(dmid_TR.to(ctx.dtype), down_RI.to(ctx.dtype)).to(x_BI.dtype)
+        dx = (dx if mask is None else mask.zero_(dx)).view(x_BI.shape)
+    if need_bias:
+        dbias = (g_TO.sum(0) * ctx.scale).to(bias_O.dtype)
+    return dx, g_BO if need_h else None, ddown, dup, dbias

@@ -1,0 +1,163 @@
+"""What a file and a model have to say about each other: the report of a load, and the fingerprint of a base."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from inlay.errors import IncompatibleBaseError, LoadError, NonFiniteError
+
+if TYPE_CHECKING:
+    import torch
+
+BASE_KEY = "inlay_base"
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """Every place where a file and the adapter it is loaded into disagree.
+
+    It stands in for what ``load_state_dict`` returns: ``missing_keys``, ``unexpected_keys`` and
+    ``missing, unexpected = report``.
+
+    Args:
+        missing (`list[str]`): Keys that the adapter needs and the file has not.
+        unexpected (`list[str]`): Keys that the file has and nothing takes.
+        shape (`list[tuple]`): Key, shape in the file, shape in the model.
+        dtype (`list[tuple]`): Key, dtype in the file, dtype in the model. Values are converted: a note, not a problem.
+        non_finite (`list[str]`): Keys whose tensor holds NaN or infinity.
+        config (`list[str]`): Sentences on where the config contradicts the weights.
+        base (`list[str]`): Sentences on where the base model is not the one that the adapter was made for.
+        notes (`list[str]`): Sentences that change no result.
+
+    Example:
+        >>> report = LoadReport(missing=["q.lora_A.weight"])
+        >>> report.ok, report.missing_keys
+        (False, ['q.lora_A.weight'])
+        >>> print(report.summary())
+        1 tensor missing from the file, left at its initial value: 'q.lora_A.weight'.
+        Check that the adapter belongs to this model and config; strict=False loads it as it is, with a warning.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    dtype: list[tuple[str, torch.dtype, torch.dtype]] = field(default_factory=list)
+    non_finite: list[str] = field(default_factory=list)
+    config: list[str] = field(default_factory=list)
+    base: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing in it would silently change results."""
+        return not (self.missing or self.unexpected or self.shape or self.non_finite or self.config or self.base)
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """``missing``, under torch's name."""
+        return self.missing
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        """``unexpected``, under torch's name."""
+        return self.unexpected
+
+    def __iter__(self) -> Iterator[list[str]]:
+        yield self.missing
+        yield self.unexpected
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """One line per kind of finding, with the first few keys, and what to do."""
+        lines = [*self._problems(), *self._remarks()]
+        if not lines:
+            return "The file and the adapter agree."
+        return "\n".join([*lines, *([] if self.ok else [self._advice()])])
+
+    def raise_for_problems(self) -> None:
+        """Raises the error that fits, with this report as its ``report``; does nothing if all is well.
+
+        Raises:
+            IncompatibleBaseError: The adapter was made for another base.
+            LoadError: Keys, shapes or the config do not fit.
+            NonFiniteError: Everything fits, and some values are NaN or infinite.
+        """
+        if self.ok:
+            return
+        kind: type[LoadError] = LoadError
+        if self.base:
+            kind = IncompatibleBaseError
+        elif not (self.missing or self.unexpected or self.shape or self.config):
+            kind = NonFiniteError
+        raise kind(f"The adapter does not fit; nothing was loaded.\n{self.summary()}", self)
+
+    def _problems(self) -> list[str]:
+        shapes = [
+            f"{key!r} is {list(file)} in the file, {list(model)} in the model" for key, file, model in self.shape
+        ]
+        findings = [
+            ("made for another base model", self.base),
+            ("config contradicts the weights", self.config),
+            (f"{_tensors(self.shape)} of another shape", shapes),
+            (f"{_tensors(self.missing)} missing from the file, left at {_its(self.missing)}", _quoted(self.missing)),
+            (f"{_tensors(self.unexpected)} in the file that nothing takes", _quoted(self.unexpected)),
+            (f"{_tensors(self.non_finite)} with NaN or infinity", _quoted(self.non_finite)),
+        ]
+        return [f"{what}: {_some(places)}." for what, places in findings if places]
+
+    def _remarks(self) -> list[str]:
+        dtypes = [f"{key!r} from {file} to {model}" for key, file, model in self.dtype]
+        converted = [f"note: {_tensors(dtypes)} converted: {_some(dtypes)}."] if dtypes else []
+        return [*converted, *(f"note: {note.rstrip('.')}." for note in self.notes)]
+
+    def _advice(self) -> str:
+        if self.base:
+            what = "Load it onto the base model it was made for"
+        elif self.missing or self.unexpected or self.shape or self.config:
+            what = "Check that the adapter belongs to this model and config"
+        else:
+            what = "Take an earlier checkpoint: training has diverged or the file is damaged"
+        return f"{what}; strict=False loads it as it is, with a warning."
+
+
+def _tensors(places: list[str] | list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
+    return f"{len(places)} tensor{'' if len(places) == 1 else 's'}"
+
+
+def _its(places: list[str]) -> str:
+    return "its initial value" if len(places) == 1 else "their initial values"
+
+
+def _quoted(keys: list[str]) -> list[str]:
+    return [repr(key) for key in keys]
+
+
+def _some(places: list[str]) -> str:
+    more = len(places) - _SHOWN
+    return "; ".join(place.rstrip(".") for place in places[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def base_fingerprint(names_and_shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str:
+    """A fingerprint of the layers that an adapter sits on: their names and the shapes of their weights, in any order.
+
+    It tells another architecture or size from the one that was trained on; it does not look at values, so that a base
+    in another dtype, quantised, or on the meta device has the same.
+
+    Args:
+        names_and_shapes (`Iterable[tuple[str, tuple[int, ...]]]`): Per target layer.
+
+    Returns:
+        `str`: ``"v1:"`` and a SHA-256. It is stored in the weights' metadata as ``inlay_base``.
+
+    Example:
+        >>> base_fingerprint([("q", (2, 3)), ("k", (2, 2))]) == base_fingerprint([("k", (2, 2)), ("q", (2, 3))])
+        True
+    """
+    lines = sorted(f"{name}\0{','.join(str(int(n)) for n in shape)}\n" for name, shape in names_and_shapes)
+    return f"v1:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"

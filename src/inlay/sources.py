@@ -1,0 +1,84 @@
+"""Where an adapter comes from: a local directory, or the hub, whose client is imported only then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from inlay.errors import CorruptFileError
+from inlay.formats import files
+
+HUB_ARGUMENTS = frozenset(
+    {
+        "revision",
+        "token",
+        "cache_dir",
+        "force_download",
+        "local_files_only",
+        "endpoint",
+        "proxies",
+        "etag_timeout",
+        "user_agent",
+        "use_auth_token",
+        "resume_download",
+        "repo_type",
+        "_commit_hash",
+        "commit_hash",
+    }
+)
+# Arguments of earlier clients that callers still pass; they change nothing about which files are read.
+_IGNORED = frozenset({"use_auth_token", "resume_download", "proxies", "_commit_hash", "commit_hash"})
+
+
+def split_hub_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits keywords into those for the hub's client and all others.
+
+    Example:
+        >>> split_hub_arguments({"revision": "main", "r": 8})
+        ({'revision': 'main'}, {'r': 8})
+    """
+    hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS and k not in _IGNORED}
+    if kwargs.get("use_auth_token") is not None:
+        hub.setdefault("token", kwargs["use_auth_token"])
+    return hub, {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS}
+
+
+def locate(model_id: str | Path, *, subfolder: str | None = None, **hub: Any) -> Path:
+    """The local directory with the adapter's files, downloaded from the hub where ``model_id`` is no directory.
+
+    Args:
+        model_id (`str` or `Path`): A directory or an id on the hub.
+        subfolder (`str`, *optional*): Folder inside it.
+        hub: Arguments of the hub's client (``revision``, ``token``, ``cache_dir``, ...).
+
+    Raises:
+        MissingFileError: The hub has no such adapter, or cannot be reached.
+        CorruptFileError: ``subfolder`` leads out of the directory.
+    """
+    root = Path(model_id)
+    if root.is_dir():
+        if not subfolder:
+            return root
+        inside = root / subfolder
+        if not inside.resolve().is_relative_to(root.resolve()):
+            raise CorruptFileError(f"subfolder {subfolder!r} leads out of {root}; name a folder inside it.")
+        return inside
+    from inlay.integrations import hub as client
+
+    return client.fetch(str(model_id), subfolder=subfolder, **hub)
+
+
+def base_vocabulary(model_id: str | None) -> int | None:
+    """``vocab_size`` in the base model's own config, from a local directory or the hub's cache; never downloaded."""
+    if not model_id:
+        return None
+    path = Path(model_id) / "config.json"
+    if not path.is_file():
+        from inlay.integrations import hub as client
+
+        cached = client.cached(model_id, "config.json")
+        if cached is None:
+            return None
+        path = cached
+    size = files.read_json(path).get("vocab_size")
+    return size if isinstance(size, int) else None

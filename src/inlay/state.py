@@ -1,0 +1,504 @@
+"""An adapter's tensors out of a live model and into it: ``dict[str, Tensor]`` under the names that files have.
+
+Which tensors are an adapter's is read off the wrappers, never guessed from names. Keys carry no adapter name; with a
+handle (`inlay.PeftModel`) they begin with ``base_model.model.``, with a bare model they do not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from inlay import settings, sources
+from inlay.adapted import Adapted
+from inlay.config import AdapterConfig, PeftConfig
+from inlay.errors import DuplicateAdapterError, LoadError, PeftWarning, UnknownAdapterError
+from inlay.formats import files
+from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
+from inlay.inject import Prepared, apply, biases, prepare, wrappers
+from inlay.report import BASE_KEY, LoadReport, base_fingerprint
+from inlay.trained import ModulesToSaveWrapper
+
+EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head"})
+# Components that other wrappers put into module paths and that files do not have.
+_FOREIGN = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+class Place(NamedTuple):
+    """Where one tensor of an adapter lives."""
+
+    key: str
+    owner: nn.Module
+    attribute: str
+    live: str
+    device: torch.device
+
+
+def root_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The user's model inside a handle, and what its keys begin with; a bare model is its own root."""
+    base = model._modules.get("base_model")
+    inner = base._modules.get("model") if base is not None else None
+    is_handle = inner is not None and "peft_config" in base.__dict__
+    return (inner, PREFIX) if is_handle and inner is not None else (model, "")
+
+
+def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:
+    """The config of an adapter in a handle or a bare model.
+
+    Raises:
+        UnknownAdapterError: No such adapter.
+    """
+    configs: dict[str, AdapterConfig] = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise UnknownAdapterError(f"The model has no adapter {adapter_name!r}; it has {list(configs)}.")
+    return configs[adapter_name]
+
+
+def places(model: nn.Module, adapter_name: str) -> Iterator[Place]:
+    """Every tensor of an adapter in the user's model: its slots and its copies of whole modules."""
+    for path, wrapper in wrappers(model):
+        prefix = f"{path}." if path else ""
+        if isinstance(wrapper, Adapted):
+            if adapter_name in wrapper.methods:
+                device = wrapper.facts()[1]
+                for slot, owner, attribute in wrapper.tensors(adapter_name):
+                    live = f"{prefix}{slot.name}.{adapter_name}" + (f".{slot.leaf}" if slot.leaf else "")
+                    yield Place(prefix + slot.saved_name(), owner, attribute, live, device)
+        elif adapter_name in wrapper.modules_to_save:
+            copy = wrapper.modules_to_save[adapter_name]
+            for name in copy.state_dict(keep_vars=True):
+                above, _, attribute = name.rpartition(".")
+                live = f"{prefix}modules_to_save.{adapter_name}.{name}"
+                yield Place(prefix + name, copy.get_submodule(above), attribute, live, torch.device("meta"))
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors, by the names that files have.
+
+    Args:
+        model (`nn.Module`): A handle, or a model with adapters inside.
+        state_dict (`Mapping[str, Tensor]`, *optional*): Take the tensors from here, by live name, instead of from the
+            model (sharded training gathers them so); what is not in it is left out.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Which adapter.
+        unwrap_compiled (`bool`, *optional*, defaults to `False`): Look inside a compiled model.
+        save_embedding_layers (`bool` or `str`, *optional*, defaults to `"auto"`): Include the embeddings' own weights;
+            ``"auto"`` does when they are adapted or have been resized.
+
+    Raises:
+        UnknownAdapterError: No such adapter.
+
+    Example:
+        >>> import torch, inlay
+        >>> model = inlay.get_peft_model(
+        ...     torch.nn.Sequential(torch.nn.Linear(4, 3)), inlay.LoraConfig(target_modules=["0"])
+        ... )
+        >>> sorted(inlay.get_peft_model_state_dict(model))
+        ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
+    """
+    if unwrap_compiled and "_orig_mod" in model._modules:
+        model = model._modules["_orig_mod"]  # type: ignore[assignment]
+    config = config_of(model, adapter_name)
+    root, prefix = root_of(model)
+    out: dict[str, Tensor] = {}
+    own = list(places(root, adapter_name))
+    for place in own:
+        t = _value(place) if state_dict is None else state_dict.get(prefix + place.live)
+        if t is not None:
+            out[prefix + place.key] = t
+    for key, live, t in _extras(root, config, own, adapter_name, save_embedding_layers):
+        found = t if state_dict is None else state_dict.get(prefix + live)
+        if found is not None:
+            out[prefix + key] = found
+    return {_without_foreign(k): v for k, v in out.items()}
+
+
+def _without_foreign(key: str) -> str:
+    for part in _FOREIGN:
+        key = key.replace(part, "")
+    return key
+
+
+def _value(place: Place) -> Tensor:
+    t: Tensor = getattr(place.owner, place.attribute)
+    return t.detach()
+
+
+def _extras(
+    root: nn.Module, config: AdapterConfig, own: list[Place], adapter_name: str, embeddings: bool | str
+) -> Iterator[tuple[str, str, Tensor]]:
+    """The model's own tensors that go into the file too: trained biases, and embeddings."""
+    if config.bias != "none":
+        paths = [p for p, w in wrappers(root) if isinstance(w, Adapted) and adapter_name in w.methods]
+        for name, parameter in biases(root, config, paths):
+            yield name, name, parameter.detach()
+    if embeddings is True or (embeddings == "auto" and _embeddings_changed(root, config, adapter_name)):
+        for name, parameter in embedding_weights(root):
+            yield name, name, parameter.detach()
+
+
+def embedding_weights(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, weight) of the model's input and output embeddings."""
+    wanted = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        get = getattr(root, getter, None)
+        try:
+            module = get() if callable(get) else None
+        except NotImplementedError:
+            module = None
+        if isinstance(module, Adapted):
+            module = module.get_base_layer()
+        if module is not None and not isinstance(module, ModulesToSaveWrapper):
+            wanted.add(id(module._parameters.get("weight")))
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if id(parameter) in wanted and "modules_to_save" not in name and "original_module" not in name:
+            yield name, parameter
+
+
+def _embeddings_changed(root: nn.Module, config: AdapterConfig, adapter_name: str) -> bool:
+    if config.trainable_token_indices is not None:
+        return False
+    for path, wrapper in wrappers(root):
+        if (
+            isinstance(wrapper, Adapted)
+            and adapter_name in wrapper.methods
+            and path.rpartition(".")[2] in EMBEDDING_NAMES
+        ):
+            warnings.warn(
+                "The embeddings are adapted, so their own weights are saved too; save_embedding_layers=False leaves "
+                "them out.",
+                PeftWarning,
+                stacklevel=5,
+            )
+            return True
+    original = sources.base_vocabulary(config.base_model_name_or_path)
+    now = getattr(getattr(root, "config", None), "vocab_size", None)
+    if original is not None and now is not None and original != now:
+        warnings.warn(
+            f"The embeddings have been resized from {original} to {now} rows, so their weights are saved too; "
+            "save_embedding_layers=False leaves them out.",
+            PeftWarning,
+            stacklevel=5,
+        )
+        return True
+    return False
+
+
+# ---------------------------------------------------------------------- into the model
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
+) -> LoadReport:
+    """Puts tensors into an adapter that the model has already.
+
+    Args:
+        model (`nn.Module`): A handle, or a model with adapters inside.
+        peft_model_state_dict (`Mapping[str, Tensor]`): By the names that files have.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Which adapter.
+        ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`): Leave out tensors of another shape.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Accepted; the fast path is the only one.
+        key_mapping (`Mapping[str, str]`, *optional*): Regex -> replacement, for keys of another naming.
+
+    Returns:
+        `LoadReport`: With ``missing_keys`` and ``unexpected_keys``.
+
+    Raises:
+        UnknownAdapterError: No such adapter.
+        LoadError: A tensor has another shape; nothing was changed.
+    """
+    config_of(model, adapter_name)
+    root, _ = root_of(model)
+    targets = _targets(root, adapter_name, config_of(model, adapter_name))
+    tensors = _renamed(peft_model_state_dict, key_mapping)
+    report = compare(
+        {k: tuple(getattr(o, a).shape) for k, (o, a, _) in targets.items()}, _shapes(tensors), _optional(root)
+    )
+    if report.shape and not ignore_mismatched_sizes:
+        raise LoadError(f"Tensors do not fit the adapter {adapter_name!r}; nothing was changed.\n{report}", report)
+    for key in (key for key, *_ in report.shape):
+        tensors.pop(key)
+    assign(root, targets, tensors)
+    return report
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(t.shape) for key, t in tensors.items()}
+
+
+def _renamed(entries: Mapping[str, Any], key_mapping: Mapping[str, str] | None) -> dict[str, Any]:
+    stripped = strip_prefix(entries)
+    names = apply_key_mapping(stripped, key_mapping)
+    return {names[key]: value for key, value in stripped.items()}
+
+
+Target = tuple[nn.Module, str, torch.device]
+
+
+def _targets(root: nn.Module, adapter_name: str, config: AdapterConfig) -> dict[str, Target]:
+    targets: dict[str, Target] = {p.key: (p.owner, p.attribute, p.device) for p in places(root, adapter_name)}
+    if config.bias != "none":
+        paths = [p for p, w in wrappers(root) if isinstance(w, Adapted) and adapter_name in w.methods]
+        for name, parameter in biases(root, config, paths):
+            above, _, attribute = name.rpartition(".")
+            targets[name] = (root.get_submodule(above), attribute, parameter.device)
+    return targets
+
+
+def _optional(root: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Keys that a file may have beside the adapter's own: the embeddings' weights, adapted or not."""
+    out = {}
+    for name, parameter in embedding_weights(root):
+        above, _, last = name.rpartition(".")
+        out[name] = out[f"{above}.base_layer.{last}"] = tuple(parameter.shape)
+    return out
+
+
+def compare(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]],
+) -> LoadReport:
+    """What a file's header and an adapter's shapes have to say about each other."""
+    report = LoadReport(
+        missing=[key for key in expected if key not in found],
+        unexpected=[key for key in found if key not in expected and key not in optional],
+    )
+    for key, shape in found.items():
+        wanted = expected.get(key, optional.get(key))
+        if wanted is not None and wanted != shape:
+            report.shape.append((key, shape, wanted))
+    return report
+
+
+def assign(root: nn.Module, targets: Mapping[str, Target], tensors: Mapping[str, Tensor]) -> None:
+    """Puts tensors in place: becomes the parameter where that is on the meta device, copied into it elsewhere."""
+    embeddings: dict[str, nn.Parameter] | None = None
+    with torch.no_grad():
+        for key, t in tensors.items():
+            place = targets.get(key)
+            if place is None:
+                embeddings = dict(embedding_weights(root)) if embeddings is None else embeddings
+                if key in embeddings:
+                    embeddings[key].copy_(t)
+                continue
+            owner, attribute, device = place
+            old = owner._parameters.get(attribute)
+            if old is None or not old.is_meta:
+                getattr(owner, attribute).copy_(t)
+            else:
+                new = t.to(t.device if device.type == "meta" else device, old.dtype)
+                owner._parameters[attribute] = nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+# ---------------------------------------------------------------------- from a directory
+
+
+def load_peft_weights(
+    model_id: str | Path,
+    device: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Any,
+) -> dict[str, Tensor]:
+    """Reads an adapter's tensors, without a model.
+
+    Args:
+        model_id (`str` or `Path`): A directory, or an id on the hub.
+        device (`str`, *optional*): Where to put them; the CPU if not given.
+        key_mapping (`Mapping[str, str]`, *optional*): Regex -> replacement, for keys of another naming.
+        hub: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ...
+
+    Raises:
+        MissingFileError, CorruptFileError: There are no weights, or they cannot be used.
+    """
+    subfolder = hub.pop("subfolder", None)
+    directory = sources.locate(model_id, subfolder=subfolder, **sources.split_hub_arguments(hub)[0])
+    with files.open_weights(directory) as weights:
+        tensors = weights.read(device=device or "cpu")
+    if key_mapping:
+        names = apply_key_mapping(tensors, key_mapping)
+        tensors = {names[key]: t for key, t in tensors.items()}
+    return tensors
+
+
+class Source(NamedTuple):
+    """An adapter on disk, opened and not yet read."""
+
+    directory: Path
+    config: PeftConfig
+    weights: files.Weights
+
+
+def open_source(directory: Path, config: PeftConfig | None = None) -> Source:
+    """Opens the pair in ``directory``; a given config stands in for the file's."""
+    if config is not None:
+        return Source(directory, config, files.open_weights(directory))
+    values, weights = files.read_pair(directory)
+    try:
+        return Source(directory, PeftConfig.from_dict(values, str(directory / files.CONFIG_NAME)), weights)
+    except BaseException:
+        weights.close()
+        raise
+
+
+def load_into(
+    root: nn.Module,
+    source: Source,
+    adapter_name: str,
+    *,
+    config: AdapterConfig,
+    strict: bool | None = None,
+    trainable: bool = False,
+    autocast: bool = True,
+    activate: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
+    base_name: str | None = None,
+) -> tuple[LoadReport, Prepared]:
+    """Loads an opened adapter into a bare model, everything checked before anything is touched.
+
+    Returns:
+        (`LoadReport`, `Prepared`): What the file and the model disagreed on, and what was put where.
+
+    Raises:
+        LoadError: The file does not fit and ``strict``; the model is as it was.
+        PlanError: The config does not fit the model.
+    """
+    strict = settings.strict_load if strict is None else strict
+    prepared = prepare(root, config, adapter_name=adapter_name)
+    header = _renamed(source.weights.header, key_mapping)
+    report = compare(expected(prepared), {k: tuple(info.shape) for k, info in header.items()}, _optional(root))
+    _base_notes(report, prepared, source, base_name)
+    if strict:
+        report.raise_for_problems()
+    elif report.shape and not ignore_mismatched_sizes:
+        raise LoadError(f"The adapter does not fit; nothing was loaded.\n{report}", report)
+    tensors = _renamed(source.weights.read(), key_mapping)
+    report.non_finite.extend(non_finite(tensors))
+    if strict:
+        report.raise_for_problems()
+    elif not report.ok:
+        warnings.warn(report.summary(), PeftWarning, stacklevel=4)
+    for key, *_ in report.shape:
+        tensors.pop(key)
+    whole = not report.missing and not report.shape
+    apply(prepared, adapter_name, meta=whole, autocast=autocast, activate=activate, trainable=trainable)
+    assign(root, _targets(root, adapter_name, config), tensors)
+    return report, prepared
+
+
+def expected(prepared: Prepared) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every tensor that a prepared adapter has in files."""
+    out: dict[str, tuple[int, ...]] = {}
+    for work in prepared.works:
+        out.update({f"{work.path}.{slot.saved_name()}": slot.shape for slot in work.adapter.slots.values()})
+    for tokens in prepared.tokens:
+        if tokens.source is None:
+            slots = tokens.adapter.slots.values()
+            out.update({f"{tokens.path}.token_adapter.{slot.saved_name()}": slot.shape for slot in slots})
+    for path in prepared.saved:
+        module = prepared.survey.modules[path]
+        original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        out.update({f"{path}.{k}": tuple(t.shape) for k, t in original.state_dict().items()})
+    out.update(_bias_keys(prepared))
+    return out
+
+
+def _bias_keys(prepared: Prepared) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if prepared.config.bias == "none":
+        return
+    adapted = {work.path for work in prepared.works}
+    for path, module in prepared.survey.modules.items():
+        layer = module.get_base_layer() if isinstance(module, Adapted) else module
+        bias = layer._parameters.get("bias")
+        inside = path in adapted or isinstance(module, Adapted)
+        if bias is not None and (inside or prepared.config.bias == "all"):
+            yield f"{path}.base_layer.bias" if inside else f"{path}.bias", tuple(bias.shape)
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Keys of tensors with NaN or infinity: one norm over all, and a closer look only where it is not finite."""
+    wide = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
+    if not wide or bool(torch.stack([n.float().cpu() for n in torch._foreach_norm(wide)]).isfinite().all()):
+        return []
+    return [key for key, t in tensors.items() if not bool(t.isfinite().all())]
+
+
+def fingerprint(prepared: Prepared) -> str:
+    """`base_fingerprint` of the layers that an adapter stands on."""
+    return base_fingerprint((work.path, work.kind.shape(_innermost(work.base))) for work in prepared.works)
+
+
+def live_fingerprint(root: nn.Module, adapter_name: str) -> str:
+    """The same of an adapter that stands in a model."""
+    return base_fingerprint(
+        (path, w.kind.shape(w.get_base_layer()))
+        for path, w in wrappers(root)
+        if isinstance(w, Adapted) and adapter_name in w.methods and not path.endswith(".token_adapter")
+    )
+
+
+def check_same(mine: AdapterConfig, other: AdapterConfig, adapter_name: str) -> None:
+    """Raises `DuplicateAdapterError` where a file's config is another adapter's than the one of this name."""
+    ignored = {"inference_mode", "peft_version", "base_model_name_or_path", "auto_mapping", "revision"}
+    a, b = mine.to_dict(), other.to_dict()
+    differ = sorted(k for k in a.keys() | b.keys() if k not in ignored and a.get(k) != b.get(k))
+    if differ:
+        raise DuplicateAdapterError(
+            f"Adapter {adapter_name!r} exists already and the file's config differs in {differ}: choose another name, "
+            "or "
+            "delete it first."
+        )
+
+
+def reload(
+    model: nn.Module, source: Source, adapter_name: str, key_mapping: Mapping[str, str] | None, strict: bool | None
+) -> LoadReport:
+    """Gives an adapter that stands in a model the values of a file of the same config, in place.
+
+    Raises:
+        LoadError: The file does not fit and ``strict``; the adapter is as it was.
+    """
+    root, _ = root_of(model)
+    targets = _targets(root, adapter_name, config_of(model, adapter_name))
+    tensors = _renamed(source.weights.read(), key_mapping)
+    report = compare(
+        {k: tuple(getattr(o, a).shape) for k, (o, a, _) in targets.items()}, _shapes(tensors), _optional(root)
+    )
+    report.non_finite.extend(non_finite(tensors))
+    if settings.strict_load if strict is None else strict:
+        report.raise_for_problems()
+    elif report.shape:
+        raise LoadError(f"The adapter does not fit; nothing was loaded.\n{report}", report)
+    elif not report.ok:
+        warnings.warn(report.summary(), PeftWarning, stacklevel=4)
+    assign(root, targets, tensors)
+    return report
+
+
+def _innermost(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if isinstance(layer, Adapted) else layer
+
+
+def _base_notes(report: LoadReport, prepared: Prepared, source: Source, base_name: str | None) -> None:
+    stored = source.weights.metadata.get(BASE_KEY)
+    if stored is not None and not report.missing and not report.unexpected and stored != fingerprint(prepared):
+        report.base.append("the adapted layers have other names or shapes than where the adapter was trained")
+    made_for = source.config.base_model_name_or_path
+    if made_for and base_name and made_for != base_name:
+        report.notes.append(f"the adapter names its base {made_for!r}, this model calls itself {base_name!r}")

@@ -1,0 +1,147 @@
+"""What stands in a model: which adapters, on which layers, active, merged, trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from inlay.adapted import Adapted
+from inlay.errors import PlanError
+from inlay.inject import wrappers
+from inlay.state import root_of
+
+T = TypeVar("T")
+Irregular = Literal["irregular"]
+
+
+@dataclass
+class TunerLayerStatus:
+    """One adapted layer.
+
+    Args:
+        name (`str`): The layer's name in the user's model.
+        module_type (`str`): Its class, frozen layer's.
+        enabled (`bool`): Whether adapters run by default.
+        active_adapters, merged_adapters, available_adapters (`list[str]`): Adapters by state.
+        requires_grad (`dict[str, bool or "irregular"]`): By adapter, whether its tensors are trained.
+        devices (`dict[str, list[str]]`): By adapter, where its tensors are.
+        quantization_backend (`str`, *optional*): How the frozen weight is packed.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclass
+class TunerModelStatus:
+    """A whole model; a field is ``"irregular"`` where its layers differ.
+
+    Args:
+        base_model_type, adapter_model_type (`str`): Classes.
+        peft_types (`dict[str, str]`): Method by adapter.
+        trainable_params, total_params (`int`): Numbers of parameters.
+        num_adapter_layers (`int`): How many layers have adapters.
+        enabled (`bool` or `"irregular"`): Whether adapters run by default.
+        active_adapters, merged_adapters (`list[str]` or `"irregular"`): Adapters by state.
+        requires_grad (`dict[str, bool or "irregular"]`): By adapter.
+        available_adapters (`list[str]`): All adapters.
+        devices (`dict[str, list[str]]`): By adapter.
+        quantization_backend (`str`, *optional*): How frozen weights are packed.
+    """
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]] = field(default_factory=dict)
+    quantization_backend: str | None = None
+
+
+def _same(values: Iterable[T]) -> T | Irregular:
+    found: list[T] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found[0] if len(found) == 1 else "irregular"
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The status of every adapted layer.
+
+    Args:
+        model (`nn.Module`): A handle, or a model with adapters inside.
+
+    Raises:
+        PlanError: No layer is adapted.
+    """
+    root, prefix = root_of(model)
+    out = [_layer(f"{'model.' if prefix else ''}{path}", w) for path, w in wrappers(root) if isinstance(w, Adapted)]
+    if not out:
+        raise PlanError("No layer of the model is adapted: there is no status to tell. Add an adapter first.")
+    return out
+
+
+def _layer(name: str, layer: Adapted) -> TunerLayerStatus:
+    tensors = {n: list(layer.params(n).values()) for n in layer.methods}
+    return TunerLayerStatus(
+        name=name,
+        module_type=type(layer.get_base_layer()).__name__,
+        enabled=not layer.disable_adapters,
+        active_adapters=layer.active_adapters,
+        merged_adapters=layer.merged_adapters,
+        requires_grad={n: _same(t.requires_grad for t in ts) for n, ts in tensors.items()},
+        available_adapters=sorted(layer.methods),
+        devices={n: sorted({t.device.type for t in ts}) for n, ts in tensors.items()},
+        quantization_backend=None if layer.storage.name == "plain" else layer.storage.name,
+    )
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The status of a model as a whole.
+
+    Args:
+        model (`nn.Module`): A handle, or a model with adapters inside.
+
+    Raises:
+        PlanError: No layer is adapted.
+    """
+    layers = get_layer_status(model)
+    root, prefix = root_of(model)
+    names = sorted({n for layer in layers for n in layer.available_adapters})
+    configs = getattr(model, "peft_config", {})
+    sizes = [(p.numel(), p.requires_grad) for p in root.parameters() if isinstance(p, torch.Tensor)]
+    return TunerModelStatus(
+        base_model_type=type(root).__name__,
+        adapter_model_type=type(model).__name__ if prefix else "None",
+        peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()},
+        trainable_params=sum(n for n, trained in sizes if trained),
+        total_params=sum(n for n, _ in sizes),
+        num_adapter_layers=len(layers),
+        enabled=_same(layer.enabled for layer in layers),
+        active_adapters=_same(layer.active_adapters for layer in layers),
+        merged_adapters=_same(layer.merged_adapters for layer in layers),
+        requires_grad={
+            n: _same(layer.requires_grad[n] for layer in layers if n in layer.requires_grad) for n in names
+        },
+        available_adapters=names,
+        devices={n: sorted({d for layer in layers for d in layer.devices.get(n, ())}) for n in names},
+        quantization_backend=_same(layer.quantization_backend for layer in layers),
+    )

@@ -1,0 +1,199 @@
+"""Whole things trained in place, beside the adapters: copies of modules, and single tokens of an embedding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.adapted import Adapted
+from inlay.errors import RowsError, UnsupportedLayerError
+from inlay.layers import LayerKind, kind_of
+from inlay.routing import Router, Rows
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """A module and, for each adapter, a copy that is trained in its stead.
+
+    Args:
+        module (`nn.Module`): The module, left as it is.
+        router (`Router`): The routing of the model it stands in.
+        path (`str`): Its name in the model, for messages.
+
+    Raises:
+        UnsupportedLayerError: The module is a container without a forward of its own.
+    """
+
+    def __init__(self, module: nn.Module, router: Router, path: str) -> None:
+        super().__init__()
+        self.check(module, path)
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.router = router
+        self.path = path
+        self.training = module.training
+        self._active: tuple[str, ...] = ()
+        self._enabled = True
+
+    @staticmethod
+    def check(module: nn.Module, path: str) -> None:
+        """Raises `UnsupportedLayerError` for what cannot be copied and run in another's stead."""
+        containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, Adapted)
+        if isinstance(module, containers):
+            raise UnsupportedLayerError(
+                f"modules_to_save cannot hold {path} ({type(module).__name__}): name modules that have a forward and "
+                "no "
+                "adapter, such as a head."
+            )
+
+    def add(self, name: str) -> None:
+        """Makes the adapter's copy, equal to the module."""
+        own = copy.deepcopy(self.original_module)
+        own.requires_grad_(False)
+        self.modules_to_save[name] = own
+
+    def _serving(self) -> tuple[nn.Module, Rows | None]:
+        route = self.router.route()
+        if route is not None and route.rows is not None:
+            return self.original_module, route.rows
+        names = (self._active if self._enabled else ()) if route is None else route.names
+        return self._copy_for(names), None
+
+    def _copy_for(self, names: Iterable[str]) -> nn.Module:
+        mine = [n for n in names if n in self.modules_to_save]
+        if len(mine) > 1:
+            raise UnsupportedLayerError(
+                f"{self.path}: several adapters {mine} hold a copy of it; activate one of them."
+            )
+        return self.modules_to_save[mine[0]] if mine else self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        module, rows = self._serving()
+        if rows is None or not any(n in self.modules_to_save for n in rows.names):
+            return module(*args, **kwargs)
+        return self._forward_rows(rows, *args, **kwargs)
+
+    def _forward_rows(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = rows.fitted(x.shape[0], x.device, self.path)
+        h = self.original_module(x, *args, **kwargs)
+        if not isinstance(h, Tensor) or h.shape[0] != x.shape[0]:
+            raise RowsError(f"{self.path} does not give one result per row: adapter_names cannot reach its rows.")
+        for name, at in zip(rows.names, rows.members, strict=True):
+            if name in self.modules_to_save and len(at):
+                h = h.index_copy(0, at, self.modules_to_save[name](x[at], *args, **kwargs).to(h.dtype))
+        return h
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes an adapter's copy the default for all threads and trains it."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self._copy_for(names)
+        self.set_requires_grad([n for n in self._active if n not in names], False)
+        self.set_requires_grad(names, not inference_mode)
+        self._active = names
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Trains or freezes copies."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.modules_to_save:
+                for parameter in self.modules_to_save[name].parameters():
+                    parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches to the original module or back, for all threads."""
+        self._enabled = enabled
+        self.set_requires_grad(self._active, enabled)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        """Removes an adapter's copy; one that is not here is passed over."""
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+            self._active = tuple(n for n in self._active if n != adapter_name)
+        if new_active_adapters:
+            self.set_adapter([n for n in new_active_adapters if n in self.modules_to_save][:1])
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The default adapters."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same under its older name."""
+        return list(self._active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the original module runs for all threads."""
+        return not self._enabled
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "modules_to_save" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self._serving()[0], name)
+
+
+class TrainableTokensWrapper(nn.Module):
+    """An embedding some of whose rows are trained; the layer with its adapter is at ``token_adapter``."""
+
+    def __init__(self, token_adapter: Adapted) -> None:
+        super().__init__()
+        self.token_adapter = token_adapter
+        self.training = token_adapter.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.token_adapter(x)
+        return h
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The embedding itself."""
+        return self.token_adapter.get_base_layer()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "token_adapter" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.token_adapter, name)
+
+
+class TiedTokens(Adapted):
+    """A head tied to an embedding whose tokens are trained: it uses that embedding's rows and owns none."""
+
+    def __init__(self, base_layer: nn.Module, kind: LayerKind, router: Router, path: str, source: Adapted) -> None:
+        super().__init__(base_layer, kind, router, path, tied=True)
+        self._source = (source,)  # in a tuple: a child here would be saved and listed twice
+
+    def add(self, name: str, method: Any, device: torch.device | str, dtype: torch.dtype | None) -> None:
+        self.methods[name] = method
+        self._places[name] = ()
+        self._refresh()
+
+    def params(self, name: str) -> dict[str, Tensor]:
+        return self._source[0].params(name)
+
+    def tensors(self, name: str) -> Any:
+        return iter(())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.methods.pop(adapter_name, None)
+        self._places.pop(adapter_name, None)
+        self._active = tuple(n for n in self._active if n in self.methods)
+        self._refresh()
+
+
+def trainable_kind(module: nn.Module, path: str) -> LayerKind:
+    """The kind of an embedding or head whose rows can be trained one by one."""
+    kind = kind_of(module)
+    if kind is None or kind.name not in ("Embedding", "Linear"):
+        raise UnsupportedLayerError(
+            f"trainable_token_indices needs an embedding, {path} is a {type(module).__name__}: name the embedding."
+        )
+    return kind

@@ -1,0 +1,89 @@
+"""What `from inlay import ...` offers is written down here too, so that no name comes or goes by accident."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import inlay
+
+TREE = Path(__file__).parents[1]
+
+PUBLIC_NAMES = [
+    "__version__",
+    # configs
+    "LoraConfig",
+    "LoraRuntimeConfig",
+    "PeftConfig",
+    "PeftType",
+    "TaskType",
+    "get_peft_config",
+    # the handle
+    "get_peft_model",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    # models that stay the user's own
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
+    "set_peft_model_state_dict",
+    # what is there, what would be, what went wrong
+    "Explanation",
+    "explain",
+    "LoadReport",
+    "TunerLayerStatus",
+    "TunerModelStatus",
+    "get_layer_status",
+    "get_model_status",
+    "NoMatchingPeftModuleError",
+    "PeftError",
+    "PeftWarning",
+    "settings",
+]
+
+
+def test_all_is_the_list() -> None:
+    assert sorted(inlay.__all__) == sorted(PUBLIC_NAMES)
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_name_resolves_and_is_listed(name: str) -> None:
+    assert not isinstance(getattr(inlay, name), ModuleType)
+    assert name in dir(inlay)
+
+
+def test_no_module_hides_a_name() -> None:
+    # Python sets a module as an attribute of its package once anyone has imported it, over what is lazily resolved.
+    namesakes = [name for name in PUBLIC_NAMES if (TREE / "src/inlay" / f"{name}.py").is_file()]
+    code = f"import inlay\nfor n in {namesakes}: __import__('inlay.' + n); print(type(getattr(inlay, n)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=TREE / "src", capture_output=True, text=True, check=True)
+    assert "module" not in done.stdout, f"{namesakes}: {done.stdout}"
+
+
+def test_unknown_name_is_an_attribute_error_that_names_it() -> None:
+    with pytest.raises(AttributeError, match="LoraConfg"):
+        inlay.LoraConfg  # noqa: B018
+
+
+def test_version_is_the_distributions() -> None:
+    pyproject = tomllib.loads((TREE / "pyproject.toml").read_text())
+    assert inlay.__version__ == pyproject["project"]["version"]
