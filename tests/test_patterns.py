@@ -198,6 +198,7 @@ def test_refused_patterns(pattern: str, message: str) -> None:
         ({".*attn|fc": 4}, "model.fc", (".*attn|fc", 4)),
         ({"(?i)HEAD": 4}, "model.head", ("(?i)HEAD", 4)),
         ({"q_proj$": 4}, "model.q_proj", ("q_proj$", 4)),
+        ({r"a\.b": 1, "a.b": 2}, "x.a.b", (r"a\.b", 1)),
         ({}, "q_proj", None),
         ({"q_proj": None}, "q_proj", ("q_proj", None)),
     ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from inlay.errors import BaseGoneError, NonFiniteMergeError, PeftWarning, RowsError, UnknownAdapterError
 from inlay.layers import LayerKind
-from inlay.methods._abstract import AbstractAdapter, Slot
+from inlay.methods._abstract import AbstractAdapter, Params, Slot
 from inlay.ops.rows import rows as rows_product
 from inlay.routing import Router, Rows
 from inlay.storage import Storage, storage_of
@@ -73,6 +73,11 @@ class Group(nn.Module):
 
     def forward(self, name: str) -> Tensor:
         return self.get_parameter(name)
+
+    def train(self, mode: bool = True) -> Group:
+        # Nothing below reads the flag, and there may be thousands of leaves.
+        self.training = mode
+        return self
 
 
 class _Numbers(MutableMapping[str, Any]):
@@ -128,6 +133,42 @@ class _Memo:
         self._known.clear()
 
 
+class Stack:
+    """The factors of several adapters, each kind in one tensor, and the marks by which a change of any is seen.
+
+    Args:
+        parts (`dict`): For each adapter its method, its tensors, and where these are kept.
+        apart (`tuple[str, ...]`): Adapters that must run by themselves.
+    """
+
+    def __init__(self, parts: dict[str, tuple[AbstractAdapter, Params, list[Any]]], apart: tuple[str, ...]) -> None:
+        self.order, self.apart = tuple(parts), apart
+        self.trained = torch.is_grad_enabled() and any(
+            t.requires_grad for _, p, _ in parts.values() for t in p.values()
+        )
+        self._scales = [(method, method.scaling) for method, _, _ in parts.values()]
+        tensors = [(d, k, d[k]) for _, _, owners in parts.values() for d, k in owners if d.get(k) is not None]
+        self._marks = [(d, k, t, t._version, t.data_ptr()) for d, k, t in tensors]
+        if parts:
+            self.factors = self._stacked([f for m, p, _ in parts.values() if (f := m.factors(p)) is not None])
+
+    @staticmethod
+    def _stacked(factors: list[tuple[Tensor, Tensor, Any]]) -> tuple[Tensor, Tensor]:
+        R = max(down.shape[0] for down, _, _ in factors)
+        downs = [F.pad(down, (0, 0, 0, R - down.shape[0])) for down, _, _ in factors]
+        ups = [F.pad(up * scale, (0, R - up.shape[1])) for _, up, scale in factors]
+        return torch.stack(downs), torch.stack(ups)
+
+    def current(self) -> bool:
+        """Whether nothing has changed since, and no gradient is asked for that the stack could not carry."""
+        for d, k, t, version, pointer in self._marks:
+            if d.get(k) is not t or t._version != version or t.data_ptr() != pointer:
+                return False
+        if torch.is_grad_enabled() and any(t.requires_grad for _, _, t, _, _ in self._marks):
+            return False
+        return all(method.scaling is scale for method, scale in self._scales)
+
+
 class Adapted(nn.Module):
     """A frozen layer with adapters.
 
@@ -155,6 +196,7 @@ class Adapted(nn.Module):
         self._merged: tuple[str, ...] = ()
         self._kept: dict[str, Any] = {}
         self._memo = _Memo()
+        self._stacks: dict[tuple[tuple[str, ...], bool], Stack] = {}
 
     # ------------------------------------------------------------------ forward
 
@@ -213,57 +255,54 @@ class Adapted(nn.Module):
     # ------------------------------------------------------------------ rows
 
     def _forward_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
-        names = [n for n in rows.names if n in self.methods]
-        if not names and not self._merged:
-            return self.base_layer(*args, **kwargs)
         if self.kind.by_weight:
+            return self._forward_unreachable(rows, *args, **kwargs)
+        x, *rest = args
+        rows = rows.fitted(x.shape[self.kind.row_dim], x.device, self.path)
+        stack = self._stack(rows.names)
+        names = stack.apart
+        z = self._into_rows(rows, names, x) if names else x
+        h0 = h = self._frozen(z) if self._merged else self.base_layer(z, *rest, **kwargs)
+        if stack.order:
+            h = rows_product(x, h, *stack.factors, rows.index_of(stack.order))
+        for name in names:
+            at = rows.members[rows.names.index(name)]
+            mine = self.methods[name].out(self.params(name), x[at], h0[at], self)
+            h = h.index_copy(0, at, mine.to(h.dtype))
+        return h
+
+    def _forward_unreachable(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+        if self._merged or any(n in self.methods for n in rows.names):
             raise RowsError(
                 f"{self.path} ({self.kind.name}) uses its weight whole: adapter_names cannot reach its rows."
             )
-        x, *rest = args
-        rows = rows.fitted(x.shape[self.kind.row_dim], x.device, self.path)
-        z = self._into_rows(rows, names, x)
-        h = self._frozen(z) if self._merged else self.base_layer(z, *rest, **kwargs)
-        stacked = {n: f for n in names if (f := self._stackable(n)) is not None}
-        if stacked:
-            h = self._out_stacked(rows, stacked, x, h)
-        h0 = h
-        for name in names:
-            if name not in stacked:
-                at = rows.members[rows.names.index(name)]
-                mine = self.methods[name].out(self.params(name), x[at], h0[at], self)
-                h = h.index_copy(0, at, mine.to(h.dtype))
-        return h
+        return self.base_layer(*args, **kwargs)
 
-    def _into_rows(self, rows: Rows, names: list[str], x: Tensor) -> Tensor:
+    def _into_rows(self, rows: Rows, names: Sequence[str], x: Tensor) -> Tensor:
         for name in names:
             if self.methods[name].changes_input:
                 at = rows.members[rows.names.index(name)]
                 x = x.index_copy(0, at, self.methods[name].into(self.params(name), x[at], self))
         return x
 
-    def _stackable(self, name: str) -> tuple[Tensor, Tensor, Any] | None:
+    def _stack(self, names: tuple[str, ...]) -> Stack:
+        """The factors of those of ``names`` that can be stacked, made anew only where one of them has changed."""
+        stack = self._stacks.get((names, self.training))
+        if stack is None or not stack.current():
+            order = tuple(n for n in names if n in self.methods and self._stackable(n))
+            apart = tuple(n for n in names if n in self.methods and n not in order)
+            stack = Stack({n: (self.methods[n], self.params(n), self._owners(n)) for n in order}, apart)
+            if not stack.trained:
+                self._stacks[names, self.training] = stack
+        return stack
+
+    def _stackable(self, name: str) -> bool:
         method = self.methods[name]
-        if not self.kind.matrix or (self.training and method.dropout):
-            return None
-        return method.factors(self.params(name))
+        dropped = self.training and method.dropout > 0
+        return self.kind.matrix and not dropped and method.factors(self.params(name)) is not None
 
-    def _out_stacked(self, rows: Rows, factors: dict[str, tuple[Tensor, Tensor, Any]], x: Tensor, h: Tensor) -> Tensor:
-        order = tuple(factors)
-        tensors = tuple(t for down, up, _ in factors.values() for t in (down, up))
-        scales = tuple(scale for _, _, scale in factors.values())
-
-        def stack() -> tuple[Tensor, Tensor]:
-            R = max(down.shape[0] for down, _, _ in factors.values())
-            downs = [F.pad(down, (0, 0, 0, R - down.shape[0])) for down, _, _ in factors.values()]
-            ups = [F.pad(up * scale, (0, R - up.shape[1])) for _, up, scale in factors.values()]
-            return torch.stack(downs), torch.stack(ups)
-
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            down_KRI, up_KOR = stack()
-        else:
-            down_KRI, up_KOR = self._memo.get(f"rows {scales}", tensors, stack, contents=False)
-        return rows_product(x, h, down_KRI, up_KOR, rows.index_of(order))
+    def _owners(self, name: str) -> list[tuple[dict[str, Any], str]]:
+        return [(owner._parameters, attribute) for _, owner, attribute in self.tensors(name)]
 
     # ------------------------------------------------------------------ what methods ask of a layer
 
@@ -406,6 +445,7 @@ class Adapted(nn.Module):
             group._parameters.pop(adapter_name, None)
         del self.methods[adapter_name], self._places[adapter_name]
         self._memo.clear()
+        self._stacks.clear()
         if adapter_name in self._active:
             self._active = tuple(n for n in self._active if n != adapter_name)
             if not self._active and self.methods:
@@ -422,13 +462,20 @@ class Adapted(nn.Module):
 
     # ------------------------------------------------------------------ merging
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep_base: bool = True) -> None:
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        keep_base: bool = True,
+        copy: Callable[[Tensor], Tensor] = torch.clone,
+    ) -> None:
         """Writes adapters into the frozen weight.
 
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`): Check for NaN and infinity before writing.
             adapter_names (`list[str]`, *optional*): Which; the active ones if not given.
             keep_base (`bool`, *optional*, defaults to `True`): Keep the pristine weight, so that `unmerge` is exact.
+            copy (`Callable`, *optional*): How it is copied aside.
 
         Raises:
             TypeError: ``adapter_names`` is a `str`.
@@ -444,7 +491,7 @@ class Adapted(nn.Module):
         if not new:
             return
         with torch.no_grad():
-            self._write(new, keep_base)
+            self._write(new, keep_base, copy)
         self._merged += new
 
     def check_merge(self, adapter_names: Iterable[str] | None, safe_merge: bool = False) -> tuple[str, ...]:
@@ -462,13 +509,13 @@ class Adapted(nn.Module):
                 )
         return new
 
-    def _write(self, new: tuple[str, ...], keep_base: bool) -> None:
+    def _write(self, new: tuple[str, ...], keep_base: bool, copy: Callable[[Tensor], Tensor]) -> None:
         base, kind = self.base_layer, self.kind
         on_top = self.storage.in_place and not self.tied and (not self._merged or not self._kept)
         factors = [self.methods[n].factors(self.params(n)) for n in new] if on_top else [None]
         if all(f is not None for f in factors):
             if keep_base and not self._merged:
-                self._kept[kind.weight_name] = self.storage.keep(base, kind.weight_name)
+                self._kept[kind.weight_name] = self.storage.keep(base, kind.weight_name, copy)
             for f in factors:
                 assert f is not None
                 self._add_product(*f, sign=1)
@@ -477,12 +524,14 @@ class Adapted(nn.Module):
         W, b = self.effective(self._merged + new)
         for parameter, value in ((kind.weight_name, W), (kind.bias_name, None if b is b0 else b)):
             if value is not None:
-                self._replace(parameter, value, keep_base)
+                self._replace(parameter, value, keep_base, copy)
 
-    def _replace(self, parameter: str, value: Tensor, keep_base: bool) -> None:
+    def _replace(self, parameter: str, value: Tensor, keep_base: bool, copy: Callable[[Tensor], Tensor]) -> None:
         base = self.base_layer
         if keep_base and parameter not in self._kept:
-            self._kept[parameter] = base._parameters[parameter] if self.tied else self.storage.keep(base, parameter)
+            self._kept[parameter] = (
+                base._parameters[parameter] if self.tied else self.storage.keep(base, parameter, copy)
+            )
         if self.tied:
             base._parameters[parameter] = nn.Parameter(value.detach().clone(), requires_grad=False)
         else:
@@ -621,11 +670,12 @@ class Adapted(nn.Module):
             return getattr(self.base_layer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_memo": _Memo()}
+        return {**self.__dict__, "_memo": _Memo(), "_stacks": {}}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Adapted:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._memo.clear()
+        self._stacks.clear()
         if not self.tied:
             self._kept = {k: fn(v) for k, v in self._kept.items()}
         return self

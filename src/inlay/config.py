@@ -53,7 +53,7 @@ class PeftType(str, enum.Enum):
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: type[PeftConfig]) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
@@ -153,7 +153,7 @@ class PeftConfig:
                 raise UnknownMethodError(f"peft_type {self.peft_type!r} is no method of this library.") from error
 
     def _check_types(self) -> None:
-        hints = _hints(self.__class__)
+        hints = _hints(type(self))
         for f in fields(self):
             value = getattr(self, f.name)
             if not _fits(value, hints[f.name]):
@@ -262,13 +262,6 @@ class PeftConfig:
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
         files.write_config(Path(save_directory), values)
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and all(
-            getattr(self, f.name) == getattr(other, f.name) for f in fields(self) if f.compare
-        )
-
-    __hash__ = None  # type: ignore[assignment]  # configs are mutable values
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

@@ -274,7 +274,7 @@ def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Itera
         target_parameters=config.target_parameters,
         patterns=config.patterns(),
         supported=method.kinds,
-        optional=config.trainable_token_indices is not None or bool(config.target_parameters),
+        optional=config.trainable_token_indices is not None,
         method=PeftType(config.peft_type).value,
     )
 

@@ -1,11 +1,11 @@
 """What an adapter on disk does, layer by layer, read from its two files alone: no model, no dense product.
 
-For a low-rank change ``dW = s B A`` the singular values are those of ``s R_B R_A^T``, an r x r matrix, where ``R_A`` and
-``R_B`` come from the QR decompositions of ``A^T`` and ``B``. Two figures of each layer are read off them:
+For a low-rank change ``dW = s B A`` the singular values are those of ``s R_B R_A^T``, an r x r matrix, where ``R_A``
+and ``R_B`` come from the QR decompositions of ``A^T`` and ``B``. Two figures of each layer are read off them:
 
 - the Frobenius norm, how far the weight moves: ``sqrt(sum sigma^2)``;
-- the effective rank (Roy and Vetterli, 2007), in how many directions: ``exp(-sum p log p)`` with ``p = sigma / sum sigma``,
-  between 1 and r. Far below r, a smaller r would have done.
+- the effective rank (Roy and Vetterli, 2007), in how many directions: ``exp(-sum p log p)`` with
+  ``p = sigma / sum sigma``, between 1 and r. Far below r, a smaller r would have done.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LayerRow:
 
     Args:
         module (`str`): Its name in the base model.
-        shape (`tuple[int, ...]`): (out, in) of the change, kernels folded into "in"; (experts, out, in) for stacked ones.
+        shape (`tuple[int, ...]`): (out, in) of the change, kernels folded into "in"; stacked experts in front.
         rank (`int`): Rows of A, per expert.
         scaling (`float`): What the product is multiplied by.
         norm (`float`): Frobenius norm of the change.
@@ -121,7 +121,9 @@ def inspect_adapter(path: str | Path) -> AdapterReport:
         if slot is None:
             continue
         stem = key.removesuffix(slot)
-        mine = {name for name in (key, stem + FACTORS[slot], *(stem + other for other in OTHER_SLOTS)) if name in tensors}
+        mine = {
+            name for name in (key, stem + FACTORS[slot], *(stem + other for other in OTHER_SLOTS)) if name in tensors
+        }
         up = tensors.get(stem + FACTORS[slot])
         if up is None:
             continue
@@ -194,7 +196,8 @@ def singular_values(down_RI: Tensor, up_OR: Tensor) -> Tensor:
     """
     r_down = torch.linalg.qr(down_RI.mT, mode="r").R
     r_up = torch.linalg.qr(up_OR, mode="r").R
-    return torch.linalg.svdvals(r_up @ r_down.mT)
+    sigma_R: Tensor = torch.linalg.svdvals(r_up @ r_down.mT)
+    return sigma_R
 
 
 def effective_rank(sigma_R: Tensor) -> float:

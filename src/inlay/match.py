@@ -442,8 +442,7 @@ class _Planner:
     def _drop_nested(self) -> None:
         for name in list(self.chosen):
             outer = next((a for a in _ancestors(name) if a in self.chosen), None)
-            # A container that cannot be a target is refused by name later; it does not hide what is in it.
-            if outer is not None and self.chosen[outer][0].kind in self.asked.supported:
+            if outer is not None:
                 self._skip(name, "the rule for targets inside targets", f"inside {outer!r}, which is a target itself")
         for skip in self.skipped:
             self.chosen.pop(skip.name, None)

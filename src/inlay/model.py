@@ -34,6 +34,7 @@ from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir
 from inlay.inject import Prepared, apply, method_of, model_config, prepare, remove, with_targets, wrappers
 from inlay.report import BASE_KEY, LoadReport
 from inlay.routing import BASE, Bound, Route, Router, Rows
+from inlay.storage.arena import Arena, bytes_of
 
 
 class Tuner(nn.Module):
@@ -191,10 +192,12 @@ class Tuner(nn.Module):
             raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
         self.check_known(adapter_names or ())
         with self.router.writing():
-            for _, layer in self.layers():
-                layer.check_merge(adapter_names, safe_merge)
-            for _, layer in self.layers():
-                layer.merge(adapter_names=adapter_names, keep_base=keep_base)
+            layers = [layer for _, layer in self.layers()]
+            changing = [layer for layer in layers if layer.check_merge(adapter_names, safe_merge)]
+            aside = [layer for layer in changing if keep_base and not layer.merged and not layer.tied]
+            arena = Arena(sum(bytes_of(layer.weight) for layer in aside))
+            for layer in layers:
+                layer.merge(adapter_names=adapter_names, keep_base=keep_base, copy=arena.copy)
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the weights again."""

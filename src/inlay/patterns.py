@@ -383,7 +383,7 @@ class _Repeat:
         for _ in range(self.least):
             run.spend(1)
             before, at = at, self.body.move(run, at, ahead)
-            if at in (before, 0):  # from here on every round gives the same
+            if at == before:  # from here on every round gives the same
                 break
         return at
 

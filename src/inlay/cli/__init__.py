@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -13,6 +14,8 @@ import time
 def main() -> None:
     """Run ``inlay`` with the arguments of this process."""
     begun = time.perf_counter()
+    # It reports, while it is imported, which of its kernels this machine lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from inlay.cli.app import run
     except ImportError as error:
@@ -30,7 +33,7 @@ def main() -> None:
 
 def _fail(message: str, debug: bool) -> None:
     if debug:
-        raise  # noqa: PLE0704  (called from an except clause only)
+        raise  # the one that is being handled
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(message, file=sys.stderr)

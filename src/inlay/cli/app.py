@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
 from inlay.cli import demo, explain, inspect, merge, predict, train
@@ -25,6 +23,4 @@ app.command("demo")(demo.demo)
 
 def run(arguments: list[str], begun: float) -> None:
     """Parse ``arguments`` and run a command; ``begun`` is when the process started to load."""
-    demo.BEGUN.set(begun)
-    app(arguments, prog_name="inlay")
-    sys.exit(0)
+    app(arguments, prog_name="inlay", obj=begun)

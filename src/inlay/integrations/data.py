@@ -49,9 +49,13 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}, line {number}: not valid JSON ({error.msg}); expected one object a line") from error
+                raise ConfigError(
+                    f"{path}, line {number}: not valid JSON ({error.msg}); expected one object a line"
+                ) from error
             if not isinstance(row, dict):
-                raise ConfigError(f"{path}, line {number}: found a {type(row).__name__}; expected an object like {{...}}")
+                raise ConfigError(
+                    f"{path}, line {number}: found a {type(row).__name__}; expected an object like {{...}}"
+                )
             rows.append(row)
     return rows
 
@@ -148,7 +152,9 @@ def load_examples(config: TrainConfig) -> Examples:
     rows = read_examples(data.path)
     others = read_examples(data.held_out_path) if data.held_out_path else []
     wanted = columns(task, data)
-    complaints = [f"data.{key}: missing; {task} needs the name of a column" for key, name in wanted.items() if not name]
+    complaints = [
+        f"data.{key}: missing; {task} needs the name of a column" for key, name in wanted.items() if not name
+    ]
     for path, part in ((data.path, rows), (data.held_out_path, others)):
         if path:
             complaints += _complaints({key: name for key, name in wanted.items() if name}, path, part)
@@ -164,8 +170,8 @@ def load_examples(config: TrainConfig) -> Examples:
     train, held_out = split(rows, lambda row: _input(task, data, row), data.held_out_fraction, config.training.seed)
     if not train or not held_out:
         raise ConfigError(
-            f"{data.path}: {len(rows)} rows cannot be split with held_out_fraction {data.held_out_fraction} into two parts"
-            " with different inputs; give more rows or a file as data.held_out_path"
+            f"{data.path}: {len(rows)} rows cannot be split by held_out_fraction {data.held_out_fraction} into two"
+            " parts with different inputs; give more rows or a file as data.held_out_path"
         )
     return Examples(train, held_out, labels, repeated=0)
 

@@ -201,7 +201,7 @@ def affordable(found: int, seconds: float, forward: float, step: float, held_out
     return Amount(min(found, max(FEWEST_ROWS, int(seconds / per_row))), FEWEST_EPOCHS)
 
 
-class Deadline(transformers.TrainerCallback):
+class Deadline(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
     """Ends training when the time is up, whatever was planned; the rest of the run goes on as usual."""
 
     def __init__(self, at: float) -> None:
@@ -230,7 +230,7 @@ class FrozenEncoder:
         self.trial = sorted(rows, key=lambda row: len(row["input_ids"]))
 
     def seconds_per_row(self, config: TrainConfig) -> tuple[float, float]:
-        """Seconds per docstring, forward alone and forward and backward with the adapter, each over every fourth batch."""
+        """Seconds per docstring: forward alone, and forward and backward with the adapter; over every fourth batch."""
         size = config.training.batch_size
         starts = range(0, len(self.trial), 4 * size)
         batches = [self.task.collate(self.trial[at : at + size]) for at in starts]
@@ -250,7 +250,7 @@ class FrozenEncoder:
         return (time.perf_counter() - clock) / sum(len(batch["input_ids"]) for batch in batches)
 
     def accuracies(self, config: TrainConfig) -> tuple[float, float]:
-        """Held-out accuracy of a trained head over the frozen pooled vector, and over the mean of the token vectors."""
+        """Held-out accuracy of a head on the frozen pooled vector, and of one on the mean of the token vectors."""
         examples = load_examples(config)
         self.task = SequenceClassification(config.data, self.tokenizer, examples.labels)
         train_features = self._features(examples_to_features(self.task, examples.train))
@@ -290,10 +290,10 @@ def fit_head(x_ND: Tensor, y_N: Tensor, classes: int, decay: float = 1e-4) -> nn
     def loss() -> Tensor:
         solver.zero_grad()
         value = F.cross_entropy(head(z_ND), y_N) + decay * head.weight.square().sum()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    solver.step(loss)
+    solver.step(loss)  # type: ignore[no-untyped-call]
     return nn.Sequential(norm, head).eval()
 
 

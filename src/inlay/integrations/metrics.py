@@ -26,7 +26,8 @@ def accuracy(predicted: Ids, labels: Ids) -> float:
 
 def rows_exact(predicted: Ids, labels: Ids) -> NDArray[np.bool_]:
     """Per row of two (B, T) arrays, whether every counted position agrees."""
-    return ((predicted == labels) | (labels == IGNORED)).all(axis=1)
+    exact: NDArray[np.bool_] = ((predicted == labels) | (labels == IGNORED)).all(axis=1)
+    return exact
 
 
 def perplexity(mean_loss: float) -> float:

@@ -28,7 +28,9 @@ def load_tokenizer(model: ModelSection) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise ConfigError(f"the tokenizer at {name!r} has neither a padding token nor an end-of-text token; add one to it")
+        raise ConfigError(
+            f"the tokenizer at {name!r} has neither a padding token nor an end-of-text token; add one to it"
+        )
     return tokenizer
 
 
@@ -48,7 +50,9 @@ def load_model_config(model: ModelSection, labels: Sequence[str] = ()) -> Any:
         raise ConfigError(f"no model at {model.name!r} (model.name): {_first_line(error)}") from error
 
 
-def load_base(model: ModelSection, task: str | None, labels: Sequence[str] = (), pad_token_id: int | None = None) -> Any:
+def load_base(
+    model: ModelSection, task: str | None, labels: Sequence[str] = (), pad_token_id: int | None = None
+) -> Any:
     """A pretrained model for a task, on the CPU and in evaluation mode.
 
     Args:
@@ -65,7 +69,9 @@ def load_base(model: ModelSection, task: str | None, labels: Sequence[str] = (),
         config.pad_token_id = pad_token_id
     dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     try:
-        return _auto_class(task, config).from_pretrained(model.name, config=config, revision=model.revision, dtype=dtype)
+        return _auto_class(task, config).from_pretrained(
+            model.name, config=config, revision=model.revision, dtype=dtype
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {model.name!r} cannot be loaded for {task}: {_first_line(error)}") from error
 

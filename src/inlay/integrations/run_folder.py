@@ -1,8 +1,8 @@
 """The folder that one training run writes, and what may be continued in it.
 
-    config.yaml         the config as it was run        checkpoints/     what a killed run continues from
-    labels.json         the classes, in the head's order  adapter/         the trained adapter, with its tokenizer
-    before.json         scores of the frozen base       predictions.jsonl, report.json
+config.yaml         the config as it was run        checkpoints/     what a killed run continues from
+labels.json         the classes, in the head's order  adapter/         the trained adapter, with its tokenizer
+before.json         scores of the frozen base       predictions.jsonl, report.json
 """
 
 from __future__ import annotations

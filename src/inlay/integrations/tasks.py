@@ -114,7 +114,7 @@ class CausalLM(AbstractTask):
         }
 
     def reduce(self, logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """For logits (B, T, V): what each position predicts of its next token, and what the true one cost, both (B, T)."""
+        """For logits (B, T, V): the token predicted after each position, and what the true one cost, both (B, T)."""
         logits_BTV = logits[0] if isinstance(logits, tuple) else logits
         next_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         cost_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), next_BT, reduction="none", ignore_index=IGNORED)

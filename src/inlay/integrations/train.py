@@ -12,13 +12,14 @@ from typing import Any
 import transformers
 
 import inlay
-from inlay.errors import PeftError
+from inlay.errors import ConfigError, PeftError, UnknownMethodError, nearest
 from inlay.integrations.data import Examples, load_examples, load_inputs
 from inlay.integrations.models import load_base, load_tokenizer
 from inlay.integrations.run_folder import RunFolder, step_of, write_lines
 from inlay.integrations.tasks import TASKS, AbstractTask, examples_to_features
 from inlay.integrations.train_config import TrainConfig, raise_all
 from inlay.integrations.trainer import AdapterTrainer, build_trainer
+from inlay.methods import METHODS
 
 Say = Callable[[str], None]
 
@@ -84,12 +85,19 @@ def adapter_config(config: TrainConfig) -> Any:
     """The method's own config from the ``adapter`` section.
 
     Raises:
-        ConfigError: The method is not known, or it has no such field, or a value does not fit.
+        UnknownMethodError: There is no such method.
+        UnknownFieldError: Its config has no such field.
+        ConfigError: A value does not fit.
     """
-    task_type = TASKS[config.task].task_type
-    return inlay.get_peft_config(
-        {"peft_type": config.adapter.method.upper(), "task_type": task_type, **config.adapter.options}
-    )
+    name = config.adapter.method
+    method = METHODS.get(name.upper())
+    if method is None:
+        known = [one.lower() for one in METHODS]
+        raise UnknownMethodError(f"no method {name!r}{nearest(name.lower(), known)}; known: {', '.join(known)}")
+    options = config.adapter.options
+    if "task_type" in options:
+        raise ConfigError("task_type follows from task; leave it out")
+    return method.config(task_type=TASKS[config.task].task_type, **options)
 
 
 def prepare(config: TrainConfig) -> tuple[Examples, Any]:
@@ -127,15 +135,15 @@ def train(
 ) -> TrainResult:
     """Adapt a model to a file of examples.
 
-    Everything that can be wrong with the config or the data is raised before the model is loaded. Under ``torchrun`` or
-    ``accelerate launch`` every process calls this; only the main one writes.
+    Everything that can be wrong with the config or the data is raised before the model is loaded. Under ``torchrun``
+    or ``accelerate launch`` every process calls this; only the main one writes.
 
     Args:
         config (`TrainConfig`): The whole plan.
         say (`Callable[[str], None]`, *optional*): Told in one line what happens next.
         callbacks (`Iterable[TrainerCallback]`, *optional*): For the Trainer, such as a progress bar.
-        resume (`bool`, *optional*): None continues from the last complete checkpoint in ``config.output`` if there is one;
-            True insists on one; False starts over.
+        resume (`bool`, *optional*): None continues from the last complete checkpoint in ``config.output``, if
+            there is one; True insists on one; False starts over.
 
     Returns:
         `TrainResult`: The report, the live model and its predictions on the held-out part.
@@ -247,7 +255,8 @@ def predict(
 
     Args:
         run (`str` or `Path`): The output folder of `train`.
-        data (`str` or `Path`, *optional*): A file like the one trained on, answers optional; None takes the held-out part.
+        data (`str` or `Path`, *optional*): A file like the one trained on, answers optional; by default the
+            held-out part.
         merge (`bool`, *optional*, defaults to False): Merge the adapter into the base first.
         say (`Callable[[str], None]`, *optional*): Told in one line what happens next.
         callbacks (`Iterable[TrainerCallback]`, *optional*): For the Trainer, such as a progress bar.

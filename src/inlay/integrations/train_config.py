@@ -25,7 +25,9 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 SHORT_LIST = 8
 
 
-def limited(default: Any, *, above: float | None = None, at_least: float | None = None, below: float | None = None) -> Any:
+def limited(
+    default: Any, *, above: float | None = None, at_least: float | None = None, below: float | None = None
+) -> Any:
     """A dataclass field whose number must be ``> above``, ``>= at_least`` and ``< below``, where given."""
     return field(default=default, metadata={"above": above, "at_least": at_least, "below": below})
 
@@ -38,7 +40,7 @@ class ModelSection:
         name (`str`): A local folder or the id of a model on the hub.
         tokenizer (`str`, *optional*): The tokenizer's folder or id, where it is not the model's.
         revision (`str`, *optional*): Branch, tag or commit on the hub.
-        dtype (`str`, *optional*, defaults to "float32"): What the frozen weights are loaded as; "auto" keeps the file's.
+        dtype (`str`, *optional*, defaults to "float32"): What the frozen weights become; "auto": as stored.
     """
 
     name: str = ""
@@ -57,7 +59,8 @@ class DataSection:
         held_out_fraction (`float`, *optional*, defaults to 0.2): How large that part is.
         text (`str`, *optional*, defaults to "text"): Column of the input (or of the whole text of a causal LM).
         text_pair (`str`, *optional*): Column of a second input, for classifying pairs.
-        target (`str`, *optional*): Column of the answer; required for seq2seq. A causal LM with one learns the answer only.
+        target (`str`, *optional*): Column of the answer: seq2seq needs one; a causal LM then learns
+            only that.
         label (`str`, *optional*, defaults to "label"): Column of the class, for sequence classification.
         tokens (`str`, *optional*, defaults to "tokens"): Column of the words, for token classification.
         tags (`str`, *optional*, defaults to "tags"): Column of one class per word, for token classification.
@@ -178,7 +181,7 @@ def read_yaml(text: str, where: str) -> Any:
         (0.0002, ['query', 'value'])
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a subclass of SafeLoader)
+        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
@@ -335,5 +338,9 @@ def _out_of_range(cls: type[Any], values: Mapping[str, Any], where: str) -> Iter
             and abs(value) != float("inf")
         )
         if not inside:
-            wanted = [f"{sign} {limit}" for sign, limit in ((">", above), (">=", at_least), ("<", below)) if limit is not None]
+            wanted = [
+                f"{sign} {limit}"
+                for sign, limit in ((">", above), (">=", at_least), ("<", below))
+                if limit is not None
+            ]
             yield f"{where}.{one.name}: {value} is out of range; expected {' and '.join(wanted)}"

@@ -20,17 +20,19 @@ from inlay.integrations.tasks import AbstractTask, Features
 from inlay.integrations.train_config import TrainConfig
 
 NOISE = ("runtime", "per_second", "preparation_time", "epoch")
-BATCHES_SORTED = 50  # so many batches are drawn at random and then sorted by length among themselves
+BATCHES_SORTED = 8  # so many batches are sorted by length among themselves
 
 
 class SimilarLengths(Sampler[int]):
-    """A random order in which neighbours have similar lengths; the same for the same seed and epoch.
+    """A random order in which the rows of a batch have similar lengths; the same for the same seed and epoch.
 
-    A run that continues in the middle of an epoch therefore sees exactly the rows that are left of it.
+    Rows are drawn at random, sorted by length some batches at a time, cut into batches, and the batches shuffled: what
+    correlates with length must not correlate with time. A run that continues in the middle of an epoch sees exactly
+    the rows that are left of it.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.chunk, self.seed, self.epoch = lengths, batch_size * BATCHES_SORTED, seed, 0
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch by accelerate's data loader."""
@@ -40,13 +42,21 @@ class SimilarLengths(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self.seed} {self.epoch}")
         order = list(range(len(self.lengths)))
-        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        for start in range(0, len(order), self.chunk):
-            yield from sorted(order[start : start + self.chunk], key=lambda i: -self.lengths[i])
+        draw.shuffle(order)
+        chunk = self.batch_size * BATCHES_SORTED
+        for start in range(0, len(order), chunk):
+            order[start : start + chunk] = sorted(order[start : start + chunk], key=lambda i: self.lengths[i])
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        # The last one may be short, and a short one in the middle would shift the borders of all behind it.
+        last = batches.pop() if batches and len(batches[-1]) < self.batch_size else []
+        draw.shuffle(batches)
+        for batch in [*batches, last]:
+            yield from batch
 
 
-class AdapterTrainer(transformers.Seq2SeqTrainer):
+class AdapterTrainer(transformers.Seq2SeqTrainer):  # type: ignore[misc]  # untyped
     """transformers' Trainer, taught that a checkpoint of an adapted model is an adapter.
 
     The greedy decoding it inherits is used by tasks that generate and dormant for the others.
@@ -77,7 +87,9 @@ class AdapterTrainer(transformers.Seq2SeqTrainer):
         """The task's scores on ``features``, and the mean loss."""
         return _plain(self.evaluate(cast(Any, features)))
 
-    def describe(self, rows: Sequence[Example], features: list[Features]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    def describe(
+        self, rows: Sequence[Example], features: list[Features]
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """One line per row as the task describes it, and the scores where the rows have answers."""
         output = self.predict(cast(Any, features))
         kept, labels = output.predictions, cast(Any, output.label_ids)
@@ -95,7 +107,9 @@ def _plain(metrics: dict[str, float]) -> dict[str, float]:
     return {key: float(value) for key, value in ours.items() if not any(word in key for word in NOISE)}
 
 
-def build_trainer(model: Any, task: AbstractTask, config: TrainConfig, folder: Path, train: list[Features]) -> AdapterTrainer:
+def build_trainer(
+    model: Any, task: AbstractTask, config: TrainConfig, folder: Path, train: list[Features]
+) -> AdapterTrainer:
     """A trainer for ``model``, silent, with ``config``'s settings.
 
     Args:
@@ -126,7 +140,8 @@ def build_trainer(model: Any, task: AbstractTask, config: TrainConfig, folder: P
 
 
 def _innermost(model: Any) -> nn.Module:
-    return cast(nn.Module, model.get_base_model()) if isinstance(model, inlay.PeftModel) else cast(nn.Module, model)
+    base: nn.Module = model.get_base_model() if isinstance(model, inlay.PeftModel) else model
+    return base
 
 
 def _arguments(config: TrainConfig, task: AbstractTask, folder: Path) -> transformers.Seq2SeqTrainingArguments:
@@ -146,8 +161,7 @@ def _arguments(config: TrainConfig, task: AbstractTask, folder: Path) -> transfo
         max_grad_norm=training.clip,
         bf16=training.precision == "bfloat16",
         fp16=training.precision == "float16",
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        **(_checkpointing() if training.gradient_checkpointing else {}),
         seed=training.seed,
         save_strategy="steps",
         save_steps=training.save_steps,
@@ -163,3 +177,10 @@ def _arguments(config: TrainConfig, task: AbstractTask, folder: Path) -> transfo
         report_to=[],
         disable_tqdm=True,
     )
+
+
+def _checkpointing() -> dict[str, Any]:
+    """The settings for recomputing activations, by the name that this version of transformers has for them."""
+    known = transformers.Seq2SeqTrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.ops import dropout as drop
-from inlay.ops.low_rank import low_rank, steps_aside
+from inlay.ops.low_rank import low_rank, no_autocast, steps_aside
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -30,9 +30,9 @@ def reference_norm(
 ) -> Tensor:
     """`weight_norm` by building ``W + s B A``."""
     dtype = _wide(W_OI.dtype)
-    with torch.autocast(W_OI.device.type, enabled=False):
+    with no_autocast(W_OI):
         delta_OI = (up_OR.to(dtype) @ down_RI.to(dtype)) * scale
-    norm_O: Tensor = torch.linalg.vector_norm(W_OI.to(dtype) + delta_OI, dim=1)
+        norm_O: Tensor = torch.linalg.vector_norm(W_OI.to(dtype) + delta_OI, dim=1)
     return norm_O
 
 
@@ -57,10 +57,8 @@ def weight_norm(
         tensor([2.2361, 1.0000])
     """
     dtype = _wide(W_OI.dtype)
-    if torch._C._is_any_autocast_enabled():
-        with torch.autocast(W_OI.device.type, enabled=False):
-            return _factored_norm(W_OI.to(dtype), down_RI.to(dtype), up_OR.to(dtype), scale, base_sq_O)
-    return _factored_norm(W_OI.to(dtype), down_RI.to(dtype), up_OR.to(dtype), scale, base_sq_O)
+    with no_autocast(W_OI):
+        return _factored_norm(W_OI.to(dtype), down_RI.to(dtype), up_OR.to(dtype), scale, base_sq_O)
 
 
 def _factored_norm(
@@ -174,16 +172,14 @@ def dora(
 
 
 def _times(c_BO: Tensor, factor_O: Tensor, out: Tensor | None = None) -> Tensor:
-    """``c * factor`` in the dtype of ``c``.
+    """``c * factor`` in the dtype of ``c``, rounded once.
 
-    A factor of a wider dtype is used as a sum of two of the narrow one: rounding it once would bias whole rows, and
-    kernels that mix dtypes are many times slower on CPU.
+    A factor rounded to the narrow dtype would be wrong in the same direction for a whole row, and so would one split in
+    a coarse and a fine part, since the fine one is lost in the second sum. Kernels that mix dtypes are slow on CPU.
     """
-    narrow_O = factor_O.to(c_BO.dtype)
-    out_BO = torch.mul(c_BO, narrow_O, out=out)
-    if factor_O.dtype.itemsize > c_BO.dtype.itemsize:
-        out_BO.addcmul_(c_BO, (factor_O - narrow_O).to(c_BO.dtype))
-    return out_BO
+    if factor_O.dtype == c_BO.dtype:
+        return torch.mul(c_BO, factor_O, out=out)
+    return c_BO.to(factor_O.dtype).mul_(factor_O).to(c_BO.dtype)
 
 
 class _Stretch(torch.autograd.Function):

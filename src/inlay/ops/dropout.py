@@ -2,7 +2,7 @@
 
 The generator is the cost of dropout on a CPU, so no element gets a number of its own. The mask is built 64 elements
 at a time by comparing random bit planes with the threshold, from the lowest bit up (``u < keep`` is ``~u_k | m`` where
-bit k of ``keep`` is set and ``~u_k & m`` where it is not), and comes out packed. Every element is kept with probability
+bit k of ``keep`` is set and ``~u_k & m`` where it is not), and comes out packed. The probability of keeping is
 ``round((1 - p) * 65536) / 65536`` exactly. In large masks the eight lowest planes are shared by 16 elements far apart:
 they decide one element in 256, so two such elements are dependent with probability 2**-16.
 

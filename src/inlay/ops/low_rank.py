@@ -11,6 +11,9 @@ dtype, from copies of ``x`` and ``h``'s gradient that live as long as the call.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -19,6 +22,7 @@ from torch.nn import functional as F
 from inlay.ops import dropout as drop
 
 _PLAIN = (torch.Tensor, nn.Parameter)
+_SLICE = 256  # tokens widened at once: their copies stay in a core's cache
 
 
 def steps_aside(*tensors: Tensor | None) -> bool:
@@ -106,10 +110,21 @@ def low_rank(
     return _infer(x_BI, h_BO, down_RI, up_OR, scale, bias_O, h_is_fresh)
 
 
+def autocasts(t: Tensor) -> bool:
+    """True where autocast is on for the tensor's device."""
+    device = t.device.type
+    return torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device)
+
+
+def no_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """A context in which products keep the dtypes they are given; costs nothing where autocast is off."""
+    return torch.autocast(t.device.type, enabled=False) if autocasts(t) else nullcontext()
+
+
 def compute_dtype(x_BI: Tensor, down_RI: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's, else the factors', else bfloat16 where narrowing them is cheaper."""
     given = x_BI.dtype
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x_BI.device.type):
+    if autocasts(x_BI):
         return down_RI.dtype if down_RI.dtype == torch.float64 else torch.get_autocast_dtype(x_BI.device.type)
     if given == torch.bfloat16 and down_RI.dtype == torch.float32 and x_BI.numel() > down_RI.numel():
         return given
@@ -160,7 +175,7 @@ class _LowRank(torch.autograd.Function):
     def forward(ctx, x_BI, h_BO, down_RI, up_OR, bias_O, packed, scale, keep, dtype, in_place):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x_BI, down_RI, up_OR, bias_O, packed)
         ctx.scale, ctx.keep, ctx.dtype = scale, keep, dtype
-        ctx.autocast = torch.is_autocast_enabled(x_BI.device.type)
+        ctx.autocast = autocasts(x_BI)
         ctx.set_materialize_grads(False)
         x_TI = x_BI.reshape(-1, x_BI.shape[-1])
         if packed is not None:
@@ -185,10 +200,8 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx, g_BO):  # type: ignore[no-untyped-def]
         if g_BO is None:
             return (None,) * 10
-        if torch.is_autocast_enabled(g_BO.device.type):
-            with torch.autocast(g_BO.device.type, enabled=False):
-                return (*_gradients(ctx, g_BO), None, None, None, None, None)
-        return (*_gradients(ctx, g_BO), None, None, None, None, None)
+        with no_autocast(g_BO):
+            return (*_gradients(ctx, g_BO), None, None, None, None, None)
 
 
 def _gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
@@ -198,24 +211,42 @@ def _gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[
     factor = ctx.scale if packed is None else ctx.scale * ctx.keep
     x_TI, g_TO = x_BI.reshape(-1, x_BI.shape[-1]), g_BO.reshape(-1, g_BO.shape[-1])
     mask = None if packed is None else drop.Mask(packed, x_TI)
-    # The factors' own gradients in the factors' dtype, although the products were narrow: they are what is trained.
-    wide = ctx.dtype if ctx.autocast else down_RI.dtype
-    dx = ddown = dup = dbias = None
+    dx = ddown = dup = dbias = dmid_TR = None
     if need_down or need_up:
-        kept_TI = (x_TI if mask is None else mask.zero(x_TI)).to(wide)
-        g_wide_TO = g_TO.to(wide)
-    else:
-        wide, g_wide_TO = ctx.dtype, g_TO.to(ctx.dtype)
-    if need_up:
-        mid_TR = torch.mm(kept_TI, down_RI.to(wide).t()) * factor
-        dup = torch.mm(mid_TR.t(), g_wide_TO).t().to(up_OR.dtype)
-    if need_x or need_down:
-        dmid_TR = torch.mm(g_wide_TO, up_OR.to(wide)) * factor
-    if need_down:
-        ddown = torch.mm(dmid_TR.t(), kept_TI).to(down_RI.dtype)
+        # In the factors' dtype, although the products were narrow: they are what is trained.
+        wide = ctx.dtype if ctx.autocast else down_RI.dtype
+        kept_TI = x_TI if mask is None else mask.zero(x_TI)
+        ddown, dup, dmid_TR = _factor_gradients(kept_TI, g_TO, down_RI.to(wide), up_OR.to(wide), factor)
+        ddown, dup = ddown.to(down_RI.dtype), dup.to(up_OR.dtype)
     if need_x:
+        if dmid_TR is None:
+            dmid_TR = torch.mm(g_TO.to(ctx.dtype), up_OR.to(ctx.dtype)) * factor
         dx = torch.mm(dmid_TR.to(ctx.dtype), down_RI.to(ctx.dtype)).to(x_BI.dtype)
         dx = (dx if mask is None else mask.zero_(dx)).view(x_BI.shape)
     if need_bias:
         dbias = (g_TO.sum(0) * ctx.scale).to(bias_O.dtype)
-    return dx, g_BO if need_h else None, ddown, dup, dbias
+    return dx, g_BO if need_h else None, ddown if need_down else None, dup if need_up else None, dbias
+
+
+def _factor_gradients(
+    x_TI: Tensor, g_TO: Tensor, down_RI: Tensor, up_OR: Tensor, factor: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of down, up and the middle in the factors' dtype, to which x and g are widened a slice at a time."""
+    dtype = down_RI.dtype
+    tokens = x_TI.shape[0]
+    size = tokens if x_TI.dtype == g_TO.dtype == dtype or tokens <= _SLICE else _SLICE
+    down_IR = down_RI.t()
+    ddown_RI = dup_RO = None
+    dmids = []
+    for x, g in zip(torch.split(x_TI, size or 1), torch.split(g_TO, size or 1), strict=True):
+        x, g = x.to(dtype), g.to(dtype)
+        mid_TR = torch.mm(x, down_IR) * factor
+        dmid_TR = torch.mm(g, up_OR) * factor
+        dmids.append(dmid_TR)
+        if ddown_RI is None or dup_RO is None:
+            ddown_RI, dup_RO = torch.mm(dmid_TR.t(), x), torch.mm(mid_TR.t(), g)
+        else:
+            ddown_RI, dup_RO = ddown_RI.addmm_(dmid_TR.t(), x), dup_RO.addmm_(mid_TR.t(), g)
+    assert ddown_RI is not None
+    assert dup_RO is not None  # split gives one empty slice of an empty tensor
+    return ddown_RI, dup_RO.t(), dmids[0] if len(dmids) == 1 else torch.cat(dmids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
@@ -30,8 +31,8 @@ class Storage(ABC):
         """Replaces the weight's values in place: pointers and ties stay."""
 
     @abstractmethod
-    def keep(self, layer: nn.Module, parameter: str = "weight") -> Tensor:
-        """A copy of the weight as it is stored, from which `restore` gives back the same bits."""
+    def keep(self, layer: nn.Module, parameter: str, copy: Callable[[Tensor], Tensor]) -> Tensor:
+        """A ``copy`` of the weight as it is stored, from which `restore` gives back the same bits."""
 
     @abstractmethod
     def restore(self, layer: nn.Module, kept: Tensor, parameter: str = "weight") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,8 +28,8 @@ class Plain(Storage):
         with torch.no_grad():
             layer.get_parameter(parameter).copy_(W)
 
-    def keep(self, layer: nn.Module, parameter: str = "weight") -> Tensor:
-        return layer.get_parameter(parameter).detach().clone()
+    def keep(self, layer: nn.Module, parameter: str, copy: Callable[[Tensor], Tensor]) -> Tensor:
+        return copy(layer.get_parameter(parameter))
 
     def restore(self, layer: nn.Module, kept: Tensor, parameter: str = "weight") -> None:
         self.write(layer, kept, parameter)

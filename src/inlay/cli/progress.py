@@ -1,0 +1,79 @@
+"""A progress bar for transformers' Trainer; where output is piped, a line from time to time instead."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class ProgressBar(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
+    """Shows steps and loss while training, and batches while predicting; use it as a context.
+
+    Args:
+        console (`Console`): Where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.live = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True)
+        self.bar = console.is_terminal and not console.quiet
+        self.training: TaskID | None = None
+        self.predicting: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        if self.bar:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.live.stop()
+
+    def say(self, text: str) -> None:
+        """One line about what happens next."""
+        self.console.print(text, style="dim")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training = self.live.add_task("training", total=state.max_steps, completed=state.global_step, note="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training is not None:
+            self.live.update(self.training, completed=state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training is not None:
+            self.live.remove_task(self.training)
+            self.training = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        note = "  ".join(f"{key} {logs[key]:.4g}" for key in ("loss", "eval_loss") if key in logs) if logs else ""
+        if self.training is None or not note:
+            return
+        self.live.update(self.training, note=note)
+        if not self.bar:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {note}")
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.predicting is None:
+            self.predicting = self.live.add_task("predicting", total=len(eval_dataloader), note="")
+        self.live.advance(self.predicting)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end_predicting()
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self._end_predicting()
+
+    def _end_predicting(self) -> None:
+        if self.predicting is not None:
+            self.live.remove_task(self.predicting)
+            self.predicting = None

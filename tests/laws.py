@@ -1,0 +1,675 @@
+"""Laws that hold for every method on every kind of layer, and the tables they are run over.
+
+A law takes a `Case` and asserts by itself. A case makes its models anew for every question, so laws cannot meet.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import inlay
+from inlay.config import AdapterConfig
+from inlay.errors import NotMergeableError, PeftError, RowsError, UnsupportedLayerError
+from inlay.inject import wrappers
+from inlay.methods import METHODS
+
+# ---------------------------------------------------------------- the layers
+
+
+class Net(nn.Module):
+    """The layer under test, at ``m``."""
+
+    def __init__(self, m: nn.Module) -> None:
+        super().__init__()
+        self.m = m
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.m(x)
+        return h
+
+
+class SelfAttention(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.m(x, x * 0.5, x + 1, need_weights=False)[0]
+        return h
+
+
+class Fused(nn.Module):
+    """A weight without a layer of its own."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape) * 0.5)
+        self.gate = nn.Parameter(torch.randn(shape[-2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.einsum("...i,eoi->...o", x, self.weight if self.weight.dim() == 3 else self.weight[None])
+        return h * self.gate
+
+
+def _conv1d_of_gpt2() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(6, 5)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def _attention() -> nn.Module:
+    layer = nn.MultiheadAttention(6, 2, batch_first=True)
+    for vector in (layer.in_proj_bias, layer.out_proj.bias):
+        nn.init.normal_(vector)
+    return layer
+
+
+def _floats(*shape: int) -> Callable[[int], Tensor]:
+    return lambda batch: torch.randn(batch, *shape)
+
+
+def _indices(*shape: int) -> Callable[[int], Tensor]:
+    return lambda batch: torch.randint(0, 11, (batch, *shape))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way a layer can be.
+
+    Args:
+        row (`str`): The kind's name in `inlay.layers.KINDS`, or "Parameter".
+        layer: Makes the layer.
+        inputs: batch -> input.
+        net (`type[Net]`): The model around it.
+        rows (`bool`): Whether ``adapter_names`` can reach its rows.
+    """
+
+    row: str
+    layer: Callable[[], nn.Module]
+    inputs: Callable[[int], Tensor]
+    net: type[Net] = Net
+    rows: bool = True
+
+    @property
+    def target(self) -> dict[str, Any]:
+        return {"target_parameters": ["m.weight"]} if self.row == "Parameter" else {"target_modules": ["m"]}
+
+
+KINDS: dict[str, Kind] = {
+    "Linear": Kind("Linear", lambda: nn.Linear(5, 6), _floats(5)),
+    "Linear without bias": Kind("Linear", lambda: nn.Linear(5, 6, bias=False), _floats(3, 5)),
+    "Conv1D": Kind("Conv1D", _conv1d_of_gpt2, _floats(3, 5)),
+    "Conv1d": Kind("Conv1d", lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), _floats(3, 7)),
+    "Conv2d": Kind("Conv2d", lambda: nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=1), _floats(2, 5, 4)),
+    "Conv2d dilated": Kind("Conv2d", lambda: nn.Conv2d(2, 4, 2, dilation=2, padding="same", bias=False), _floats(2, 4, 4)),
+    "Conv2d reflecting": Kind("Conv2d", lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), _floats(2, 4, 4)),
+    "Conv2d grouped": Kind("Conv2d", lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), _floats(4, 3, 3)),
+    "Conv3d": Kind("Conv3d", lambda: nn.Conv3d(2, 3, 2, padding=1), _floats(2, 3, 2, 2)),
+    "Embedding": Kind("Embedding", lambda: nn.Embedding(11, 6), _indices(4)),
+    "Embedding with padding": Kind("Embedding", lambda: nn.Embedding(11, 6, padding_idx=0), _indices(4)),
+    "MultiheadAttention": Kind("MultiheadAttention", _attention, _floats(3, 6), net=SelfAttention, rows=False),
+    "Parameter": Kind("Parameter", lambda: Fused(6, 5), _floats(5), rows=False),
+    "Parameter of experts": Kind("Parameter", lambda: Fused(3, 6, 5), _floats(5), rows=False),
+}
+
+# How a layer's frozen weight can be kept.
+STORAGE: dict[str, Callable[[nn.Module], nn.Module]] = {"plain": lambda layer: layer}
+
+# ---------------------------------------------------------------- the methods and what they cannot do
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to configure a method.
+
+    Args:
+        fields: Of its config.
+        other: Of a second adapter beside it, where it is to differ.
+        identity (`bool`): Whether a fresh adapter changes nothing.
+        constant (`tuple[str, ...]`): Slots whose gradient leaves something out by definition.
+    """
+
+    fields: Mapping[str, Any]
+    other: Mapping[str, Any] = field(default_factory=dict)
+    identity: bool = True
+    constant: tuple[str, ...] = ()
+
+    @property
+    def drops(self) -> bool:
+        return bool(self.fields.get("lora_dropout"))
+
+
+_DORA_CONSTANT = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # the norm is outside the gradient
+
+OPTIONS: dict[str, dict[str, Option]] = {
+    "LORA": {
+        "plain": Option({"r": 2, "lora_alpha": 3}, {"r": 4}),
+        "rslora": Option({"r": 4, "lora_alpha": 3, "use_rslora": True}, {"r": 2}),
+        "random": Option({"r": 2, "init_lora_weights": False}, {"r": 4}, identity=False),
+        "dora": Option({"r": 2, "use_dora": True}, {"r": 4, "use_dora": False}, constant=_DORA_CONSTANT),
+        "bias": Option({"r": 2, "lora_bias": True}, {"r": 4, "lora_bias": False}),
+        "dropout": Option({"r": 2, "lora_dropout": 0.3}, {"r": 4}),
+        "dora with dropout": Option({"r": 2, "use_dora": True, "lora_dropout": 0.3}, constant=_DORA_CONSTANT),
+    }
+}
+
+_ATTENTION_ONLY_WEIGHT = (UnsupportedLayerError, "its weight is handed to one call: nothing stands beside it")
+_PARAMETER_ONLY_WEIGHT = (UnsupportedLayerError, "a bare weight has no input and no output of its own")
+
+#: (method, option, kind) -> the error that planning raises, and why
+UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
+    ("LORA", "dora", "Conv2d grouped"): (UnsupportedLayerError, "B A is not a grouped weight, so it has no norm"),
+    ("LORA", "dora with dropout", "Conv2d grouped"): (UnsupportedLayerError, "as without dropout"),
+    ("LORA", "bias", "Embedding"): (UnsupportedLayerError, "an embedding has no bias"),
+    ("LORA", "bias", "Embedding with padding"): (UnsupportedLayerError, "an embedding has no bias"),
+    **{
+        ("LORA", option, "MultiheadAttention"): _ATTENTION_ONLY_WEIGHT
+        for option in ("dora", "bias", "dropout", "dora with dropout")
+    },
+    **{
+        ("LORA", option, kind): _PARAMETER_ONLY_WEIGHT
+        for option in ("dora", "bias", "dropout", "dora with dropout")
+        for kind in ("Parameter", "Parameter of experts")
+    },
+}
+
+#: (method, option, kind) -> the error that merging raises, and why
+UNMERGEABLE: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
+    **{
+        ("LORA", option, "Conv2d grouped"): (NotMergeableError, "the factors see channels that a grouped weight does not")
+        for option in ("plain", "rslora", "random", "bias", "dropout")
+    },
+    ("LORA", "bias", "Linear without bias"): (NotMergeableError, "there is no bias to write to"),
+    ("LORA", "bias", "Conv2d dilated"): (NotMergeableError, "there is no bias to write to"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the grid, and the models that a law asks for."""
+
+    method: str
+    option: str
+    kind: str
+    storage: str = "plain"
+    # What a test that breaks a law on purpose does to every adapted model.
+    spoil: Callable[[inlay.PeftModel], None] | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.method}-{self.option}-{self.kind}-{self.storage}"
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.method, self.option, self.kind
+
+    @property
+    def row(self) -> Kind:
+        return KINDS[self.kind]
+
+    @property
+    def way(self) -> Option:
+        return OPTIONS[self.method][self.option]
+
+    @property
+    def merges(self) -> bool:
+        return self.key not in UNMERGEABLE
+
+    def base(self) -> nn.Module:
+        """The same model every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            return self.row.net(STORAGE[self.storage](self.row.layer())).eval()
+
+    def inputs(self, batch: int = 3) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(12)
+            return self.row.inputs(batch)
+
+    def config(self, **other: Any) -> AdapterConfig:
+        return METHODS[self.method].config(**{**self.way.fields, **self.row.target, **other})  # type: ignore[arg-type]
+
+    def fresh(self) -> inlay.PeftModel:
+        """With the adapter "a", as it starts."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(15)
+            model = inlay.get_peft_model(self.base(), self.config(), adapter_name="a")
+        if self.spoil is not None:
+            self.spoil(model)
+        return model
+
+    def adapted(self, names: Sequence[str] = ("a",)) -> inlay.PeftModel:
+        """With adapters that do something; all after the first are configured otherwise."""
+        model = self.fresh()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(16)
+            for name in names[1:]:
+                model.add_adapter(name, self.config(**self.way.other))
+        disturb(model)
+        return model
+
+
+def cases(*, kinds: Sequence[str] = tuple(KINDS), options: Sequence[str] | None = None) -> list[Case]:
+    """The cells that are possible."""
+    return [
+        Case(method, option, kind, storage)
+        for method, ways in OPTIONS.items()
+        for option in ways
+        for kind in kinds
+        for storage in STORAGE
+        if (method, option, kind) not in UNSUPPORTED and (options is None or option in options)
+    ]
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every adapter's parameters by live name."""
+    named = dict(model.named_parameters())
+    places = {id(owner._parameters[attribute]) for _, w in wrappers(model) for name in w.methods
+              for _, owner, attribute in w.tensors(name)}  # fmt: skip
+    return {name: p for name, p in named.items() if id(p) in places}
+
+
+def disturb(model: nn.Module) -> None:
+    """Moves adapters off their starting values."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(13)
+        for p in adapter_tensors(model).values():
+            p.add_(torch.randn(p.shape) * 0.3)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def same_bits(a: Tensor, b: Tensor) -> None:
+    assert a.dtype == b.dtype and a.shape == b.shape
+    assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} differ, by at most {float((a - b).detach().abs().max())}"
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the model's state."""
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def same_state(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    assert list(a) == list(b)
+    for key, t in a.items():
+        assert torch.equal(t, b[key]) and t.dtype == b[key].dtype, key
+
+
+def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor]:
+    """Gradients of a loss that every output takes part in differently."""
+    model.zero_grad(set_to_none=True)
+    weights = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).reshape(out.shape)
+    (out.double() * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close_all(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert sorted(a) == sorted(b)
+    for name, t in a.items():
+        torch.testing.assert_close(t, b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def differs(model: inlay.PeftModel, x: Tensor, base: Tensor) -> None:
+    """A law about an adapter that does nothing says nothing."""
+    assert float((model(x) - base).detach().abs().max()) > 1e-2, "the adapter does nothing"
+
+
+# ---------------------------------------------------------------- the laws
+
+
+def fresh_is_identity(case: Case) -> None:
+    x, base = case.inputs(), case.base()
+    if case.way.identity:
+        close(case.fresh()(x), base(x))
+    else:
+        differs(case.fresh(), x, base(x))
+
+
+def merged_equals_forward(case: Case) -> None:
+    x, model = case.inputs(), case.adapted()
+    differs(model, x, case.base()(x))
+    expected = model(x)
+    model.merge_adapter()
+    close(model(x), expected)
+    plain = model.merge_and_unload()
+    assert not list(wrappers(plain)) and type(plain) is case.row.net
+    close(plain(x), expected)
+
+
+def safe_merge_equals_merge(case: Case) -> None:
+    x, model = case.inputs(), case.adapted()
+    expected = model(x)
+    model.merge_adapter(safe_merge=True)
+    close(model(x), expected)
+
+
+def merging_is_refused(case: Case) -> None:
+    model = case.adapted()
+    before = bits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(UNMERGEABLE[case.key][0]):
+            merge()
+    same_state(bits(model), before)
+    assert list(wrappers(model))
+
+
+def unmerge_restores_the_bits(case: Case) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = case.adapted(("a", "b")).to(dtype)
+        before = bits(model)
+        for _ in range(3):
+            model.merge_adapter(["a"])
+            model.merge_adapter(["b"])
+            assert any(not torch.equal(t, before[k]) for k, t in bits(model).items())
+            model.unmerge_adapter()
+            same_state(bits(model), before)
+
+
+def saved_and_loaded_is_the_same(case: Case) -> None:
+    x, model = case.inputs(), case.adapted()
+    with tempfile.TemporaryDirectory() as folder:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The embeddings are adapted")
+            model.save_pretrained(folder, selected_adapters=["a"])
+        again = inlay.PeftModel.from_pretrained(case.base(), f"{folder}/a", adapter_name="a")
+    assert again.load_report.ok and not again.load_report.notes
+    same_state(bits(again), bits(model))
+    with torch.no_grad():  # with gradients to keep, the same sum is rounded in another order
+        same_bits(again(x), model(x))
+    assert again.peft_config["a"].r == model.peft_config["a"].r
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def only_adapters_get_gradients(case: Case) -> None:
+    model = case.adapted(("a", "b")).train()
+    expected = {n for n in adapter_tensors(model) if ".a." in f"{n}."}
+    assert expected
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
+    found = gradients(model, model(case.inputs()))
+    assert set(found) == expected
+    for name, grad in found.items():
+        assert grad.isfinite().all() and grad.abs().sum() > 0, name
+
+
+def disabled_equals_base(case: Case) -> None:
+    x, model = case.inputs(), case.adapted()
+    expected = case.base()(x)
+    differs(model, x, expected)
+    with model.disable_adapter():
+        same_bits(model(x), expected)
+    differs(model, x, expected)
+    model.base_model.disable_adapter_layers()
+    same_bits(model(x), expected)
+    model.base_model.enable_adapter_layers()
+    differs(model, x, expected)
+    if case.merges:
+        model.merge_adapter()
+        with model.disable_adapter():
+            close(model(x), expected)
+            assert all(w.merged for _, w in wrappers(model))
+    same_bits(model.unload()(x), expected)
+
+
+_NAMES = ("a", "b", "__base__", "a", "b")
+
+
+def _one_by_one(model: inlay.PeftModel, x: Tensor, names: Sequence[str]) -> Tensor:
+    out = []
+    for i, name in enumerate(names):
+        with model.disable_adapter() if name == "__base__" else model.use_adapter(name):
+            out.append(model(x[i : i + 1]))
+    return torch.cat(out)
+
+
+def rows_equal_one_by_one(case: Case) -> None:
+    x, model = case.inputs(len(_NAMES)), case.adapted(("a", "b"))
+    if not case.row.rows:
+        with pytest.raises(RowsError, match=r"\bm\b"):
+            model(x, adapter_names=list(_NAMES))
+        return
+    expected = _one_by_one(model, x, _NAMES)
+    close(model(x, adapter_names=list(_NAMES)), expected)
+    with torch.no_grad():  # stacked factors are remembered here
+        for _ in range(2):
+            close(model(x, adapter_names=list(_NAMES)), expected.detach())
+        close(model(x, adapter_names=list(_NAMES[::-1])), _one_by_one(model, x, _NAMES[::-1]))
+    close(model(x[:2], adapter_names=["__base__"] * 2), case.base()(x[:2]))
+    if case.merges:
+        model.merge_adapter(["a"])
+        close(model(x, adapter_names=list(_NAMES)), expected)
+        model.unmerge_adapter()
+    close(model(x, adapter_names=list(_NAMES)), expected)
+
+
+def rows_train_as_one_by_one(case: Case) -> None:
+    if not case.row.rows or case.way.drops:  # other rows, other draws
+        return
+    x, model = case.inputs(len(_NAMES)), case.adapted(("a", "b")).train()
+    model.set_requires_grad(["a", "b"])
+    expected = gradients(model, _one_by_one(model, x, _NAMES))
+    assert any(".b" in name for name in expected) and any(".a" in name for name in expected)
+    close_all(gradients(model, model(x, adapter_names=list(_NAMES))), expected)
+
+
+def adapters_add_up(case: Case) -> None:
+    """Several additive adapters: the sum of what each does to the frozen layer, in any order."""
+    x, model = case.inputs(), case.adapted(("a", "b"))
+    base = case.base()(x)
+    if case.row.row == "MultiheadAttention":  # not linear in its weight
+        with model.use_adapter(["a", "b"]):
+            one = model(x)
+        with model.use_adapter(["b", "a"]):
+            close(model(x), one)
+        return
+    expected = base
+    for name in ("a", "b"):
+        with model.use_adapter(name):
+            expected = expected + (model(x) - base)
+    for order in (["a", "b"], ["b", "a"]):
+        model.set_adapter(order)
+        close(model(x), expected)
+    if case.merges:
+        model.merge_adapter()
+        close(model(x), expected)
+        with model.use_adapter("b"):
+            one = model(x)
+        model.unmerge_adapter()
+        with model.use_adapter("b"):
+            close(one, model(x))
+
+
+def compiled_equals_eager(case: Case, backend: str = "aot_eager") -> None:
+    torch._dynamo.reset()
+    x, model = case.inputs(), case.adapted()
+    if not case.way.drops:
+        model.train()
+    out = model(x)
+    expected = gradients(model, out)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    again = compiled(x)
+    close(again, out)
+    close_all(gradients(model, again), expected)
+
+
+def recomputed_equals_stored(case: Case) -> None:
+    x, model = case.inputs(), case.adapted(("a", "b")).train()
+    model.set_requires_grad(["a", "b"])
+    one = torch.zeros((), requires_grad=True)
+
+    def run(x: Tensor, one: Tensor) -> Tensor:
+        h: Tensor = model(x)
+        return h + one
+
+    torch.manual_seed(14)
+    with model.use_adapter("b"):
+        expected = gradients(model, run(x, one))
+    assert expected and all(".b" in name for name in expected)
+    for reentrant in (True, False):
+        torch.manual_seed(14)
+        with model.use_adapter("b"):
+            out = checkpoint(model.bind(run), x, one, use_reentrant=reentrant)
+        close_all(gradients(model, out), expected)
+
+
+def copies_are_equal_and_apart(case: Case) -> None:
+    x, model = case.inputs(), case.adapted(("a", "b"))
+    expected, before = model(x), bits(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        same_state(bits(other), before)
+        same_bits(other(x), expected)
+        with other.use_adapter("b"), model.use_adapter("a"):
+            same_bits(model(x), expected)
+            differs(other, x, expected)
+        other.set_adapter("b")
+        other.add_adapter("c", case.config())
+        other.delete_adapter("a")
+        with torch.no_grad():
+            for p in other.parameters():
+                p.add_(1.0)
+        same_bits(model(x), expected)
+        same_state(bits(model), before)
+    if case.merges:
+        model.merge_adapter()
+        merged = copy.deepcopy(model)
+        model.unmerge_adapter()
+        same_bits(merged(x), copy.deepcopy(merged)(x))
+        merged.unmerge_adapter()
+        same_state(bits(merged), before)
+
+
+def casting_keeps_the_function(case: Case) -> None:
+    x, model = case.inputs(), case.adapted()
+    expected = model(x)
+    wide = copy.deepcopy(model).double()
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
+    close(wide(x.double() if x.is_floating_point() else x).float(), expected)
+    if case.merges:
+        model.merge_adapter()
+        model.double().unmerge_adapter()
+        same_state(bits(model.float()), bits(case.adapted()))
+    narrow = case.adapted().to(torch.bfloat16)
+    out = narrow(x.bfloat16() if x.is_floating_point() else x)
+    assert out.dtype == torch.bfloat16
+    close(out.float(), expected, 0.1)
+
+
+def tensors_may_be_replaced(case: Case) -> None:
+    """functional_call, load_state_dict(assign=True) and plain assignment: no stale tensor is held anywhere."""
+    x, model, wanted = case.inputs(), case.adapted(), case.adapted()
+    model(x)
+    with torch.no_grad():
+        for p in adapter_tensors(wanted).values():
+            p.mul_(1.5)
+    expected = wanted(x)
+    assert float((model(x) - expected).detach().abs().max()) > 1e-3
+    close(torch.func.functional_call(model, dict(wanted.named_parameters()), (x,)), expected)
+    assert float((model(x) - expected).detach().abs().max()) > 1e-3
+    assigned = case.adapted()
+    assigned(x)
+    assigned.load_state_dict(bits(wanted), assign=True)
+    same_bits(assigned(x), expected)
+    new = {id(p): nn.Parameter(adapter_tensors(wanted)[n].detach()) for n, p in adapter_tensors(model).items()}
+    for module in list(model.modules()):
+        for name, p in list(module._parameters.items()):
+            if id(p) in new:
+                setattr(module, name, new[id(p)])
+    same_bits(model(x), expected)
+
+
+def base_may_change(case: Case) -> None:
+    """Nothing derived from the frozen weight or from a scale outlives a change of it."""
+    x, model, other = case.inputs(), case.adapted(), case.adapted()
+    with torch.no_grad():
+        model(x)
+        for each in (model, other):
+            layer = each.base_model.model.m
+            W = layer.get_base_layer().get_parameter(layer.kind.weight_name)
+            W.mul_(0.5)
+        close(model(x), other(x))
+        other = case.adapted()
+        other.load_state_dict(bits(model))
+        for each in (model, other):
+            for _, wrapper in wrappers(each):
+                wrapper.scale_layer(3.0)
+        close(model(x), other(x))
+
+
+def gradients_are_derivatives(case: Case) -> None:
+    model = case.adapted().double()
+    if not case.way.drops:
+        model.train()
+    x = case.inputs(2)
+    if not x.is_floating_point():
+        x = x.clamp(min=1)  # padding has no gradient, by definition
+    named = {n: p for n, p in adapter_tensors(model).items() if not any(f".{s}." in n for s in case.way.constant)}
+    inputs = [p.detach().clone().requires_grad_() for p in named.values()]
+    if x.is_floating_point():
+        inputs.append(x.double().requires_grad_())
+
+    def run(*tensors: Tensor) -> Tensor:
+        h: Tensor = torch.func.functional_call(
+            model, dict(zip(named, tensors, strict=False)), (tensors[-1] if x.is_floating_point() else x,)
+        )
+        return h
+
+    if inputs:
+        assert torch.autograd.gradcheck(run, inputs, raise_exception=False, check_batched_grad=False)
+
+
+def autocast_is_close(case: Case) -> None:
+    x, model = case.inputs(), case.adapted()
+    if not case.way.drops:
+        model.train()
+    out = model(x)
+    expected = gradients(model, out)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = model(x)
+        base = case.base()(x)
+    assert narrow.dtype == base.dtype
+    close(narrow.float(), out, 0.1)
+    found = gradients(model, narrow)
+    assert sorted(found) == sorted(expected)
+    for name, grad in found.items():
+        assert grad.dtype == torch.float32
+        difference = (grad - expected[name]).norm() / expected[name].norm()
+        assert difference < 0.05, f"{name}: off by {float(difference):.3f}"
+
+
+Law = Callable[[Case], None]
+
+#: Laws about merging hold where merging does; the others everywhere.
+MERGE_LAWS: tuple[Law, ...] = (merged_equals_forward, safe_merge_equals_merge, unmerge_restores_the_bits)
+LAWS: tuple[Law, ...] = (
+    fresh_is_identity,
+    saved_and_loaded_is_the_same,
+    only_adapters_get_gradients,
+    disabled_equals_base,
+    rows_equal_one_by_one,
+    rows_train_as_one_by_one,
+    adapters_add_up,
+    recomputed_equals_stored,
+    copies_are_equal_and_apart,
+    casting_keeps_the_function,
+    tensors_may_be_replaced,
+    base_may_change,
+    gradients_are_derivatives,
+    autocast_is_close,
+)
