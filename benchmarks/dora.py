@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.library import Library, Setting
-from benchmarks.models import ALPHA, RANK, fill
+from benchmarks.models import ALPHA, RANK, embeds, fill
 from benchmarks.report import Entry, Figure, Goal
 from benchmarks.timing import Builder, Contestant, Race
 
@@ -38,7 +38,7 @@ def one_linear(library: Library, *, use_dora: bool) -> Contestant:
     model = library.insert(base, config)
     fill(model)
     model.eval()
-    x_BI = torch.randn(1, WIDTH)
+    x_BI = embeds(1, 1, width=WIDTH)[0]
 
     def run() -> Tensor:
         with torch.no_grad():

@@ -26,7 +26,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
     for side, library in setting.sides():
         then = f"import torch; from {library.name} import LoraConfig, get_peft_model"
         programs[side] = CLOCK.format(first=f"import {library.name}", then=then)
-    outcomes = alternate(programs, rounds=setting.pick(4, 1))
+    outcomes = alternate(programs, rounds=setting.pick(3, 1))
     yield figure("import", outcomes, Goal(1.1), base="torch")
     # Names that are resolved late make the import look like nothing: what a script needs of it has the same goal.
     yield figure("import, and LoraConfig and get_peft_model", outcomes, Goal(1.1), base="torch", suffix=" in use")

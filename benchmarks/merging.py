@@ -1,22 +1,34 @@
-"""Merging and unmerging a whole model, over the two products that it cannot do without."""
+"""Merging and unmerging, over the two products that it cannot do without: in one layer, and through a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 from benchmarks.library import Library, Setting
 from benchmarks.models import RANK, SCALE, factor, fill, linears, llama, lora_fields
 from benchmarks.report import Figure, Goal, figure
-from benchmarks.timing import Contestant, Race
+from benchmarks.timing import Contestant, Outcome, Race
+
+WIDTH = 1024
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
     layers = setting.pick(8, 2)
+    one = race(setting, lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)), ["0"])
+    yield figure(f"merge and unmerge one linear d={WIDTH}, over two bare addmm_", one, Goal(1.3), base="bare")
+    # Here every weight comes from memory, not from the cache, and that is most of what the products take.
+    whole = race(setting, lambda: llama(layers), "all-linear")
+    yield figure(f"the same, a Llama of {layers} layers", whole, Goal(1.3), base="bare")
+
+
+def race(setting: Setting, model: Callable[[], nn.Module], targets: list[str] | str) -> dict[str, Outcome]:
+    """The bare products and both libraries on models of the same shapes."""
 
     def build(library: Library) -> Contestant:
-        handle = library.adapt(llama(layers), library.lora(**lora_fields()))
+        handle = library.adapt(model(), library.lora(**lora_fields(target_modules=targets)))
         fill(handle)
 
         def run() -> None:
@@ -25,14 +37,12 @@ def measure(setting: Setting) -> Iterator[Figure]:
 
         return Contestant(run)
 
-    race = Race({"bare": lambda: bare(layers), **setting.both(build)})
-    outcomes = race.run(seconds=setting.pick(8, 1), least=5)
-    yield figure("merge and unmerge, over two bare addmm_ per linear", outcomes, Goal(1.3), base="bare")
+    contestants = Race({"bare": lambda: bare(model()), **setting.both(build)})
+    return contestants.run(seconds=setting.pick(6, 1), least=5)
 
 
-def bare(layers: int) -> Contestant:
-    """``W += s B A`` and back, in place, for the same shapes."""
-    model = llama(layers)
+def bare(model: nn.Module) -> Contestant:
+    """``W += s B A`` and back, in place, for every linear."""
     triples = [
         (
             layer.weight,

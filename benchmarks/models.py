@@ -59,10 +59,12 @@ class Experts(nn.Module):
             )
 
 
-def embeds(rows: int, tokens: int, dtype: torch.dtype = torch.float32, *, grad: bool = False) -> Tensor:
-    """Input embeddings (rows, tokens, 512), the same ones at every call."""
+def embeds(
+    rows: int, tokens: int, dtype: torch.dtype = torch.float32, *, width: int = WIDTH, grad: bool = False
+) -> Tensor:
+    """Input embeddings (rows, tokens, width), the same ones at every call."""
     source = torch.Generator().manual_seed(1)
-    return torch.randn(rows, tokens, WIDTH, generator=source).to(dtype).requires_grad_(grad)
+    return torch.randn(rows, tokens, width, generator=source).to(dtype).requires_grad_(grad)
 
 
 def lora_fields(**fields: Any) -> dict[str, Any]:

@@ -179,7 +179,9 @@ BREAKS: dict[Law, Callable[[pytest.MonkeyPatch], None]] = {
     laws.disabled_equals_base: _wrapped(PeftModel, "disable_adapter", lambda original, self: nullcontext()),
     laws.rows_equal_one_by_one: _wrapped(Adapted, "_forward_rows", _runs_half_of_the_rows),
     laws.rows_train_as_one_by_one: _wrapped(Adapted, "_forward_rows", _runs_half_of_the_rows),
-    laws.adapters_add_up: _wrapped(Adapted, "_out", lambda original, self, name, x, h, h0: original(self, name, x, h0, h0)),
+    laws.adapters_add_up: _wrapped(
+        Adapted, "_out", lambda original, self, name, x, h, h0: original(self, name, x, h0, h0)
+    ),
     laws.compiled_equals_eager: _wrapped(LoraAdapter, "out", _off_when(torch.compiler.is_compiling)),
     laws.recomputed_equals_stored: _bind_nothing,
     laws.copies_are_equal_and_apart: _wrapped(Adapted, "__getstate__", _loses_the_adapter),

@@ -57,7 +57,6 @@ PUBLIC_NAMES = [
     "NoMatchingPeftModuleError",
     "PeftError",
     "PeftWarning",
-    "settings",
 ]
 
 

@@ -52,7 +52,7 @@ _HOME = {
     "get_model_status": "status",
 }
 
-__all__ = sorted([*_HOME, "__version__", "settings"])
+__all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"inlay.{_HOME[name]}"), name)
         globals()[name] = value
         return value
-    if name == "settings":
+    if name == "settings":  # a module to set one value in, not a name to import
         return importlib.import_module("inlay.settings")
     raise AttributeError(f"module 'inlay' has no attribute {name!r}")
 
@@ -70,7 +70,6 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
-    from inlay import settings as settings
     from inlay.auto import AutoPeftModel as AutoPeftModel
     from inlay.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from inlay.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction

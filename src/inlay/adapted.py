@@ -245,7 +245,7 @@ class Adapted(nn.Module):
     def _frozen(self, x: Tensor) -> Tensor:
         """The pristine layer's output while another weight stands in its place."""
         h = self.kind.apply(self.base_layer, x, self.matrix().to(x.dtype) if x.is_floating_point() else self.matrix())
-        bias = self.bias()
+        bias = self.offset()
         return h if bias is None else h + self.kind.channels(bias)
 
     def operate(self, x: Tensor, W_OI: Tensor) -> Tensor:
@@ -315,7 +315,7 @@ class Adapted(nn.Module):
         """The pristine weight W_OI, dense."""
         return self.kind.to_matrix(self.base_layer, self._pristine(self.kind.weight_name))
 
-    def bias(self) -> Tensor | None:
+    def offset(self) -> Tensor | None:
         """The pristine bias."""
         has_bias = getattr(self.base_layer, self.kind.bias_name, None) is not None
         return self._pristine(self.kind.bias_name) if has_bias else None
@@ -357,7 +357,7 @@ class Adapted(nn.Module):
 
     def effective(self, run: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
         """Weight (in the layer's layout) and bias of the one layer that does what ``run`` does."""
-        W0, b0 = self.matrix(), self.bias()
+        W0, b0 = self.matrix(), self.offset()
         W, b = W0, b0
         for name in run:
             method, p = self.methods[name], self.params(name)
@@ -458,7 +458,8 @@ class Adapted(nn.Module):
         self._refresh()
 
     def _refresh(self) -> None:
-        self._run = tuple(n for n in self._active if n in self.methods) if self._enabled else ()
+        here = tuple(n for n in self._active if n in self.methods)
+        self._run = (self._merged or here) if self._enabled else ()
 
     # ------------------------------------------------------------------ merging
 
@@ -493,6 +494,7 @@ class Adapted(nn.Module):
         with torch.no_grad():
             self._write(new, keep_base, copy)
         self._merged += new
+        self._refresh()
 
     def check_merge(self, adapter_names: Iterable[str] | None, safe_merge: bool = False) -> tuple[str, ...]:
         """The adapters that merging would write, after checking that it can; nothing is written."""
@@ -520,7 +522,7 @@ class Adapted(nn.Module):
                 assert f is not None
                 self._add_product(*f, sign=1)
             return
-        b0 = self.bias()
+        b0 = self.offset()
         W, b = self.effective(self._merged + new)
         for parameter, value in ((kind.weight_name, W), (kind.bias_name, None if b is b0 else b)):
             if value is not None:
@@ -580,6 +582,7 @@ class Adapted(nn.Module):
     def forget(self) -> None:
         """Takes the weight as it stands for the pristine one."""
         self._merged, self._kept = (), {}
+        self._refresh()
 
     # ------------------------------------------------------------------ what users of PEFT read and call
 
@@ -613,12 +616,29 @@ class Adapted(nn.Module):
         self._merged = tuple(names)
         if not names:
             self._kept = {}
+        self._refresh()
 
     @property
     def weight(self) -> Tensor:
         """The frozen layer's weight as it stands."""
         W: Tensor = getattr(self.base_layer, self.kind.weight_name)
         return W
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen layer's bias as it stands."""
+        b: Tensor | None = getattr(self.base_layer, self.kind.bias_name, None)
+        return b
+
+    @property
+    def in_features(self) -> int:
+        """Features, channels or rows that the layer reads."""
+        return self.kind.features(self.get_base_layer())[0]
+
+    @property
+    def out_features(self) -> int:
+        """Features or channels that it writes."""
+        return self.kind.features(self.get_base_layer())[1]
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
@@ -634,7 +654,7 @@ class Adapted(nn.Module):
         """What merging ``adapter`` adds to the frozen weight, in the layer's layout."""
         if adapter not in self.methods:
             raise UnknownAdapterError(f"{self.path} has no adapter {adapter!r}; it has {list(self.methods)}.")
-        W, _ = self.methods[adapter].weight(self.params(adapter), self.matrix(), self.bias())
+        W, _ = self.methods[adapter].weight(self.params(adapter), self.matrix(), self.offset())
         return self.kind.from_matrix(self.base_layer, W - self.matrix())
 
     def set_scale(self, adapter: str, scale: float) -> None:

@@ -53,7 +53,7 @@ class PeftType(str, enum.Enum):
 
 
 @cache
-def _hints(cls: type[PeftConfig]) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
@@ -330,7 +330,7 @@ class AdapterConfig(PeftConfig):
                 setattr(self, name, set(value) if name != "target_parameters" else sorted(value))
         super().__post_init__()
         if self.bias not in ("none", "all", self.bias_only):
-            raise ConfigError(f"bias must be 'none', 'all' or '{self.bias_only}', got {self.bias!r}.")
+            raise UnsupportedFieldError(f"bias must be 'none', 'all' or '{self.bias_only}', got {self.bias!r}.")
         if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:

@@ -6,9 +6,9 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     PeftError
     ├── ConfigError (ValueError)
     │   ├── UnknownFieldError (TypeError)         a constructor got a field that does not exist
-    │   ├── UnsupportedFieldError                 the field exists, what it asks for is not built yet
+    │   ├── UnsupportedFieldError (NotImplementedError)  the field exists, what it asks for is not built yet
     │   ├── UnknownMethodError (KeyError)         peft_type names no method of this library
-    │   └── WrongMethodError (TypeError)          a config of another method than was asked for
+    │   └── WrongMethodError (TypeError, KeyError)  a config of another method than was asked for
     ├── PlanError (ValueError)
     │   ├── NoMatchingPeftModuleError             nothing in the model matches
     │   ├── UnknownArchitectureError              no default targets for this model type
@@ -66,7 +66,7 @@ class UnknownFieldError(ConfigError, TypeError):
     """A config's constructor got a field that does not exist."""
 
 
-class UnsupportedFieldError(ConfigError):
+class UnsupportedFieldError(ConfigError, NotImplementedError):
     """The field exists, and what it asks for is not built yet."""
 
 
@@ -74,7 +74,7 @@ class UnknownMethodError(ConfigError, KeyError):
     """``peft_type`` names no method of this library."""
 
 
-class WrongMethodError(ConfigError, TypeError):
+class WrongMethodError(ConfigError, TypeError, KeyError):
     """A config of another method than the one asked for."""
 
 

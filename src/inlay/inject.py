@@ -6,7 +6,6 @@ apply(prepared) -> wrappers in place, or the model as it was      remove(model) 
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -263,8 +262,7 @@ def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Itera
     if only is not None:
         targets = sorted(only)
     elif targets is None and not config.target_parameters:
-        model_type = model_config(found.model).get("model_type")
-        targets = match.default_targets(model_type, method.default_targets, found.facts)
+        targets = _defaults(found, method)
     return match.Targeting(
         target_modules=targets,
         exclude_modules=config.exclude_modules if only is None else None,
@@ -277,6 +275,10 @@ def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Itera
         optional=config.trainable_token_indices is not None,
         method=PeftType(config.peft_type).value,
     )
+
+
+def _defaults(found: Survey, method: Method) -> Any:
+    return match.default_targets(model_config(found.model).get("model_type"), method.default_targets, found.facts)
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
@@ -308,7 +310,9 @@ def _works_for(found: Survey, method: Method, config: AdapterConfig, target: mat
     inner_kind = kind_of(_unwrapped(layer.out_proj))
     assert inner_kind is not None
     path = f"{target.name}.base_layer.out_proj"
-    inner = _adapter(method, config, inner_kind, _unwrapped(layer.out_proj), path, target.overrides)
+    # PEFT adds the out-projection's delta twice, in forward and merge alike; adapters in files are trained that way.
+    values = {**target.overrides, "gain": 2.0}
+    inner = _adapter(method, config, inner_kind, _unwrapped(layer.out_proj), path, values)
     return [work, Work(path, layer, "out_proj", inner_kind, inner, target=target, nested=True)]
 
 
@@ -324,7 +328,7 @@ def _adapter(
 def _parameter_works(
     found: Survey, method: Method, config: AdapterConfig, targets: list[match.ParameterTarget]
 ) -> list[Work]:
-    """Work on the parameters of one module: wrappers nest in the order of the parameters' names, first inmost."""
+    """Work on the parameters of one module: wrappers nest in the order of its parameters, the first inmost."""
     path = targets[0].module
     if not path:
         raise UnsupportedLayerError(
@@ -336,9 +340,10 @@ def _parameter_works(
     if any(not isinstance(k, ParameterKind) for k in standing):
         raise UnsupportedLayerError(f"{path} is adapted through target_modules already: it cannot be both.")
     layer = _unwrapped(found.modules[path])
-    order = sorted({k.weight_name for k in standing} | {t.parameter for t in targets})
+    wrapped = {k.weight_name for k in standing} | {t.parameter for t in targets}
+    order = [name for name in layer._parameters if name in wrapped]
     works = []
-    for target in sorted(targets, key=lambda t: t.parameter):
+    for target in sorted(targets, key=lambda t: order.index(t.parameter)):
         kind = next((k for k in standing if k.weight_name == target.parameter), ParameterKind(target.parameter))
         adapter = _adapter(method, config, kind, layer, f"{path}.{target.parameter}", target.overrides)
         key_path = path + ".base_layer" * (len(order) - 1 - order.index(target.parameter))
@@ -468,17 +473,21 @@ def _place(work: Work, router: Router, name: str, meta: bool, autocast: bool, do
     layer = _existing(work)
     if layer is None:
         base = work.base
-        if isinstance(work.kind, ParameterKind) and any(
-            w.kind.weight_name > work.kind.weight_name for w in _chain(base) if isinstance(w, Adapted)
-        ):
-            raise UnsupportedLayerError(
-                f"{work.path}: parameters of one module are wrapped in the order of their names, and "
-                f"{work.kind.weight_name!r} comes before one that is wrapped: name it in the first adapter too."
-            )
+        _check_order(work, base)
         layer = Adapted(base, work.kind, router, work.path, work.tied)
         setattr(work.parent, work.attribute, layer)
         done.replaced.append((work.parent, work.attribute, base))
     _add(layer, name, work.adapter, meta, autocast, done)
+
+
+def _check_order(work: Work, base: nn.Module) -> None:
+    order = list(_unwrapped(base)._parameters)
+    later = [w for w in _chain(base) if isinstance(w, Adapted) and isinstance(w.kind, ParameterKind)]
+    if any(order.index(w.kind.weight_name) > order.index(work.kind.weight_name) for w in later):
+        raise UnsupportedLayerError(
+            f"{work.path}: wrappers of one module's parameters nest in the order of the parameters, and "
+            f"{work.kind.weight_name!r} comes before one that is wrapped: name it in the first adapter too."
+        )
 
 
 def _existing(work: Work) -> Adapted | None:
@@ -541,9 +550,26 @@ def _train_biases(prepared: Prepared, name: str, trainable: bool) -> None:
 def biases(model: nn.Module, config: AdapterConfig, paths: Iterable[str] = ()) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of the model's own biases that ``config`` trains; ``paths`` are the adapted layers."""
     only = None if config.bias == "all" else {f"{p}.base_layer.bias" for p in paths}
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias") and ".lora_B." not in name and (only is None or name in only):
-            yield name, parameter
+    for name, module in own_modules(model):
+        bias = module._parameters.get("bias")
+        full = f"{name}.bias" if name else "bias"
+        if bias is not None and (only is None or full in only):
+            yield full, bias
+
+
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the user's own modules that run: neither slots nor what an adapter trains whole."""
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if isinstance(module, ModulesToSaveWrapper):
+            continue
+        prefix = f"{name}." if name else ""
+        if isinstance(module, Adapted):
+            stack.append((prefix + "base_layer", module.base_layer))
+            continue
+        yield name, module
+        stack.extend((prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None)
 
 
 # ---------------------------------------------------------------------- remove
@@ -586,15 +612,12 @@ def _replacement(module: nn.Module, merge: bool, adapter_names: list[str] | None
 
 
 def with_targets(config: AdapterConfig, prepared: Prepared) -> None:
-    """Writes the targets found into a config that named none, or all linear layers: files need them spelt out."""
+    """Spells the targets out in a config that named none or all linear layers, and shortens long lists, for files."""
     spelt = config.target_modules
-    if spelt is None or (isinstance(spelt, str) and spelt.lower() == "all-linear"):
-        paths = [t.name for t in prepared.plan.targets]
-        names = [m.name for m in prepared.survey.facts]
-        if paths:
-            config.target_modules = set(match.shrink(paths, names))
-
-
-def copy_config(config: AdapterConfig) -> AdapterConfig:
-    """A config that shares nothing with ``config``."""
-    return dataclasses.replace(config)
+    if spelt is None:
+        if prepared.plan.targets:
+            defaults = _defaults(prepared.survey, prepared.method)
+            config.target_modules = defaults if isinstance(defaults, str) else set(defaults)
+    elif not isinstance(spelt, str) or spelt.lower() == "all-linear":
+        paths = [t.name for t in prepared.plan.targets] if isinstance(spelt, str) else sorted(spelt)
+        config.target_modules = set(match.shrink(paths, [m.name for m in prepared.survey.facts]))

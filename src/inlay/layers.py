@@ -30,6 +30,8 @@ class LayerKind(ABC):
     matrix: ClassVar[bool] = False
     # The layer's result is not linear in the weight: adapters act on the weight, never beside the call.
     by_weight: ClassVar[bool] = False
+    # Files of PEFT ask for dropout here, which it leaves out.
+    ignores_dropout: ClassVar[bool] = False
     # Part of slot names ("lora_embedding_A") and whether tensors stand bare in their slot, as files have it.
     infix: ClassVar[str] = ""
     bare: ClassVar[bool] = False
@@ -45,6 +47,11 @@ class LayerKind(ABC):
     @abstractmethod
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         """(O, I) of the matrix view."""
+
+    def features(self, layer: nn.Module) -> tuple[int, int]:
+        """(in, out) as users of the layer count them."""
+        out, inner = self.shape(layer)
+        return inner, out
 
     @abstractmethod
     def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
@@ -145,6 +152,10 @@ class _Conv(LayerKind):
         conv = cast(nn.Conv2d, layer)
         return conv.out_channels, conv.weight[0].numel()
 
+    def features(self, layer: nn.Module) -> tuple[int, int]:
+        conv = cast(nn.Conv2d, layer)
+        return conv.in_channels, conv.out_channels
+
     def groups(self, layer: nn.Module) -> int:
         return cast(nn.Conv2d, layer).groups
 
@@ -217,6 +228,7 @@ class _MultiheadAttention(LayerKind):
 
     name = "MultiheadAttention"
     by_weight = True
+    ignores_dropout = True
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
 

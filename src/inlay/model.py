@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from inlay import card, sources, state
+from inlay import card, sources, state, status
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftConfig, TaskType
 from inlay.errors import (
@@ -32,6 +32,7 @@ from inlay.errors import (
 from inlay.formats import files
 from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir
 from inlay.inject import Prepared, apply, method_of, model_config, prepare, remove, with_targets, wrappers
+from inlay.replicate import replicated
 from inlay.report import BASE_KEY, LoadReport
 from inlay.routing import BASE, Bound, Route, Router, Rows
 from inlay.storage.arena import Arena, bytes_of
@@ -326,17 +327,22 @@ class PeftModel(nn.Module):
     def _inject(self, name: str, config: AdapterConfig, autocast: bool, meta: bool, activate: bool) -> None:
         self._check_bias(name, config)
         self._add_heads(config)
-        prepared = prepare(self.base_model.model, config, adapter_name=name)
-        for text in prepared.plan.warnings:
-            warnings.warn(text, PeftWarning, stacklevel=5)
-        trainable = not config.inference_mode
-        apply(prepared, name, meta=meta, autocast=autocast, activate=activate, trainable=trainable)
+        with replicated(self.base_model.model, self._ranges(config)):
+            prepared = prepare(self.base_model.model, config, adapter_name=name)
+            for text in prepared.plan.warnings:
+                warnings.warn(text, PeftWarning, stacklevel=5)
+            trainable = not config.inference_mode
+            apply(prepared, name, meta=meta, autocast=autocast, activate=activate, trainable=trainable)
         self.base_model.add(name, config, prepared, activate)
 
+    def _ranges(self, config: AdapterConfig) -> list[tuple[int, int]] | None:
+        """The layers still to be replicated: the first adapter that asks for it does it for all."""
+        done = any(c.layer_replication for c in self.peft_config.values())
+        return None if done else config.layer_replication
+
     def _add_heads(self, config: AdapterConfig) -> None:
-        present = [n for n in self.heads if n in self.base_model.model._modules]
         listed = list(config.modules_to_save or ())
-        if new := [n for n in present if n not in listed]:
+        if new := [n for n in self.heads if n not in listed]:
             config.modules_to_save = listed + new
 
     def _check_bias(self, name: str, config: AdapterConfig) -> None:
@@ -542,6 +548,14 @@ class PeftModel(nn.Module):
             trainable += n if parameter.requires_grad else 0
         return trainable, total
 
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """The status of every adapted layer."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """The status of the model as a whole."""
+        return status.get_model_status(self)
+
     def print_trainable_parameters(self) -> None:
         """Prints them."""
         trainable, total = self.get_nb_trainable_parameters()
@@ -608,7 +622,7 @@ class PeftModel(nn.Module):
             model = self.base_model.model
             values["auto_mapping"] = {
                 "base_model_class": type(model).__name__,
-                "parent_library": type(model).__module__.partition(".")[0],
+                "parent_library": type(model).__module__,
             }
         metadata = {BASE_KEY: state.live_fingerprint(self.base_model.model, name)}
         files.write_pair(directory, values, tensors, metadata, safe_serialization=safe)
@@ -761,20 +775,23 @@ class PeftModel(nn.Module):
             return self._reload(source, name, config, trainable, key_mapping, strict)
         self._check_bias(name, config)
         self._add_heads(config)
-        report, prepared = state.load_into(
-            model,
-            source,
-            name,
-            config=config,
-            strict=strict,
-            trainable=trainable,
-            autocast=autocast,
-            activate=activate,
-            key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None),
-            ignore_mismatched_sizes=bool(kwargs.get("ignore_mismatched_sizes", False)),
-            base_name=model.__dict__.get("name_or_path"),
-        )
+        with replicated(model, self._ranges(config)):
+            report, prepared = state.load_into(
+                model,
+                source,
+                name,
+                config=config,
+                strict=strict,
+                trainable=trainable,
+                autocast=autocast,
+                activate=activate,
+                key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None),
+                ignore_mismatched_sizes=bool(kwargs.get("ignore_mismatched_sizes", False)),
+                base_name=model.__dict__.get("name_or_path"),
+            )
         self.base_model.add(name, config, prepared, activate)
+        if trainable:
+            self.set_requires_grad(name)
         self.__dict__["load_report"] = report
         return report
 
@@ -907,7 +924,7 @@ def get_peft_model(
     task = peft_config.task_type
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task.value if isinstance(task, TaskType) else "", PeftModel)
     handle = cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-    peft_config.base_model_name_or_path = new if new is not None else old
+    peft_config.base_model_name_or_path = new or old
     return handle
 
 
@@ -940,11 +957,12 @@ def inject_adapter_in_model(
             raise ConfigError("state_dict cannot be given with target_parameters: its keys do not name parameters.")
         prefix = method_of(peft_config).prefix
         only = {key.split(f".{prefix}")[0] for key in state_dict if f".{prefix}" in key}
-    prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name)
-    for text in prepared.plan.warnings:
-        warnings.warn(text, PeftWarning, stacklevel=2)
-    trainable = not peft_config.inference_mode
-    apply(prepared, adapter_name, meta=low_cpu_mem_usage, autocast=False, trainable=trainable)
+    with replicated(model, peft_config.layer_replication):
+        prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name)
+        for text in prepared.plan.warnings:
+            warnings.warn(text, PeftWarning, stacklevel=2)
+        trainable = not peft_config.inference_mode
+        apply(prepared, adapter_name, meta=low_cpu_mem_usage, autocast=False, trainable=trainable)
     with_targets(peft_config, prepared)
     configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or {}
     configs[adapter_name] = peft_config

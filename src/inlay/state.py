@@ -20,9 +20,9 @@ from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import DuplicateAdapterError, LoadError, PeftWarning, UnknownAdapterError
 from inlay.formats import files
 from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
-from inlay.inject import Prepared, apply, biases, prepare, wrappers
+from inlay.inject import Prepared, apply, biases, own_modules, prepare, wrappers
 from inlay.report import BASE_KEY, LoadReport, base_fingerprint
-from inlay.trained import ModulesToSaveWrapper
+from inlay.trained import ModulesToSaveWrapper, TrainableTokensWrapper
 
 EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head"})
 # Components that other wrappers put into module paths and that files do not have.
@@ -142,8 +142,9 @@ def _extras(
         paths = [p for p, w in wrappers(root) if isinstance(w, Adapted) and adapter_name in w.methods]
         for name, parameter in biases(root, config, paths):
             yield name, name, parameter.detach()
-    if embeddings is True or (embeddings == "auto" and _embeddings_changed(root, config, adapter_name)):
-        for name, parameter in embedding_weights(root):
+    wanted = _embeddings_to_save(root, config, adapter_name) if embeddings == "auto" else bool(embeddings)
+    for name, parameter in embedding_weights(root) if wanted else ():
+        if wanted is True or any(name.startswith(f"{path}.") for path in wanted):
             yield name, name, parameter.detach()
 
 
@@ -156,42 +157,39 @@ def embedding_weights(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             module = get() if callable(get) else None
         except NotImplementedError:
             module = None
+        if isinstance(module, TrainableTokensWrapper):
+            module = module.original_module
         if isinstance(module, Adapted):
             module = module.get_base_layer()
         if module is not None and not isinstance(module, ModulesToSaveWrapper):
             wanted.add(id(module._parameters.get("weight")))
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        if id(parameter) in wanted and "modules_to_save" not in name and "original_module" not in name:
-            yield name, parameter
+    for name, module in own_modules(root):
+        if id(module._parameters.get("weight")) in wanted:
+            yield f"{name}.weight", module._parameters["weight"]  # type: ignore[misc]
 
 
-def _embeddings_changed(root: nn.Module, config: AdapterConfig, adapter_name: str) -> bool:
+def _embeddings_to_save(root: nn.Module, config: AdapterConfig, adapter_name: str) -> bool | list[str]:
+    """Whether all, none, or which embeddings go into a file: those that are adapted, or all after a resize."""
     if config.trainable_token_indices is not None:
         return False
-    for path, wrapper in wrappers(root):
-        if (
-            isinstance(wrapper, Adapted)
-            and adapter_name in wrapper.methods
-            and path.rpartition(".")[2] in EMBEDDING_NAMES
-        ):
-            warnings.warn(
-                "The embeddings are adapted, so their own weights are saved too; save_embedding_layers=False leaves "
-                "them out.",
-                PeftWarning,
-                stacklevel=5,
-            )
-            return True
+    adapted = [
+        path
+        for path, wrapper in wrappers(root)
+        if isinstance(wrapper, Adapted)
+        and adapter_name in wrapper.methods
+        and path.rpartition(".")[2] in EMBEDDING_NAMES
+    ]
     original = sources.base_vocabulary(config.base_model_name_or_path)
     now = getattr(getattr(root, "config", None), "vocab_size", None)
-    if original is not None and now is not None and original != now:
+    resized = original is not None and now is not None and original != now
+    if adapted or resized:
+        why = f"have been resized from {original} to {now} rows" if resized else "are adapted"
         warnings.warn(
-            f"The embeddings have been resized from {original} to {now} rows, so their weights are saved too; "
-            "save_embedding_layers=False leaves them out.",
+            f"The embeddings {why}, so their own weights are saved too; save_embedding_layers=False leaves them out.",
             PeftWarning,
             stacklevel=5,
         )
-        return True
-    return False
+    return True if resized else adapted
 
 
 # ---------------------------------------------------------------------- into the model
@@ -241,10 +239,15 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(t.shape) for key, t in tensors.items()}
 
 
+# What PEFT writes with bias="all" beside the copy of a module that an adapter trains whole: the bias of the module
+# under it, and the copy's own once more.
+_REPEATED = (".original_module.bias", ".modules_to_save.bias")
+
+
 def _renamed(entries: Mapping[str, Any], key_mapping: Mapping[str, str] | None) -> dict[str, Any]:
     stripped = strip_prefix(entries)
     names = apply_key_mapping(stripped, key_mapping)
-    return {names[key]: value for key, value in stripped.items()}
+    return {names[key]: value for key, value in stripped.items() if not key.endswith(_REPEATED)}
 
 
 Target = tuple[nn.Module, str, torch.device]

@@ -49,8 +49,9 @@ def test_it_equals_the_reference_with_and_without_gradients(leading, scale, fres
     assert torch.equal(tensors[0], x_before)
 
 
-def test_h_is_written_to_only_where_the_caller_allows_it():
-    x, h, down, up = (t.detach() for t in operands())
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_h_is_written_to_only_where_the_caller_allows_it(tokens):
+    x, h, down, up = (t.detach() for t in operands((tokens,)))
     before = h.clone()
     out = low_rank(x, h, down, up, 1.0)
     assert torch.equal(h, before)
@@ -178,6 +179,15 @@ def test_autocast(x_dtype, inside):
     assert max(far(f, e) for f, e in zip(results[1], results[0], strict=True)) < 1e-2
 
 
+def test_a_forward_outside_autocast_has_its_backward_outside():
+    tensors = operands((64,))
+    expected = torch.autograd.grad(low_rank(*tensors, 2.0).square().sum(), tensors)
+    loss = low_rank(*tensors, 2.0).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss, tensors)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputed_dropout_is_the_same_dropout(reentrant):
     x, h, down, up = operands((6,))
@@ -221,6 +231,14 @@ def test_functorch_and_forward_mode():
     assert far(per_sample.sum(0), expected) < 1e-6
     _, tangent = torch.func.jvp(lambda d: loss(d, x, h), (down,), (down,))
     assert far(tangent, (expected * down).sum()) < 1e-5
+
+
+def test_forward_mode_without_functorch():
+    tensors = operands()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tensors[2], tensors[2].detach())
+        out = torch.autograd.forward_ad.unpack_dual(low_rank(*tensors[:2], dual, tensors[3], 2.0))
+    assert far(out.tangent, out.primal - tensors[1]) < 1e-6  # the product is linear in its factor
 
 
 class Marked(Tensor):

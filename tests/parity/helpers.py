@@ -177,6 +177,12 @@ BASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]
 def _transformer(name: str) -> nn.Module:
     from conftest import BUILDERS
 
+    if name == "bert-spans":
+        from transformers import BertForQuestionAnswering
+
+        config = BUILDERS["bert"]().config
+        config.num_labels = 2
+        return BertForQuestionAnswering(config)
     if name != "tied-llama":
         return BUILDERS[name]()
     model = BUILDERS["llama"]()

@@ -16,25 +16,25 @@ def main() -> None:
     begun = time.perf_counter()
     # It reports, while it is imported, which of its kernels this machine lacks.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        from inlay.cli.app import run
-    except ImportError as error:
-        sys.exit(f"inlay's command line needs {error.name}; pip install 'inlay[train]'")
     debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     from inlay.errors import PeftError
 
     try:
-        run([argument for argument in sys.argv[1:] if argument != "--debug"], begun)
+        from inlay.cli.app import run
+
+        run(arguments, begun)
     except PeftError as error:
         _fail(f"{type(error).__name__}: {error}", debug)
-    except ImportError as error:
-        _fail(f"{error}; pip install 'inlay[train]'", debug)
+    except ModuleNotFoundError as error:
+        if (error.name or "inlay").partition(".")[0] == "inlay":
+            raise
+        _fail(f"this command needs {error.name}, which is not installed; pip install 'inlay[train]'", debug)
 
 
 def _fail(message: str, debug: bool) -> None:
     if debug:
         raise  # the one that is being handled
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
+    if os.environ.get("RANK", "0") == "0":  # every process of a distributed run finds the same
         print(message, file=sys.stderr)
     sys.exit(1)

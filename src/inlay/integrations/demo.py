@@ -7,6 +7,7 @@ many of them it takes, and how often it goes over them, is chosen from the speed
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,9 @@ def run_demo(
     chosen = sample(found, amount.rows, seed=config.training.seed)
     write_lines(Path(config.data.path), [{"text": one.text, "label": one.package} for one in chosen])
     say(f"training a head on the frozen encoder, {amount.rows} docstrings")
-    pooled, mean = frozen.accuracies(config)
+    pooled, mean = frozen.heads(config)
     deadline = Deadline(begun + seconds - 1.5 * start_up + GRACE)
-    result = train(config, say=say, callbacks=[*callbacks, deadline], resume=False)
+    result = train(config, say=say, callbacks=[*callbacks, deadline], resume=False, start=pooled.put)
     say("loading the adapter in fresh processes, merged in one of them")
     reloaded, merged = in_fresh_processes(output, result.predictions)
     return DemoReport(
@@ -148,8 +149,8 @@ def run_demo(
         amount=amount,
         classes=by_class(result.predictions),
         majority=max(Counter(line["label"] for line in result.predictions).values()) / len(result.predictions),
-        frozen_pooled=pooled,
-        frozen_mean=mean,
+        frozen_pooled=pooled.accuracy,
+        frozen_mean=mean.accuracy,
         train=result.report,
         reloaded=reloaded,
         merged=merged,
@@ -249,18 +250,18 @@ class FrozenEncoder:
             work(batch)
         return (time.perf_counter() - clock) / sum(len(batch["input_ids"]) for batch in batches)
 
-    def accuracies(self, config: TrainConfig) -> tuple[float, float]:
-        """Held-out accuracy of a head on the frozen pooled vector, and of one on the mean of the token vectors."""
+    def heads(self, config: TrainConfig) -> tuple[Head, Head]:
+        """A trained head on the frozen pooled vector, and one on the mean of the token vectors."""
         examples = load_examples(config)
         self.task = SequenceClassification(config.data, self.tokenizer, examples.labels)
         train_features = self._features(examples_to_features(self.task, examples.train))
         held_out_features = self._features(examples_to_features(self.task, examples.held_out))
         y, y_held_out = train_features[2], held_out_features[2]
-        scores = []
-        for x, x_held_out in zip(train_features[:2], held_out_features[:2], strict=True):
-            head = fit_head(x, y, len(examples.labels))
-            scores.append(float((head(x_held_out).argmax(-1) == y_held_out).float().mean()))
-        return scores[0], scores[1]
+        pooled, mean = (
+            fit_head(x, y, len(examples.labels)).judged(x_held_out, y_held_out)
+            for x, x_held_out in zip(train_features[:2], held_out_features[:2], strict=True)
+        )
+        return pooled, mean
 
     @torch.no_grad()
     def _features(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,25 +277,50 @@ class FrozenEncoder:
         return torch.cat(pooled), torch.cat(means), torch.cat(classes)
 
 
-def fit_head(x_ND: Tensor, y_N: Tensor, classes: int, decay: float = 1e-4) -> nn.Module:
-    """Logistic regression on fixed features, standardised, solved to its optimum."""
-    norm = nn.BatchNorm1d(x_ND.shape[1], affine=False, momentum=None)
-    norm(x_ND)
-    norm.eval()
-    head = nn.Linear(x_ND.shape[1], classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    z_ND = norm(x_ND)
-    solver = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier over D features.
+
+    Args:
+        weight_CD (`Tensor`): Weights.
+        bias_C (`Tensor`): Biases.
+        accuracy (`float`, *optional*): On the held-out part, where it was judged.
+    """
+
+    weight_CD: Tensor
+    bias_C: Tensor
+    accuracy: float = math.nan
+
+    def judged(self, x_ND: Tensor, y_N: Tensor) -> Head:
+        """The same head with its accuracy on ``x_ND``."""
+        right_N = F.linear(x_ND, self.weight_CD, self.bias_C).argmax(-1) == y_N
+        return replace(self, accuracy=float(right_N.float().mean()))
+
+    def put(self, base: Any) -> None:
+        """Make this the head of a model, as its starting value."""
+        with torch.no_grad():
+            base.classifier.weight.copy_(self.weight_CD)
+            base.classifier.bias.copy_(self.bias_C)
+
+
+def fit_head(x_ND: Tensor, y_N: Tensor, classes: int, decay: float = 1e-2) -> Head:
+    """Logistic regression on fixed features, solved to its optimum; ``decay`` is of the weights of standardised features."""
+    mean_D, scale_D = x_ND.mean(0), x_ND.std(0).clamp_min(1e-6)
+    z_ND = (x_ND - mean_D) / scale_D
+    weight_CD = torch.zeros(classes, x_ND.shape[1], requires_grad=True)
+    bias_C = torch.zeros(classes, requires_grad=True)
+    solver = torch.optim.LBFGS([weight_CD, bias_C], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         solver.zero_grad()
-        value = F.cross_entropy(head(z_ND), y_N) + decay * head.weight.square().sum()
+        value = F.cross_entropy(F.linear(z_ND, weight_CD, bias_C), y_N) + decay * weight_CD.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
     solver.step(loss)  # type: ignore[no-untyped-call]
-    return nn.Sequential(norm, head).eval()
+    # The standardisation goes into the head, so that it takes the features as they come.
+    plain_CD = (weight_CD / scale_D).detach()
+    return Head(plain_CD, bias_C.detach() - plain_CD @ mean_D)
 
 
 def in_fresh_processes(output: Path, live: list[dict[str, Any]]) -> tuple[Agreement, Agreement]:

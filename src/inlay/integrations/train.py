@@ -132,6 +132,7 @@ def train(
     say: Say = lambda text: None,
     callbacks: Iterable[transformers.TrainerCallback] = (),
     resume: bool | None = None,
+    start: Callable[[Any], None] = lambda base: None,
 ) -> TrainResult:
     """Adapt a model to a file of examples.
 
@@ -144,6 +145,8 @@ def train(
         callbacks (`Iterable[TrainerCallback]`, *optional*): For the Trainer, such as a progress bar.
         resume (`bool`, *optional*): None continues from the last complete checkpoint in ``config.output``, if
             there is one; True insists on one; False starts over.
+        start (`Callable[[nn.Module], None]`, *optional*): Called with the loaded base before it is adapted, as to give a
+            new head its starting values.
 
     Returns:
         `TrainResult`: The report, the live model and its predictions on the held-out part.
@@ -161,6 +164,7 @@ def train(
     tokenizer = load_tokenizer(config.model)
     base = load_base(config.model, config.task, examples.labels, tokenizer.pad_token_id)
     base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
+    start(base)
     model = inlay.get_peft_model(base, adapter)
     task = TASKS[config.task](config.data, tokenizer, examples.labels)
     run = _Run(config, folder, task, model, examples, checkpoint, base_bytes, say)

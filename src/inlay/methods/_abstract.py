@@ -32,7 +32,7 @@ class Layer(Protocol):
     def matrix(self) -> Tensor:
         """The pristine weight W_OI, dense."""
 
-    def bias(self) -> Tensor | None:
+    def offset(self) -> Tensor | None:
         """The pristine bias."""
 
     def row_squares(self) -> Tensor:

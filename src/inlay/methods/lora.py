@@ -10,6 +10,7 @@ mixes channels. `lora_bias` gives B a bias.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.config import AdapterConfig, PeftType, runtime_only
-from inlay.errors import ConfigError, NotMergeableError, UnsupportedLayerError
+from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype, kaiming_, product
 from inlay.ops.dora import dora, weight_norm
@@ -135,6 +136,7 @@ class LoraAdapter(AbstractAdapter):
         self.r: int = values.get("r", config.r)
         self.lora_alpha: float = values.get("lora_alpha", config.lora_alpha)
         self.use_rslora, self.use_dora, self.lora_bias = config.use_rslora, config.use_dora, config.lora_bias
+        self.gain: float = values.get("gain", 1.0)
         self.init: bool | Literal["gaussian"] | str = config.init_lora_weights
         self.lora_dropout = self.dropout = config.lora_dropout
         self.experts = kind.experts(base)
@@ -153,7 +155,7 @@ class LoraAdapter(AbstractAdapter):
 
     def natural_scaling(self) -> float:
         """The scale that rank and alpha give."""
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        return self.gain * self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     def _check(self, kind: LayerKind, base: nn.Module) -> None:
         if self.r % kind.groups(base):
@@ -164,10 +166,12 @@ class LoraAdapter(AbstractAdapter):
             raise UnsupportedLayerError(
                 "use_dora is not defined on a grouped convolution: its B A is no weight of it."
             )
-        if kind.by_weight and (self.lora_dropout or self.use_dora or self.lora_bias):
+        if kind.by_weight and (self.use_dora or self.lora_bias or (self.dropout and not kind.ignores_dropout)):
             raise UnsupportedLayerError(
                 f"{kind.name} is adapted through its weight: lora_dropout, use_dora and lora_bias must be off for it."
             )
+        if kind.by_weight and self.dropout:
+            warnings.warn(f"{kind.name} is adapted through its weight: lora_dropout has no effect there.", PeftWarning)
         if kind.indexed and self.lora_bias:
             raise UnsupportedLayerError("lora_bias is not defined on an embedding.")
 
@@ -208,7 +212,7 @@ class LoraAdapter(AbstractAdapter):
         return weight_norm(layer.matrix(), down, up, self.scaling, layer.row_squares())
 
     def _dora(self, p: Params, x: Tensor, h: Tensor, layer: Layer, dropout: float) -> Tensor:
-        bias, kind = layer.bias(), layer.kind
+        bias, kind = layer.offset(), layer.kind
         if layer.training:
             norm_O = self._norm(p, layer)
         else:

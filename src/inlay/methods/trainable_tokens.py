@@ -47,7 +47,7 @@ class TrainableTokensAdapter(AbstractAdapter):
         delta = p["delta"]
         if not layer.kind.indexed:  # the tied head: these tokens' logits
             logits = as_dtype(F.linear(as_dtype(x, delta), delta), h)
-            bias = layer.bias()
+            bias = layer.offset()
             index = self._index(h)
             return h.index_copy(-1, index, logits if bias is None else logits + bias[index])
         hit = x[..., None] == self._index(x)

@@ -174,8 +174,8 @@ def dora(
 def _times(c_BO: Tensor, factor_O: Tensor, out: Tensor | None = None) -> Tensor:
     """``c * factor`` in the dtype of ``c``, rounded once.
 
-    A factor rounded to the narrow dtype would be wrong in the same direction for a whole row, and so would one split in
-    a coarse and a fine part, since the fine one is lost in the second sum. Kernels that mix dtypes are slow on CPU.
+    A factor rounded to the narrow dtype would be wrong in the same direction for a whole row, and so would one split
+    in a coarse and a fine part, since the fine one is lost in the second sum. Kernels that mix dtypes are slow on CPU.
     """
     if factor_O.dtype == c_BO.dtype:
         return torch.mul(c_BO, factor_O, out=out)

@@ -76,7 +76,7 @@ def _fold(mask: Tensor | None, bits: int, shape: tuple[int, ...], device: torch.
     low = 0 if mask is not None else (bits & -bits).bit_length() - 1  # an all-zero tail compares as "not less"
     if low < 0:
         return None
-    planes = torch.empty((_FINE_BITS - low, *shape), dtype=torch.int64, device=device).random_(_LOWEST, None)
+    planes = _random_words((_FINE_BITS - low, *shape), device)
     for bit, plane in enumerate(planes.unbind(), start=low):
         if mask is None:
             mask = plane  # the lowest set bit, and nothing below
@@ -85,6 +85,14 @@ def _fold(mask: Tensor | None, bits: int, shape: tuple[int, ...], device: torch.
         else:
             mask = plane.bitwise_and_(mask)
     return mask
+
+
+def _random_words(shape: tuple[int, ...], device: torch.device | str | None) -> Tensor:
+    """64 random bits each."""
+    if torch.compiler.is_compiling():  # random_ over the full range cannot be traced
+        high = torch.randint(0, 2**32, shape, dtype=torch.int64, device=device)
+        return (high << 32) | torch.randint(0, 2**32, shape, dtype=torch.int64, device=device)
+    return torch.empty(shape, dtype=torch.int64, device=device).random_(_LOWEST, None)
 
 
 def unpack(packed: Tensor, itemsize: int) -> Tensor:

@@ -17,19 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from inlay.ops import dropout as drop
 
-_PLAIN = (torch.Tensor, nn.Parameter)
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, type(None)})
 _SLICE = 256  # tokens widened at once: their copies stay in a core's cache
 
 
 def steps_aside(*tensors: Tensor | None) -> bool:
     """True where only the readable formula works: functorch, forward-mode AD, tracing, tensor subclasses."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return any(t is not None and type(t) not in _PLAIN for t in tensors)
+    return not _PLAIN.issuperset(map(type, tensors))
 
 
 def reference(
@@ -107,6 +108,8 @@ def low_rank(
         return out
     if dropout and mask is not None:
         x_BI = drop.apply_mask(x_BI, mask, dropout)
+    if x_BI.dtype is down_RI.dtype is h_BO.dtype and bias_O is None and not torch._C._is_any_autocast_enabled():
+        return _add_product(x_BI, h_BO, down_RI, up_OR, scale, h_is_fresh)
     return _infer(x_BI, h_BO, down_RI, up_OR, scale, bias_O, h_is_fresh)
 
 
@@ -138,34 +141,40 @@ def _infer(
     up_OR: Tensor,
     scale: float | Tensor,
     bias_O: Tensor | None,
-    h_is_fresh: bool,
+    fresh: bool,
 ) -> Tensor:
-    """Two launches for one token, three views more for many. Nothing is recorded."""
+    """Brings everything to one dtype for `_add_product`. Nothing is recorded."""
     dtype = compute_dtype(x_BI, down_RI)
-    if x_BI.dtype != dtype or down_RI.dtype != dtype:
-        x_BI, down_RI, up_OR = x_BI.to(dtype), down_RI.to(dtype), up_OR.to(dtype)
-    fresh = h_is_fresh and h_BO.is_contiguous()
+    x_BI, down_RI, up_OR = x_BI.to(dtype), down_RI.to(dtype), up_OR.to(dtype)
     if bias_O is not None:
-        h_BO = torch.add(h_BO, (bias_O * scale).to(h_BO.dtype))
-        fresh = True
-    alpha: float = 1.0
+        h_BO, fresh = torch.add(h_BO, (bias_O * scale).to(h_BO.dtype)), True
+    if h_BO.dtype == dtype:
+        return _add_product(x_BI, h_BO, down_RI, up_OR, scale, fresh)
+    delta_BO = F.linear(F.linear(x_BI, down_RI).mul_(scale), up_OR).to(h_BO.dtype)
+    return h_BO.add_(delta_BO) if fresh and h_BO.is_contiguous() else h_BO + delta_BO
+
+
+def _add_product(
+    x_BI: Tensor, h_BO: Tensor, down_RI: Tensor, up_OR: Tensor, scale: float | Tensor, fresh: bool
+) -> Tensor:
+    """``h + scale * x @ down.T @ up.T`` in two launches, three with a tensor for a scale; the rest are views."""
     outs, ins = up_OR.shape[0], down_RI.shape[1]
-    if isinstance(scale, Tensor):
-        down_RI = down_RI * scale
-    else:
-        alpha = scale
-    if h_BO.dtype != dtype:
-        delta_BO = F.linear(F.linear(x_BI, down_RI), up_OR).mul_(alpha).to(h_BO.dtype)
-        return h_BO.add_(delta_BO) if fresh else h_BO + delta_BO
-    if fresh and x_BI.numel() == ins:
-        h_BO.view(outs).addmv_(up_OR, torch.mv(down_RI, x_BI.reshape(ins)), alpha=alpha)
-        return h_BO
-    h_TO = h_BO.reshape(-1, outs)
+    if x_BI.numel() == ins:
+        mid_R = torch.mv(down_RI, x_BI.reshape(ins))
+        if isinstance(scale, Tensor):
+            mid_R, scale = mid_R.mul_(scale), 1.0
+        if fresh and h_BO.is_contiguous():
+            h_BO.view(outs).addmv_(up_OR, mid_R, alpha=scale)
+            return h_BO
+        return torch.addmv(h_BO.reshape(outs), up_OR, mid_R, alpha=scale).view(h_BO.shape)
     mid_TR = torch.mm(x_BI.reshape(-1, ins), down_RI.t())
-    if fresh:
-        h_TO.addmm_(mid_TR, up_OR.t(), alpha=alpha)
+    if isinstance(scale, Tensor):
+        mid_TR, scale = mid_TR.mul_(scale), 1.0
+    h_TO = h_BO.reshape(-1, outs)
+    if fresh and h_BO.is_contiguous():
+        h_TO.addmm_(mid_TR, up_OR.t(), alpha=scale)
         return h_BO
-    return torch.addmm(h_TO, mid_TR, up_OR.t(), alpha=alpha).view(h_BO.shape)
+    return torch.addmm(h_TO, mid_TR, up_OR.t(), alpha=scale).view(h_BO.shape)
 
 
 class _LowRank(torch.autograd.Function):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -131,8 +132,8 @@ class Totals:
         optimizer_bytes (`int`): The optimiser's states.
         file_bytes (`int`): Tensors in ``adapter_model.safetensors``; the file's header comes on top.
         activation_bytes (`int`, *optional*): What one forward keeps for backward, the loss not included.
-        added_activation_bytes (`int`, *optional*): The part of it that the frozen model would not keep, were it to pass
-            gradients on to its input.
+        added_activation_bytes (`int`, *optional*): What the adapted model keeps above the frozen one where gradients
+            pass through both, which in training is everywhere behind the first adapted layer.
     """
 
     trainable: int = 0
@@ -161,14 +162,16 @@ class Explanation:
         error (`PeftError`, *optional*): What `get_peft_model` would raise; then nothing else is known.
         rows (`tuple[Row, ...]`): Everything that is trained, in the order of the model.
         modules (`int`): How many modules the model has.
-        patterns (`dict[str, int]`): How many modules or parameters each entry of the config names, before any is left out.
-        unmatched (`tuple[tuple[str, str], ...]`): Entries that name nothing, each with a hint such as ``"; closest: q_proj"``.
+        patterns (`dict[str, int]`): How many modules or parameters each entry of the config names, before any is left
+            out.
+        unmatched (`tuple[tuple[str, str], ...]`): Entries that name nothing, each with a hint such as
+            ``"; closest: q_proj"``.
         skipped (`tuple[Skip, ...]`): What an entry names and the plan leaves alone: ``name`` and ``reason``.
         warnings (`tuple[str, ...]`): What looks like a mistake.
         totals (`Totals`): Parameters and bytes.
         optimizer (`str`): Whose states `totals` counts.
-        activations_method (`str`, *optional*): ``"traced"`` (counted in a forward on the meta device), ``"estimated"`` (from the
-            layers' shapes) or `None` (not known).
+        activations_method (`str`, *optional*): ``"traced"`` (counted in a forward on the meta device), ``"estimated"``
+            (from the layers' shapes) or `None` (not known).
         notes (`tuple[str, ...]`): How the activations were come by.
     """
 
@@ -288,9 +291,9 @@ def _totals(explanation: Explanation) -> list[str]:
         (f"optimiser ({explanation.optimizer})", t.optimizer_bytes),
     ]
     if t.activation_bytes is not None and t.added_activation_bytes is not None:
-        rows.append(("activations, frozen model", t.activation_bytes - t.added_activation_bytes))
+        rows.append(("activations, frozen model", max(0, t.activation_bytes - t.added_activation_bytes)))
     if t.added_activation_bytes is not None:
-        rows.append(("activations, adapter", t.added_activation_bytes))
+        rows.append(("activations, adapter", min(t.added_activation_bytes, t.activation_bytes or sys.maxsize)))
     rows += [("in training", t.training_bytes), ("file", t.file_bytes)]
     width = max(len(label) for label, _ in rows)
     return [
@@ -336,9 +339,9 @@ def explain(
         tokens (`int`, *optional*): Length of each row, for models that read sequences.
         optimizer (`str`, *optional*, defaults to `"adamw"`): ``"adamw"``, ``"adam"``, ``"sgd"`` (without momentum) or
             ``"adafactor"``.
-        example (`Any`, *optional*): An input instead of ``batch`` and ``tokens``, where these do not tell what the model
-            reads: a tensor, a tuple of positional arguments, a dict of keywords, or ``(tuple, dict)``. Only shapes and
-            dtypes count. With labels in it, the loss is counted too.
+        example (`Any`, *optional*): An input instead of ``batch`` and ``tokens``, where these do not tell what the
+            model reads: a tensor, a tuple of positional arguments, a dict of keywords, or ``(tuple, dict)``. Only
+            shapes and dtypes count. With labels in it, the loss is counted too.
         autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): As for `get_peft_model`.
 
     Returns:
@@ -348,14 +351,15 @@ def explain(
         ConfigError: An argument is of the wrong type or out of range.
 
     Example:
-        >>> import torch, inlay
+        >>> from inlay import LoraConfig
         >>> with torch.device("meta"):
-        ...     mlp = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
-        >>> told = inlay.explain(mlp, inlay.LoraConfig(target_modules=["0", "2"]), batch=32)
+        ...     mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> told = explain(mlp, LoraConfig(target_modules=["0", "2"]), batch=32)
         >>> told.totals.trainable, told.totals.added_activation_bytes
         (1616, 8192)
     """
     _check(model, config, batch, tokens, optimizer)
+    _split(() if example is None else example)
     title = f"{getattr(config.peft_type, 'value', config.peft_type)} on {type(model).__name__}"
     config = copy_config(config)
     try:
@@ -703,7 +707,9 @@ def _traced(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         warnings.simplefilter("ignore")
         bare, adapted = _on_meta(model), _on_meta(model)
-        notes = _without_checkpointing(bare) and _without_checkpointing(adapted)
+        notes = _without_checkpointing(bare, adapted)
+        if "labels" not in inputs.kwargs:
+            notes += ("activations are those of the forward, without a loss",)
         tables = _tables(bare, inputs)
         bare.requires_grad_(False)
         prepared = prepare(adapted, copy_config(config))
@@ -711,7 +717,7 @@ def _traced(
         device = next((p.device.type for p in model.parameters()), "meta")
         total = _kept_by(adapted, inputs, device)
         grown = _kept_by(adapted, inputs, device, tables) - _kept_by(bare, inputs, device, tables)
-    return total, min(grown, total), notes
+    return total, grown, notes
 
 
 def _on_meta(model: Moved) -> Moved:
@@ -726,11 +732,11 @@ def _on_meta(model: Moved) -> Moved:
         return copy.deepcopy(model, memo).train()
 
 
-def _without_checkpointing(model: nn.Module) -> tuple[str, ...]:
-    on = [module for module in model.modules() if module.__dict__.get("gradient_checkpointing")]
+def _without_checkpointing(*models: nn.Module) -> tuple[str, ...]:
+    on = [m for model in models for m in model.modules() if m.__dict__.get("gradient_checkpointing")]
     for module in on:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    return ("activations are those without gradient checkpointing, which is on",) if on else ()
+        module.__dict__["gradient_checkpointing"] = False
+    return ("gradient checkpointing is on, and activations are told without it",) if on else ()
 
 
 def _tables(model: nn.Module, inputs: _Inputs) -> list[str]:
@@ -762,7 +768,8 @@ def _kept_by(model: nn.Module, inputs: _Inputs, device: str, tables: list[str] |
         model (`nn.Module`): On the meta device.
         inputs (`_Inputs`): What to call it with.
         device (`str`): Where the real model runs.
-        tables (`list[str]`, *optional*): Let gradients flow into the inputs: into those floats, or the outputs of these embeddings.
+        tables (`list[str]`, *optional*): Let gradients flow into the inputs: into those floats, or the outputs of
+            these embeddings.
     """
     held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
@@ -827,9 +834,8 @@ class _OnMeta(TorchFunctionMode):
     ) -> Tensor:
         masked = attn_mask is not None and attn_mask.requires_grad
         if query.dim() != 4 or masked or (self.cpu and dropout_p):  # no fused kernel takes these
-            whole: Tensor = func(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            options = {"scale": scale, "enable_gqa": enable_gqa}
+            whole: Tensor = func(query, key, value, attn_mask, dropout_p, is_causal, **options)
             return whole
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)

@@ -9,6 +9,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from inlay import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from inlay.errors import ConfigError, NoMatchingPeftModuleError, PlanError, UnsupportedLayerError
-from inlay.explain import Explanation, explain
+from inlay.explanation import Explanation, explain
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -69,6 +70,7 @@ PLANS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     ("llama", {"target_modules": r".*\.[01]\..*(up|gate)_proj"}),
     ("llama", {"target_modules": ["q_proj"], "inference_mode": True}),
+    ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     ("gpt2", {}),
     ("gpt2", {"target_modules": ["c_attn"], "bias": "lora_only"}),
     ("gpt2", {"target_modules": ["c_attn", "c_fc"], "bias": "all"}),
@@ -227,7 +229,12 @@ TARGETS: dict[str, Any] = {
     "convnet": ["conv0", "conv1"],
     "mixed": ["head"],
 }
-OPTIONS: list[dict[str, Any]] = [{}, {"lora_dropout": 0.1}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.1}]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"lora_dropout": 0.1},
+    {"use_dora": True},
+    {"use_dora": True, "lora_dropout": 0.1},
+]
 MORE: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     ("llama", {"target_modules": ["embed_tokens", "v_proj"]}),
@@ -238,10 +245,14 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("mixed", {"target_modules": ["head"], "target_parameters": ["stack_EOI", "gate_OI"]}),
 ]
 CASES = [
-    (name, {"target_modules": TARGETS.get(name, "all-linear"), **option})
-    for name in ("llama", "gpt2", "bert", "t5", "mlp", "convnet")
-    for option in OPTIONS
-] + MORE
+    *(
+        (name, TARGETS.get(name, "all-linear"), option)
+        for name in ("llama", "bert", "mlp", "convnet")
+        for option in OPTIONS
+    ),
+    *((name, "all-linear", OPTIONS[1]) for name in ("gpt2", "t5")),
+]
+ALL_CASES = [*((name, {"target_modules": targets, **option}) for name, targets, option in CASES), *MORE]
 
 
 def inputs_for(name: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Tensor], dict[str, Any]]:
@@ -256,18 +267,35 @@ def inputs_for(name: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[
 
 @pytest.mark.filterwarnings("ignore:The embeddings are adapted")
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
-@pytest.mark.parametrize(("name", "fields"), CASES, ids=label)
+@pytest.mark.parametrize(("name", "fields"), ALL_CASES, ids=label)
 def test_activations_are_what_a_run_keeps(tiny: Tiny, name: str, fields: dict[str, Any], dtype: torch.dtype) -> None:
     model = build(tiny, name).to(dtype).train()
     args, kwargs, size = inputs_for(name, dtype)
     told = explain(model, LoraConfig(**fields), **size)
     assert told.activations_method == "traced", told.notes
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**fields)).base_model.model
-    assert told.totals.activation_bytes == pytest.approx(kept(adapted, args, kwargs), rel=0.02)
+    assert told.totals.activation_bytes == pytest.approx(kept(adapted, args, kwargs), rel=0.02, abs=32)
     leading = tuple(t.clone().requires_grad_() for t in args)
     tables = TABLES.get(name, ())
     above = kept(adapted, leading, kwargs, tables) - kept(model.requires_grad_(False), leading, kwargs, tables)
     assert told.totals.added_activation_bytes == pytest.approx(above, rel=0.02)
+
+
+class Drawing(nn.Module):
+    """Its forward draws a number, as models that drop whole layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        return self.fc(x_BI) * torch.rand(1).item()
+
+
+def test_generator_is_left_alone() -> None:
+    model, random = Drawing(), torch.get_rng_state()
+    assert explain(model, LoraConfig(target_modules=["fc"]), batch=2).activations_method == "traced"
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_longer_rows_keep_more(llama: nn.Module) -> None:
@@ -318,7 +346,7 @@ def test_estimate_where_no_trace_is_possible(option: dict[str, Any]) -> None:
     assert told.totals.activation_bytes is None
     adapted = get_peft_model(model, LoraConfig(**fields))
     real = kept(adapted, (torch.randn(4, 32, 16),), {})
-    assert told.totals.added_activation_bytes == pytest.approx(real, rel=0.1)
+    assert told.totals.added_activation_bytes == pytest.approx(real, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -336,11 +364,13 @@ def test_why_activations_are_not_traced(tiny: Tiny, name: str, size: dict[str, A
     assert why in str(told)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_checkpointing_is_mentioned(llama: nn.Module) -> None:
     plain = explain(llama, LoraConfig(), batch=1, tokens=8)
     llama.gradient_checkpointing_enable()
     told = explain(llama, LoraConfig(), batch=1, tokens=8)
-    assert told.totals == plain.totals
+    assert told.activations_method == "traced"
+    assert told.totals.added_activation_bytes == plain.totals.added_activation_bytes
     assert told.notes[0].startswith("gradient checkpointing is on")
     assert llama.model.gradient_checkpointing
 
@@ -423,7 +453,7 @@ def test_adapted_model_is_refused_as_injection_refuses_it(mlp: nn.Module) -> Non
         (nn.Linear(2, 2), LoraConfig(), {"batch": 0}, "batch"),
         (nn.Linear(2, 2), LoraConfig(), {"batch": 2, "tokens": 1.5}, "tokens"),
         (nn.Linear(2, 2), LoraConfig(), {"tokens": 4}, "batch="),
-        (nn.Linear(2, 2), LoraConfig(), {"optimizer": "adamv"}, "closest: adamw"),
+        (nn.Linear(2, 2), LoraConfig(), {"optimizer": "adamv"}, "adamw, adam, sgd"),
         (nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]), {"example": 3}, "example"),
     ],
 )
@@ -457,7 +487,7 @@ def test_why_each_layer(llama: nn.Module) -> None:
 def test_why_each_parameter_and_part() -> None:
     told = explain(Mixed(), LoraConfig(target_modules=["attention"], target_parameters=["stack_EOI", "gate_OI"]))
     by_name = {row.name: row for row in told.rows}
-    assert list(by_name) == ["attention", "attention.out_proj", "experts.gate_OI", "experts.stack_EOI"]
+    assert sorted(by_name) == ["attention", "attention.out_proj", "experts.gate_OI", "experts.stack_EOI"]
     assert by_name["experts.stack_EOI"].shape == (2, 8, 8)
     assert by_name["experts.stack_EOI"].reason == "ends with 'stack_EOI' in target_parameters"
     assert "attention" in by_name["attention.out_proj"].reason
@@ -519,9 +549,8 @@ def calls(function: Callable[[], object]) -> int:
 
 def test_work_grows_as_the_number_of_layers() -> None:
     explain(Chain(1), LoraConfig(target_modules=["up_proj"]))
-    few, many = (
-        calls(lambda model=Chain(n): explain(model, LoraConfig(target_modules=["up_proj"]))) for n in (100, 400)
-    )
+    config = LoraConfig(target_modules=["up_proj"])
+    few, many = (calls(partial(explain, Chain(n), config)) for n in (100, 400))
     assert many < 4.1 * few
 
 

@@ -1,0 +1,66 @@
+"""Layer replication: a deeper model from ranges of its own layers, which share their weights and differ in adapters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from inlay.errors import UnsupportedLayerError
+
+# What model libraries call the list of their layers.
+_LISTS = ("layers", "layer", "h", "blocks")
+
+
+@contextmanager
+def replicated(model: nn.Module, ranges: Sequence[tuple[int, int]] | None) -> Iterator[None]:
+    """Stacks the layers ``[start, end)`` of each range anew; an exception inside the ``with`` undoes it.
+
+    Args:
+        model (`nn.Module`): The model; its list of layers and ``config.num_hidden_layers`` are changed.
+        ranges (`Sequence[tuple[int, int]]`, *optional*): Such as ``[(0, 16), (8, 24)]``; nothing happens without.
+
+    Raises:
+        UnsupportedLayerError: The model has no list of layers, or a range is not in it.
+    """
+    if not ranges:
+        yield
+        return
+    parent, name, layers = _find(model)
+    for start, end in ranges:
+        if not 0 <= start < end <= len(layers):
+            raise UnsupportedLayerError(f"layer_replication has the range ({start}, {end}), of {len(layers)} layers.")
+    config: Any = getattr(model, "config", None)
+    depth = getattr(config, "num_hidden_layers", None)
+    new = [_shared(layers[i]) for start, end in ranges for i in range(start, end)]
+    for index, layer in enumerate(new):
+        for module in layer.modules():
+            if "layer_idx" in module.__dict__:
+                module.layer_idx = index  # type: ignore[assignment]
+    setattr(parent, name, nn.ModuleList(new))
+    if depth is not None:
+        config.num_hidden_layers = len(new)
+    try:
+        yield
+    except BaseException:
+        setattr(parent, name, layers)
+        if depth is not None:
+            config.num_hidden_layers = depth
+        raise
+
+
+def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if name in _LISTS and isinstance(child, nn.ModuleList) and len(child):
+                return parent, name, child
+    raise UnsupportedLayerError(f"layer_replication needs a model with a list of layers named one of {_LISTS}.")
+
+
+def _shared(layer: nn.Module) -> nn.Module:
+    """A copy of the modules with the same parameters and buffers."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    return copy.deepcopy(layer, {id(t): t for t in tensors})

@@ -1,0 +1,613 @@
+"""The wrapper: exact merging, tied weights, several adapters, scales, and what it looks like from outside."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from laws import bits, close, differs, disturb, same_bits, same_state
+from torch import Tensor, nn
+
+import inlay
+from inlay.adapted import Adapted
+from inlay.errors import (
+    AdapterNameError,
+    BaseGoneError,
+    NonFiniteMergeError,
+    NotMergeableError,
+    PeftWarning,
+    PlanError,
+    UnknownAdapterError,
+)
+from inlay.inject import wrappers
+
+Tiny = Callable[[str], nn.Module]
+
+
+def handle(base: nn.Module, **fields: Any) -> inlay.PeftModel:
+    config = inlay.LoraConfig(**{"r": 4, "target_modules": ["lin0", "lin1"], **fields})
+    model = inlay.get_peft_model(base, config, adapter_name="a")
+    disturb(model)
+    return model.eval()
+
+
+@pytest.fixture
+def model(mlp: nn.Module) -> inlay.PeftModel:
+    return handle(mlp)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(4, 10)
+
+
+@contextmanager
+def raises_and_leaves(model: nn.Module, error: type[BaseException], match: str | None = None) -> Iterator[None]:
+    """The error, and every bit and module as before."""
+    before, modules = bits(model), [(name, type(m)) for name, m in model.named_modules()]
+    with pytest.raises(error, match=match):
+        yield
+    same_state(bits(model), before)
+    assert [(name, type(m)) for name, m in model.named_modules()] == modules
+
+
+# ---------------------------------------------------------------- merging is exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cycles", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_merging_and_unmerging_again_and_again(mlp: nn.Module, dtype: torch.dtype, cycles: int, dora: bool) -> None:
+    model = handle(mlp.to(dtype), use_dora=dora)
+    before = bits(model)
+    for _ in range(cycles):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    same_state(bits(model), before)
+    model.merge_adapter()
+    assert not torch.equal(
+        model.base_model.model.lin0.base_layer.weight, before["base_model.model.lin0.base_layer.weight"]
+    )
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_merging_keeps_pointers(mlp: nn.Module, fields: dict[str, Any], keep_base: bool) -> None:
+    model = handle(mlp, **fields)
+    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
+    identities = {name: id(p) for name, p in model.named_parameters()}
+    model.merge_adapter(keep_base=keep_base)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
+    if keep_base:
+        model.unmerge_adapter()
+        assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
+    assert {name: id(p) for name, p in model.named_parameters()} == identities
+
+
+def test_merging_twice_and_unmerging_twice(model: inlay.PeftModel, x: Tensor) -> None:
+    before = bits(model)
+    with pytest.warns(PeftWarning, match="nothing is merged"):
+        model.unmerge_adapter()
+    model.merge_adapter()
+    merged = bits(model)
+    with pytest.warns(PeftWarning, match="already merged"):
+        model.merge_adapter()
+    same_state(bits(model), merged)
+    model.unmerge_adapter()
+    same_state(bits(model), before)
+
+
+def test_merging_by_name(model: inlay.PeftModel, x: Tensor) -> None:
+    model.add_adapter("b", inlay.LoraConfig(r=2, target_modules=["lin1", "head"], init_lora_weights=False))
+    with torch.no_grad(), model.use_adapter("b"):
+        expected = model(x)
+    with raises_and_leaves(model, UnknownAdapterError, "nope"):
+        model.merge_adapter(["a", "nope"])
+    with raises_and_leaves(model, TypeError, r"\['b'\]"):
+        model.merge_adapter("b")  # type: ignore[arg-type]
+    model.merge_adapter(["b"])
+    with torch.no_grad(), model.use_adapter("b"):
+        close(model(x), expected)
+    close(model.merge_and_unload(adapter_names=["b"])(x), expected)
+
+
+def test_disabled_while_merged_is_the_base(model: inlay.PeftModel, mlp: nn.Module, x: Tensor, tiny: Tiny) -> None:
+    expected = tiny("mlp")(x)
+    model.merge_adapter()
+    merged = bits(model)
+    with model.disable_adapter():
+        same_bits(model(x), expected)
+        same_state(bits(model), merged)
+        assert model.base_model.model.lin0.merged
+    differs(model, x, expected)
+
+
+class Scaled(nn.Linear):
+    """As Gemma's embedding or a head with logit scaling: a layer of a known kind that does something more."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 3
+
+
+@pytest.mark.parametrize("use", ["embedding", "convolution", "subclass"])
+def test_disabled_while_merged_is_the_base_of_other_kinds(use: str) -> None:
+    layers = {"embedding": nn.Embedding(9, 6), "convolution": nn.Conv2d(3, 4, 3), "subclass": Scaled(6, 4)}
+    layer = layers[use]
+    x = torch.randint(0, 9, (2, 5)) if use == "embedding" else torch.randn(2, 3, 6, 6)
+    base = nn.Sequential(layer)
+    expected = base(x).detach()
+    model = handle(base, target_modules=["0"])
+    model.merge_adapter()
+    with model.disable_adapter():
+        same_bits(model(x), expected)
+    differs(model, x, expected)
+
+
+def test_another_adapter_runs_while_one_is_merged(model: inlay.PeftModel, x: Tensor) -> None:
+    model.add_adapter("b", inlay.LoraConfig(r=2, target_modules=["lin0"], init_lora_weights=False))
+    with torch.no_grad():
+        expected = {}
+        for names in (("a",), ("b",), ("a", "b")):
+            with model.use_adapter(names):
+                expected[names] = model(x)
+        model.merge_adapter()
+        for names, out in expected.items():
+            with model.use_adapter(names):
+                close(model(x), out)
+
+
+def test_without_the_base(model: inlay.PeftModel, x: Tensor, tiny: Tiny) -> None:
+    expected = model(x)
+    before = bits(model)
+    model.merge_adapter(keep_base=False)
+    close(model(x), expected)
+    with pytest.raises(BaseGoneError, match="keep_base"), model.disable_adapter():
+        model(x)
+    close(model(x), expected)
+    model.unmerge_adapter()
+    for key, t in bits(model).items():
+        close(t, before[key])
+    close(model(x), expected)
+    with model.disable_adapter():
+        close(model(x), tiny("mlp")(x))
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_what_cannot_be_subtracted_says_so(mlp: nn.Module, x: Tensor, fields: dict[str, Any]) -> None:
+    model = handle(mlp, **fields)
+    model.merge_adapter(keep_base=False)
+    for verb in (model.unmerge_adapter, model.unload):
+        with raises_and_leaves(model, BaseGoneError, "keep_base"):
+            verb()
+    assert all(w.merged for _, w in wrappers(model))
+
+
+def test_unmerging_is_all_or_nothing() -> None:
+    """One layer can be subtracted and a later one cannot: neither is touched."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,eoi->bo", x, self.weight)
+
+    base = nn.Sequential(nn.Linear(4, 4), Experts())
+    model = handle(base, target_modules=["0"], target_parameters=["1.weight"])
+    model.merge_adapter(keep_base=False)
+    for verb in (model.unmerge_adapter, model.unload):
+        with raises_and_leaves(model, BaseGoneError):
+            verb()
+        assert all(w.merged for _, w in wrappers(model))
+
+
+def test_merge_is_all_or_nothing() -> None:
+    base = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2))
+    model = handle(base, target_modules=["0", "1"])
+    for verb in (model.merge_adapter, model.merge_and_unload):
+        with raises_and_leaves(model, NotMergeableError, "group"):
+            verb()
+        assert not any(w.merged for _, w in wrappers(model))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_safe_merge_checks_everything_first(model: inlay.PeftModel, bad: float) -> None:
+    with torch.no_grad():
+        model.base_model.model.lin1.lora_B.a.weight[3, 1] = bad
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for verb in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NonFiniteMergeError, match="lin1"):
+            verb(safe_merge=True)
+        for name, p in model.named_parameters():
+            assert torch.equal(p.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+        assert not any(w.merged for _, w in wrappers(model))
+    model.merge_adapter()
+    assert not model.base_model.model.lin1.base_layer.weight.isfinite().all()
+    model.unmerge_adapter()
+    assert model.base_model.model.lin1.base_layer.weight.isfinite().all()
+
+
+def test_overflow_in_the_weights_dtype_is_not_finite(mlp: nn.Module) -> None:
+    model = handle(mlp.half())
+    with torch.no_grad():
+        model.base_model.model.lin1.lora_B.a.weight.fill_(1e6)
+    with raises_and_leaves(model, NonFiniteMergeError, "lin1"):
+        model.merge_adapter(safe_merge=True)
+
+
+# ---------------------------------------------------------------- tied weights
+
+
+def _tied(tiny: Tiny) -> nn.Module:
+    base = tiny("llama")
+    base.config.tie_word_embeddings = True
+    base.lm_head.weight = base.model.embed_tokens.weight
+    return base
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_merging_one_of_two_tied_layers(tiny: Tiny, tokens_BT: Tensor, target: str) -> None:
+    base = _tied(tiny)
+    shared = base.lm_head.weight
+    pristine = shared.detach().clone()
+    model = handle(base, target_modules=[target])
+    inner = model.base_model.model
+    layers = {"lm_head": inner.lm_head, "embed_tokens": inner.model.embed_tokens}
+    adapted, partner = layers.pop(target), layers.popitem()[1]
+    with torch.no_grad():
+        expected = model(tokens_BT).logits
+        model.merge_adapter()
+        assert partner.weight is shared
+        assert torch.equal(shared, pristine)
+        assert not torch.equal(adapted.base_layer.weight, pristine)
+        close(model(tokens_BT).logits, expected)
+        model.unmerge_adapter()
+    assert adapted.base_layer.weight is shared
+    assert partner.weight is shared
+    assert torch.equal(shared, pristine)
+    with pytest.warns(PeftWarning, match="tie_word_embeddings"):
+        plain = model.merge_and_unload()
+    assert plain.config.tie_word_embeddings is False
+    with torch.no_grad():
+        close(plain(tokens_BT).logits, expected)
+    assert plain.lm_head.weight is not plain.model.embed_tokens.weight
+
+
+def test_merged_tied_layers_move_and_are_copied(tiny: Tiny) -> None:
+    model = handle(_tied(tiny), target_modules=["lm_head"])
+    before = bits(model)
+    model.merge_adapter()
+    other = copy.deepcopy(model)
+    model.double().float()
+    for each in (model, other):
+        each.unmerge_adapter()
+        same_state(bits(each), before)
+        inner = each.base_model.model
+        assert inner.lm_head.base_layer.weight is inner.model.embed_tokens.weight
+
+
+def test_both_tied_layers_adapted(tiny: Tiny, tokens_BT: Tensor) -> None:
+    model = handle(_tied(tiny), target_modules=["lm_head", "embed_tokens"])
+    before = bits(model)
+    with torch.no_grad():
+        expected = model(tokens_BT).logits
+        model.merge_adapter()
+        close(model(tokens_BT).logits, expected)
+    model.unmerge_adapter()
+    same_state(bits(model), before)
+    inner = model.base_model.model
+    assert inner.lm_head.base_layer.weight is inner.model.embed_tokens.base_layer.weight
+
+
+# ---------------------------------------------------------------- several adapters
+
+
+def test_dora_beside_lora_is_their_sum_in_any_order(model: inlay.PeftModel, x: Tensor) -> None:
+    base = nn.Sequential(nn.Linear(10, 6))
+    two = handle(base, target_modules=["0"])
+    two.add_adapter("dora", inlay.LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    disturb(two)
+    for training in (False, True):
+        two.train(training)
+        with two.disable_adapter():
+            expected = two(x)
+            frozen = expected
+        for name in ("a", "dora"):
+            with two.use_adapter(name):
+                expected = expected + two(x) - frozen
+        for order in (["a", "dora"], ["dora", "a"]):
+            two.set_adapter(order)
+            close(two(x), expected)
+
+
+def test_who_is_trained(model: inlay.PeftModel) -> None:
+    def trained() -> set[str]:
+        return {n for name, p in model.named_parameters() if p.requires_grad for n in ("a", "b") if f".{n}." in name}
+
+    config = inlay.LoraConfig(r=2, target_modules=["lin0"])
+    assert trained() == {"a"}
+    model.add_adapter("b", config)
+    assert trained() == {"a"}
+    model.set_adapter("b")
+    assert trained() == {"b"}
+    with model.use_adapter("a"), model.disable_adapter():
+        assert trained() == {"b"}
+    assert trained() == {"b"}
+    model.set_adapter(["a", "b"])
+    assert trained() == {"a", "b"}
+    model.set_requires_grad("a", False)
+    assert trained() == {"b"}
+    model.set_adapter("a", inference_mode=True)
+    assert trained() == set()
+    model.set_adapter("a")
+    assert trained() == {"a"}
+    model.base_model.disable_adapter_layers()
+    assert trained() == set()
+    model.base_model.enable_adapter_layers()
+    assert trained() == {"a"}
+    with pytest.warns(PeftWarning, match="'b' is active now"):
+        model.delete_adapter("a")
+    assert trained() == {"b"}
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "base_layer" in name or "head" in name)
+
+
+def test_deleting(model: inlay.PeftModel, x: Tensor, tiny: Tiny) -> None:
+    modules = {name for name, _ in model.named_modules()}
+    model.add_adapter("b", inlay.LoraConfig(r=2, target_modules=["lin0", "head"], use_dora=True))
+    model.merge_adapter(["b"])
+    with raises_and_leaves(model, PlanError, "merged"):
+        model.delete_adapter("b")
+    model.unmerge_adapter()
+    expected = model(x)
+    model.delete_adapter("b")
+    assert not [name for name in model.state_dict() if ".b." in name]
+    assert list(model.peft_config) == ["a"]
+    same_bits(model(x), expected)
+    assert "lora_magnitude_vector" not in {name.split(".")[-1] for name, _ in model.named_modules()} - modules
+    with raises_and_leaves(model, UnknownAdapterError, "'b'"):
+        model.delete_adapter("b")
+    model.delete_adapter("a")
+    assert not model.peft_config
+    assert not model.active_adapters
+    close(model(x), tiny("mlp")(x))
+
+
+def test_deleting_the_active_one_falls_back(model: inlay.PeftModel, x: Tensor) -> None:
+    model.add_adapter("b", inlay.LoraConfig(r=2, target_modules=["lin0"], init_lora_weights=False))
+    with model.use_adapter("b"):
+        expected = model(x)
+    with pytest.warns(PeftWarning, match="'a' was active") as warned:
+        model.delete_adapter("a")
+    assert len(warned) == 1
+    assert model.active_adapters == ["b"]
+    close(model(x), expected)
+
+
+# ---------------------------------------------------------------- scales
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_scales(mlp: nn.Module, x: Tensor, dora: bool, training: bool) -> None:
+    """A scale times s is a B times s, whatever was computed before."""
+    model = handle(mlp, use_dora=dora, lora_alpha=6).train(training)
+    layers = [w for _, w in wrappers(model) if isinstance(w, Adapted)]
+
+    @torch.no_grad()
+    def check(factor: float) -> None:
+        other = handle(copy.deepcopy(model).unload(), use_dora=dora, lora_alpha=6).train(training)
+        other.load_state_dict(model.state_dict())
+        for w in (w for _, w in wrappers(other) if isinstance(w, Adapted)):
+            w.lora_B.a.weight.mul_(factor)
+        close(model(x), other(x))
+        assert all(w.scaling["a"] == pytest.approx(1.5 * factor) for w in layers)
+
+    check(1.0)
+    for w in layers:
+        w.scale_layer(2.0)
+    check(2.0)
+    for w in layers:
+        w.scale_layer(0.25)
+    check(0.5)
+    for w in layers:
+        w.unscale_layer(0.25)
+    check(2.0)
+    for w in layers:
+        w.set_scale("a", 3.0)
+    check(3.0)
+    for w in layers:
+        w.unscale_layer()
+    check(1.0)
+    for w in layers:
+        w.scaling["a"] = 6.0
+    check(4.0)
+    for w in layers:
+        w.set_scale("nobody", 3.0)
+    check(4.0)
+
+
+# ---------------------------------------------------------------- from outside
+
+
+_BAD_NAMES = [
+    "",
+    " ",
+    "a.b",
+    "a/b",
+    "../x",
+    "base_layer",
+    "forward",
+    "keys",
+    "to",
+    "type",
+    "training",
+    "__base__",
+    "__class__",
+]
+
+
+@pytest.mark.parametrize("name", _BAD_NAMES)
+def test_names_that_cannot_be(mlp: nn.Module, name: str, tmp_path: Path) -> None:
+    config = inlay.LoraConfig(target_modules=["lin0"])
+    with raises_and_leaves(mlp, AdapterNameError):
+        inlay.get_peft_model(mlp, config, adapter_name=name)
+    with raises_and_leaves(mlp, AdapterNameError):
+        inlay.inject_adapter_in_model(config, mlp, adapter_name=name)
+    assert all(p.requires_grad for p in mlp.parameters())
+    model = handle(mlp)
+    model.save_pretrained(str(tmp_path))
+    with raises_and_leaves(model, AdapterNameError):
+        model.add_adapter(name, config)
+    with raises_and_leaves(model, AdapterNameError):
+        model.load_adapter(str(tmp_path / "a"), name)
+    fresh = nn.Sequential(nn.Linear(3, 3))
+    with raises_and_leaves(fresh, AdapterNameError):
+        inlay.PeftModel.from_pretrained(fresh, str(tmp_path / "a"), adapter_name=name)
+    assert list(model.peft_config) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["pop", "clear", "update"])
+def test_names_beside_modules_to_save(mlp: nn.Module, name: str) -> None:
+    """An attribute of the container of copies is no name either, or works: never another error, never half."""
+    before = bits(mlp)
+    config = inlay.LoraConfig(target_modules=["lin0"], modules_to_save=["head"])
+    try:
+        model = inlay.get_peft_model(mlp, config, adapter_name=name)
+    except AdapterNameError:
+        same_state(bits(mlp), before)
+    else:
+        model(torch.randn(2, 10))
+
+
+def test_the_wrapper_reads_like_its_layer(model: inlay.PeftModel) -> None:
+    layer = model.base_model.model.lin0
+    base = layer.base_layer
+    assert layer.weight is base.weight
+    assert layer.bias is base.bias
+    assert (layer.in_features, layer.out_features) == (10, 20)
+    assert layer.active_adapters == ["a"]
+    assert layer.merged_adapters == []
+    assert not layer.merged
+    assert layer.r["a"] == 4
+    assert layer.scaling["a"] == 2.0
+    assert dict(layer.use_dora) == {"a": False}
+    assert layer.lora_A["a"] is layer.lora_A.a
+    assert "a" in layer.lora_A
+    assert list(layer.lora_A.keys()) == ["a"]
+    delta = layer.get_delta_weight("a")
+    close(delta, layer.lora_B.a.weight @ layer.lora_A.a.weight * layer.scaling["a"])
+    with pytest.raises(AttributeError):
+        _ = layer.nothing_of_this_name
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
+def test_layers_may_be_called_by_keyword(kind: str) -> None:
+    layers = {"linear": nn.Linear(6, 5), "conv": nn.Conv1d(6, 5, 2), "embedding": nn.Embedding(7, 6)}
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = layers[kind]
+
+        def forward(self, x: Tensor) -> Tensor:
+            h: Tensor = self.m(input=x)
+            return h
+
+    model = handle(Calls(), target_modules=["m"])
+    x = torch.randint(0, 7, (2, 3)) if kind == "embedding" else torch.randn(2, 6, 6)
+    close(model(x), model.base_model.model.m(x))
+    model(x, adapter_names=["a", "__base__"])
+
+
+def test_torchs_fused_encoder_does_not_pass_adapters_by() -> None:
+    """In eval `TransformerEncoderLayer` hands its children's weights to one fused call."""
+    base = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        frozen = base(x)
+    for targets in (["linear1", "linear2"], ["self_attn"], ["self_attn", "linear1", "linear2"]):
+        model = handle(copy.deepcopy(base), target_modules=targets)
+        expected = model.train().requires_grad_(False)
+        for module in expected.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(module, nn.MultiheadAttention):
+                module.dropout = 0.0
+        with torch.no_grad():
+            wanted = expected(x)
+            found = model.eval()(x)
+        assert float((wanted - frozen).abs().max()) > 1e-2
+        close(found, wanted)
+        model.merge_adapter()
+        with torch.no_grad():
+            close(model(x), wanted)
+
+
+def test_hooks_on_the_frozen_layer_run(model: inlay.PeftModel, x: Tensor) -> None:
+    seen: list[str] = []
+    layer = model.base_model.model.lin0
+    layer.base_layer.register_forward_hook(lambda *args: seen.append("base"))
+    layer.register_forward_hook(lambda *args: seen.append("wrapper"))
+    model(x)
+    assert seen == ["base", "wrapper"]
+
+
+def test_few_frames_per_layer(model: inlay.PeftModel, x: Tensor) -> None:
+    """What the wrapper costs at one token is Python frames: at most 8 of ours."""
+    layer = model.base_model.model.lin0
+    home = str(Path(inlay.__file__).parent)
+    entered: list[str] = []
+
+    def profile(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(home):
+            entered.append(frame.f_code.co_name)
+
+    with torch.no_grad():
+        layer(x)
+        sys.setprofile(profile)
+        try:
+            layer(x)
+        finally:
+            sys.setprofile(None)
+    assert 1 <= len(entered) <= 8, entered
+    idle: list[str] = []
+    entered, before = idle, entered
+    layer.enable_adapters(False)
+    with torch.no_grad():
+        sys.setprofile(profile)
+        try:
+            layer(x)
+        finally:
+            sys.setprofile(None)
+    assert 1 <= len(idle) <= 3 < len(before), idle
+
+
+def test_nothing_is_kept_of_what_is_deleted(model: inlay.PeftModel, x: Tensor) -> None:
+    """What is remembered for batches of many adapters does not grow with the batches seen."""
+    layer = model.base_model.model.lin0
+    for i in range(6):
+        model.add_adapter(f"n{i}", inlay.LoraConfig(r=2, target_modules=["lin0"]))
+    with torch.no_grad():
+        for i in range(200):
+            names = [f"n{(i * k) % 6}" for k in (1, 2, 3)] + ["a"]
+            model(x, adapter_names=names)
+            layer.lora_A.a.weight = nn.Parameter(layer.lora_A.a.weight.detach().clone())
+    assert len(layer._memo._known) <= 64
+
+
+def test_warnings_are_said_once(model: inlay.PeftModel) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.unmerge_adapter()
+        model.merge_adapter()
+        model.merge_adapter()
+    assert len(caught) == 2, [str(w.message) for w in caught]
