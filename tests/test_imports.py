@@ -43,11 +43,12 @@ RANKS = {
     "storage": 3,
     "methods": 4,
     # wrapping
+    "replicate": 3,
     "adapted": 5,
     "parametrized": 5,
     "trained": 5,
     "inject": 6,
-    "explain": 6,
+    "explanation": 8,
     "prepare": 6,
     "state": 7,
     "card": 7,

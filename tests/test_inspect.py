@@ -31,7 +31,12 @@ class Layers(nn.Module):
 
 def saved(folder: Path, **options: object) -> tuple[AdapterReport, dict[str, Tensor]]:
     """The report on a random adapter, and its dense changes from the model itself."""
-    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["linear", "wide", "conv", "table"], "init_lora_weights": False}
+    fields = {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["linear", "wide", "conv", "table"],
+        "init_lora_weights": False,
+    }
     model = inlay.get_peft_model(Layers(), inlay.LoraConfig(**{**fields, **options}))
     model.save_pretrained(str(folder))
     before = {name: p.detach().clone() for name, p in Layers().named_parameters()}
@@ -129,5 +134,3 @@ def test_half_an_adapter_is_refused(remove: str, tmp_path: Path) -> None:
     (tmp_path / remove).unlink()
     with pytest.raises(MissingFileError, match=remove):
         inspect_adapter(tmp_path)
-
-

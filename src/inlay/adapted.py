@@ -8,16 +8,24 @@ shards them.
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.errors import BaseGoneError, NonFiniteMergeError, PeftWarning, RowsError, UnknownAdapterError
+from inlay.errors import (
+    BaseGoneError,
+    NonFiniteMergeError,
+    NotMergeableError,
+    PeftWarning,
+    RowsUnreachableError,
+    UnknownAdapterError,
+)
 from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractAdapter, Params, Slot
 from inlay.ops.rows import rows as rows_product
@@ -109,24 +117,28 @@ class _Numbers(MutableMapping[str, Any]):
 class _Memo:
     """Values that depend on tensors which seldom change, computed again when one of them has."""
 
+    # Writes through `.data` leave no trace in a tensor's version; up to this many elements a copy is compared as well.
+    small = 1 << 18
+
     def __init__(self) -> None:
         self._known: dict[Any, tuple[list[tuple[weakref.ref[Tensor], int, int, Tensor | None]], Any]] = {}
 
-    def get(self, key: str, owners: tuple[Tensor, ...], make: Callable[[], Any], contents: bool) -> Any:
+    def get(self, key: Hashable, owners: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
         at = (key, *map(id, owners))
         known = self._known.get(at)
         if known is not None and all(map(self._unchanged, owners, known[0])):
             return known[1]
-        marks = [(weakref.ref(t), t._version, t.data_ptr(), t.detach().clone() if contents else None) for t in owners]
         value = make()
-        self._known[at] = (marks, value)
+        self._known[at] = ([self._mark(t) for t in owners], value)
         return value
+
+    def _mark(self, t: Tensor) -> tuple[weakref.ref[Tensor], int, int, Tensor | None]:
+        return weakref.ref(t), t._version, t.data_ptr(), t.detach().clone() if t.numel() <= self.small else None
 
     @staticmethod
     def _unchanged(t: Tensor, mark: tuple[weakref.ref[Tensor], int, int, Tensor | None]) -> bool:
         ref, version, pointer, copy = mark
         same = ref() is t and t._version == version and t.data_ptr() == pointer
-        # Writes through `.data` leave no trace in the version; where a copy is cheap it is compared as well.
         return same and (copy is None or torch.equal(copy, t))
 
     def clear(self) -> None:
@@ -208,25 +220,38 @@ class Adapted(nn.Module):
             return self._forward_rows(route.rows, *args, **kwargs)
         else:
             run = tuple(n for n in route.names if n in self.methods)
+        base: Any = self._modules["base_layer"]
         if run == self._merged:  # idle, or merged with just what is asked for
-            return self.base_layer(*args, **kwargs)
+            return base(*args, **kwargs)
         if self.kind.by_weight:
-            return self.kind.call(self.base_layer, *self.effective(run), _resolve, args, kwargs)
-        x, *rest = args
+            return self.kind.call(base, *self.effective(run), _resolve, args, kwargs)
+        if self._merged:
+            base = self._frozen()
+        x = args[0] if args else kwargs.pop(next(iter(kwargs)))
+        if len(run) == 1:
+            method, p = self.methods[run[0]], self.params(run[0])
+            z = method.into(p, x, self) if method.changes_input else x
+            return method.out(p, x, base(z, *args[1:], **kwargs), self, self._is_fresh(base))
+        return self._forward_several(run, base, x, *args[1:], **kwargs)
+
+    def _forward_several(self, run: tuple[str, ...], base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parts = [(self.methods[name], self.params(name)) for name in run]
         z = x
-        for name in run:
-            if self.methods[name].changes_input:
-                z = self.methods[name].into(self.params(name), z, self)
-        h0 = h = self._frozen(z) if self._merged else self.base_layer(z, *rest, **kwargs)
-        for name in run:
-            h = self._out(name, x, h, h0)
+        for method, p in parts:
+            z = method.into(p, z, self) if method.changes_input else z
+        h0: Tensor = base(z, *args, **kwargs)
+        h = h0
+        for method, p in parts:
+            if method.from_base and h is not h0:
+                h = h + (method.out(p, x, h0, self) - h0)
+            else:
+                h = method.out(p, x, h, self)
         return h
 
-    def _out(self, name: str, x: Tensor, h: Tensor, h0: Tensor) -> Tensor:
-        method = self.methods[name]
-        if method.from_base and h is not h0:
-            return h + (method.out(self.params(name), x, h0, self) - h0)
-        return method.out(self.params(name), x, h, self)
+    @staticmethod
+    def _is_fresh(base: nn.Module) -> bool:
+        """Whether nobody else can hold what ``base`` returns, so that it may be written to."""
+        return type(base) is nn.Linear and not base._forward_hooks
 
     def params(self, name: str) -> dict[str, Tensor]:
         """The adapter's tensors, by the method's own names for them."""
@@ -242,11 +267,10 @@ class Adapted(nn.Module):
             p[key] = t
         return p
 
-    def _frozen(self, x: Tensor) -> Tensor:
-        """The pristine layer's output while another weight stands in its place."""
-        h = self.kind.apply(self.base_layer, x, self.matrix().to(x.dtype) if x.is_floating_point() else self.matrix())
-        bias = self.offset()
-        return h if bias is None else h + self.kind.channels(bias)
+    def _frozen(self) -> nn.Module:
+        """The layer with its pristine weight, while another stands in its place."""
+        self._pristine(self.kind.weight_name)
+        return replica(self.base_layer, self._kept)
 
     def operate(self, x: Tensor, W_OI: Tensor) -> Tensor:
         """The layer's operation, without bias, with the matrix ``W_OI``."""
@@ -257,12 +281,13 @@ class Adapted(nn.Module):
     def _forward_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         if self.kind.by_weight:
             return self._forward_unreachable(rows, *args, **kwargs)
-        x, *rest = args
+        x = args[0] if args else kwargs.pop(next(iter(kwargs)))
         rows = rows.fitted(x.shape[self.kind.row_dim], x.device, self.path)
         stack = self._stack(rows.names)
         names = stack.apart
         z = self._into_rows(rows, names, x) if names else x
-        h0 = h = self._frozen(z) if self._merged else self.base_layer(z, *rest, **kwargs)
+        base = self._frozen() if self._merged else self.base_layer
+        h0 = h = base(z, *args[1:], **kwargs)
         if stack.order:
             h = rows_product(x, h, *stack.factors, rows.index_of(stack.order))
         for name in names:
@@ -273,7 +298,7 @@ class Adapted(nn.Module):
 
     def _forward_unreachable(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         if self._merged or any(n in self.methods for n in rows.names):
-            raise RowsError(
+            raise RowsUnreachableError(
                 f"{self.path} ({self.kind.name}) uses its weight whole: adapter_names cannot reach its rows."
             )
         return self.base_layer(*args, **kwargs)
@@ -333,11 +358,11 @@ class Adapted(nn.Module):
         with self.storage.reading(self.base_layer, parameter) as W:
             return W
 
-    def remember(self, key: str, owners: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
-        """``make()``, or its last result where no owner has changed since."""
+    def remember(self, key: Hashable, owners: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, or its last result where neither an owner nor the pristine weight has changed since."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in owners)):
             return make()
-        value: Tensor = self._memo.get(key, owners, make, contents=True)
+        value: Tensor = self._memo.get(key, (*owners, self._pristine(self.kind.weight_name)), make)
         return value
 
     def row_squares(self) -> Tensor:
@@ -352,7 +377,7 @@ class Adapted(nn.Module):
 
             if torch.compiler.is_compiling() or W.is_meta:
                 return squares()
-            value: Tensor = self._memo.get("row squares", (W,), squares, contents=False)
+            value: Tensor = self._memo.get("row squares", (W,), squares)
             return value
 
     def effective(self, run: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
@@ -457,6 +482,12 @@ class Adapted(nn.Module):
                 )
         self._refresh()
 
+    def drop_empty(self) -> None:
+        """Removes slots that no adapter has."""
+        for slot, group in list(self._modules.items()):
+            if isinstance(group, Group) and not len(group):
+                del self._modules[slot]
+
     def _refresh(self) -> None:
         here = tuple(n for n in self._active if n in self.methods)
         self._run = (self._merged or here) if self._enabled else ()
@@ -468,7 +499,7 @@ class Adapted(nn.Module):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         keep_base: bool = True,
-        copy: Callable[[Tensor], Tensor] = torch.clone,
+        aside: Callable[[Tensor], Tensor] = torch.clone,
     ) -> None:
         """Writes adapters into the frozen weight.
 
@@ -476,7 +507,7 @@ class Adapted(nn.Module):
             safe_merge (`bool`, *optional*, defaults to `False`): Check for NaN and infinity before writing.
             adapter_names (`list[str]`, *optional*): Which; the active ones if not given.
             keep_base (`bool`, *optional*, defaults to `True`): Keep the pristine weight, so that `unmerge` is exact.
-            copy (`Callable`, *optional*): How it is copied aside.
+            aside (`Callable`, *optional*): How it is copied.
 
         Raises:
             TypeError: ``adapter_names`` is a `str`.
@@ -492,7 +523,7 @@ class Adapted(nn.Module):
         if not new:
             return
         with torch.no_grad():
-            self._write(new, keep_base, copy)
+            self._write(new, keep_base, aside)
         self._merged += new
         self._refresh()
 
@@ -502,6 +533,8 @@ class Adapted(nn.Module):
         new = tuple(n for n in wanted if n in self.methods and n not in self._merged)
         for name in new:
             self.methods[name].check_mergeable(self.kind, self.base_layer)
+        if new and (why := self.kind.unmergeable(self.base_layer)):
+            raise NotMergeableError(f"{self.path}: {why}")
         if new and safe_merge:
             with torch.no_grad():
                 finite = [bool(t.isfinite().all()) for t in self.effective(self._merged + new) if t is not None]
@@ -511,13 +544,13 @@ class Adapted(nn.Module):
                 )
         return new
 
-    def _write(self, new: tuple[str, ...], keep_base: bool, copy: Callable[[Tensor], Tensor]) -> None:
+    def _write(self, new: tuple[str, ...], keep_base: bool, aside: Callable[[Tensor], Tensor]) -> None:
         base, kind = self.base_layer, self.kind
         on_top = self.storage.in_place and not self.tied and (not self._merged or not self._kept)
         factors = [self.methods[n].factors(self.params(n)) for n in new] if on_top else [None]
         if all(f is not None for f in factors):
             if keep_base and not self._merged:
-                self._kept[kind.weight_name] = self.storage.keep(base, kind.weight_name, copy)
+                self._kept[kind.weight_name] = self.storage.keep(base, kind.weight_name, aside)
             for f in factors:
                 assert f is not None
                 self._add_product(*f, sign=1)
@@ -526,13 +559,13 @@ class Adapted(nn.Module):
         W, b = self.effective(self._merged + new)
         for parameter, value in ((kind.weight_name, W), (kind.bias_name, None if b is b0 else b)):
             if value is not None:
-                self._replace(parameter, value, keep_base, copy)
+                self._replace(parameter, value, keep_base, aside)
 
-    def _replace(self, parameter: str, value: Tensor, keep_base: bool, copy: Callable[[Tensor], Tensor]) -> None:
+    def _replace(self, parameter: str, value: Tensor, keep_base: bool, aside: Callable[[Tensor], Tensor]) -> None:
         base = self.base_layer
         if keep_base and parameter not in self._kept:
             self._kept[parameter] = (
-                base._parameters[parameter] if self.tied else self.storage.keep(base, parameter, copy)
+                base._parameters[parameter] if self.tied else self.storage.keep(base, parameter, aside)
             )
         if self.tied:
             base._parameters[parameter] = nn.Parameter(value.detach().clone(), requires_grad=False)
@@ -557,9 +590,10 @@ class Adapted(nn.Module):
         if not self._merged:
             warnings.warn(f"{self.path}: nothing is merged, nothing to unmerge.", PeftWarning, stacklevel=2)
             return
+        factors = self.check_unmerge()
         with torch.no_grad():
-            if not self._kept:
-                self._subtract()
+            for f in factors:
+                self._add_product(*f, sign=-1)
             for parameter, kept in self._kept.items():
                 if self.tied:
                     self.base_layer._parameters[parameter] = kept
@@ -567,17 +601,18 @@ class Adapted(nn.Module):
                     self.storage.restore(self.base_layer, kept, parameter)
         self.forget()
 
-    def _subtract(self) -> None:
-        factors = [self.methods[n].factors(self.params(n)) for n in self._merged]
-        if any(f is None for f in factors):
+    def check_unmerge(self) -> list[tuple[Tensor, Tensor, Any]]:
+        """What must be subtracted to unmerge, where the pristine weight was given away; nothing is written."""
+        if not self._merged or self._kept:
+            return []
+        factors = [f for n in self._merged if (f := self.methods[n].factors(self.params(n))) is not None]
+        if len(factors) < len(self._merged):
             raise BaseGoneError(
                 f"{self.path} was merged with keep_base=False, and {list(self._merged)} cannot be subtracted: load "
                 "the "
                 "model anew."
             )
-        for f in factors:
-            assert f is not None
-            self._add_product(*f, sign=-1)
+        return factors
 
     def forget(self) -> None:
         """Takes the weight as it stands for the pristine one."""
@@ -706,13 +741,33 @@ class Adapted(nn.Module):
         )
 
 
+def replica(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module that shares everything with ``module`` but some of its own parameters; ``module`` is only read."""
+    if torch.compiler.is_compiling():
+        return _Substituted(module, tensors)
+    other = copy.copy(module)
+    other.__dict__["_parameters"] = {**module._parameters, **tensors}
+    return other
+
+
+class _Substituted(nn.Module):
+    """The same where it must be traced."""
+
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.substituted = (module, dict(tensors))  # in a tuple: no child of this one
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(*self.substituted, args, kwargs)
+
+
 def _resolve(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias that a module brings to a call which uses them directly."""
     if not isinstance(module, Adapted):
         return module.get_parameter("weight"), module._parameters.get("bias")
     route = module.router.route()
     if route is not None and route.rows is not None:
-        raise RowsError(f"{module.path}'s weight is used whole: adapter_names cannot reach its rows.")
+        raise RowsUnreachableError(f"{module.path}'s weight is used whole: adapter_names cannot reach its rows.")
     run = module._run if route is None else tuple(n for n in route.names if n in module.methods)
     if run == module._merged:
         return module.base_layer.get_parameter("weight"), module.base_layer._parameters.get("bias")

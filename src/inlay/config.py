@@ -153,7 +153,8 @@ class PeftConfig:
                 raise UnknownMethodError(f"peft_type {self.peft_type!r} is no method of this library.") from error
 
     def _check_types(self) -> None:
-        hints = _hints(type(self))
+        cls: Any = type(self)
+        hints = _hints(cls)
         for f in fields(self):
             value = getattr(self, f.name)
             if not _fits(value, hints[f.name]):

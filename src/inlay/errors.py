@@ -8,6 +8,7 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   ├── UnknownFieldError (TypeError)         a constructor got a field that does not exist
     │   ├── UnsupportedFieldError (NotImplementedError)  the field exists, what it asks for is not built yet
     │   ├── UnknownMethodError (KeyError)         peft_type names no method of this library
+    │   ├── TokenIndexError (IndexError)          a token outside the vocabulary
     │   └── WrongMethodError (TypeError, KeyError)  a config of another method than was asked for
     ├── PlanError (ValueError)
     │   ├── NoMatchingPeftModuleError             nothing in the model matches
@@ -19,6 +20,7 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   └── UnknownAdapterError (KeyError)
     ├── RoutingError
     │   ├── RowsError (ValueError)                adapter_names does not fit the batch or a module
+    │   │   └── RowsUnreachableError (TypeError)  a module uses its weight whole
     │   ├── LostRoutingError (RuntimeError)       recomputed in backward without the routing of its forward
     │   └── BusyError (RuntimeError)              merge, delete or load from inside a forward of the same model
     ├── MergeError (ValueError)
@@ -74,6 +76,10 @@ class UnknownMethodError(ConfigError, KeyError):
     """``peft_type`` names no method of this library."""
 
 
+class TokenIndexError(ConfigError, IndexError):
+    """A token that is not in the vocabulary, or is named twice."""
+
+
 class WrongMethodError(ConfigError, TypeError, KeyError):
     """A config of another method than the one asked for."""
 
@@ -116,6 +122,10 @@ class RoutingError(PeftError):
 
 class RowsError(RoutingError, ValueError):
     """``adapter_names`` does not fit the batch, or a module's rows are not the batch's."""
+
+
+class RowsUnreachableError(RowsError, TypeError):
+    """A module uses its weight whole, so that rows cannot have adapters of their own."""
 
 
 class LostRoutingError(RoutingError, RuntimeError):

@@ -6,6 +6,7 @@ apply(prepared) -> wrappers in place, or the model as it was      remove(model) 
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,7 +37,7 @@ from inlay.routing import Router
 from inlay.trained import ModulesToSaveWrapper, TiedTokens, TrainableTokensWrapper, trainable_kind
 
 # An adapter's name becomes an attribute of every slot, so it may not be one already.
-FORBIDDEN_NAMES = frozenset(dir(Group())) | {"base_layer", "__base__"}
+FORBIDDEN_NAMES = frozenset(dir(Group())) | frozenset(dir(nn.ModuleDict())) | {"base_layer", "__base__"}
 _NARROW = {torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
@@ -422,6 +423,8 @@ class _Done:
     def undo(self, name: str) -> None:
         for wrapper in reversed(self.added):
             wrapper.delete_adapter(name)
+            if isinstance(wrapper, Adapted):
+                wrapper.drop_empty()
         for parent, attribute, module in reversed(self.replaced):
             setattr(parent, attribute, module)
 
@@ -475,9 +478,17 @@ def _place(work: Work, router: Router, name: str, meta: bool, autocast: bool, do
         base = work.base
         _check_order(work, base)
         layer = Adapted(base, work.kind, router, work.path, work.tied)
+        if isinstance(work.parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+            # In eval torch's encoder layer hands its layers' weights to one fused call, past every adapter, unless a
+            # hook stands in the way.
+            layer.register_forward_pre_hook(_in_the_way)
         setattr(work.parent, work.attribute, layer)
         done.replaced.append((work.parent, work.attribute, base))
     _add(layer, name, work.adapter, meta, autocast, done)
+
+
+def _in_the_way(module: nn.Module, args: Any) -> None:
+    return None
 
 
 def _check_order(work: Work, base: nn.Module) -> None:
@@ -578,8 +589,11 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def remove(model: nn.Module, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """Takes all wrappers out of ``model``, writing adapters into the weights first where ``merge`` says so."""
     layers = [w for _, w in wrappers(model) if isinstance(w, Adapted)]
-    for wrapper in layers if merge else ():
-        wrapper.check_merge(adapter_names, safe_merge)
+    for wrapper in layers:
+        if merge:
+            wrapper.check_merge(adapter_names, safe_merge)
+        else:
+            wrapper.check_unmerge()
     for wrapper in layers:
         if merge:
             with warnings.catch_warnings():
@@ -621,3 +635,8 @@ def with_targets(config: AdapterConfig, prepared: Prepared) -> None:
     elif not isinstance(spelt, str) or spelt.lower() == "all-linear":
         paths = [t.name for t in prepared.plan.targets] if isinstance(spelt, str) else sorted(spelt)
         config.target_modules = set(match.shrink(paths, [m.name for m in prepared.survey.facts]))
+
+
+def copy_config(config: AdapterConfig) -> AdapterConfig:
+    """A config that can be changed without changing ``config``."""
+    return dataclasses.replace(config)

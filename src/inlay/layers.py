@@ -93,6 +93,10 @@ class LayerKind(ABC):
         """How many matrices of one shape the weight stacks."""
         return 1
 
+    def unmergeable(self, layer: nn.Module) -> str | None:
+        """Why no adapter can be written into this layer's weight, or None."""
+        return None
+
     def call(self, layer: nn.Module, W: Tensor, b: Tensor | None, resolve: Resolve, args: Any, kwargs: Any) -> Any:
         """Runs a layer that is adapted by weight; ``resolve`` gives the weights of modules inside it."""
         raise UnsupportedLayerError(f"{self.name} is adapted beside its call, not through its weight.")
@@ -171,7 +175,7 @@ class _Conv(LayerKind):
 
     def mix(self, layer: nn.Module, h: Tensor, W_OR: Tensor) -> Tensor:
         W = W_OR.reshape(*W_OR.shape[:2], *(1,) * self.dims)
-        return cast(Tensor, self.conv(h, W, groups=h.shape[1] // W.shape[1] if h.dim() > self.dims + 1 else 1))
+        return cast(Tensor, self.conv(h, W, groups=h.shape[-self.dims - 1] // W.shape[1]))
 
     def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         return W.flatten(1)
@@ -215,6 +219,10 @@ class _Embedding(LayerKind):
         # Some embeddings (Gemma's) multiply their output; the factor belongs to the layer, not to the table.
         scale = getattr(layer, "embed_scale", None)
         return h if scale is None else h * (scale.to(h.dtype) if isinstance(scale, Tensor) else scale)
+
+    def unmergeable(self, layer: nn.Module) -> str | None:
+        limited = cast(nn.Embedding, layer).max_norm is not None
+        return "an embedding with max_norm rewrites its rows when it runs: leave it unmerged." if limited else None
 
     def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         return W.t()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -31,7 +31,17 @@ from inlay.errors import (
 )
 from inlay.formats import files
 from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir
-from inlay.inject import Prepared, apply, method_of, model_config, prepare, remove, with_targets, wrappers
+from inlay.inject import (
+    Prepared,
+    apply,
+    method_of,
+    model_config,
+    own_modules,
+    prepare,
+    remove,
+    with_targets,
+    wrappers,
+)
 from inlay.replicate import replicated
 from inlay.report import BASE_KEY, LoadReport
 from inlay.routing import BASE, Bound, Route, Router, Rows
@@ -120,9 +130,15 @@ class Tuner(nn.Module):
                 "Adapters are merged: they are unmerged first, then others are set.", PeftWarning, stacklevel=3
             )
             self.unmerge_adapter()
-        for _, wrapper in wrappers(self.model):
-            wrapper.set_adapter(list(names), inference_mode=inference_mode)
-        self._active = names
+        with self._changing():
+            for _, wrapper in wrappers(self.model):
+                wrapper.set_adapter(list(names), inference_mode=inference_mode)
+            self._active = names
+
+    def _changing(self) -> AbstractContextManager[None]:
+        """Forwards of other threads see a change whole; a model that changes its own default does so at once."""
+        router = self.router
+        return nullcontext() if router.inside else router.writing()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Trains or freezes adapters, active or not."""
@@ -131,15 +147,18 @@ class Tuner(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         """Switches all adapters on, for all threads."""
-        for _, wrapper in wrappers(self.model):
-            wrapper.enable_adapters(True)
+        self._enable(True)
+
+    def _enable(self, enabled: bool) -> None:
+        with self._changing():
+            for _, wrapper in wrappers(self.model):
+                wrapper.enable_adapters(enabled)
 
     def disable_adapter_layers(self) -> None:
         """Switches all adapters off, for all threads; `PeftModel.disable_adapter` does for one thread."""
         if any(config.bias != "none" for config in self.peft_config.values()):
             warnings.warn("Trained biases stay in place while adapters are off.", PeftWarning, stacklevel=2)
-        for _, wrapper in wrappers(self.model):
-            wrapper.enable_adapters(False)
+        self._enable(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter.
@@ -193,17 +212,24 @@ class Tuner(nn.Module):
             raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
         self.check_known(adapter_names or ())
         with self.router.writing():
-            layers = [layer for _, layer in self.layers()]
-            changing = [layer for layer in layers if layer.check_merge(adapter_names, safe_merge)]
-            aside = [layer for layer in changing if keep_base and not layer.merged and not layer.tied]
-            arena = Arena(sum(bytes_of(layer.weight) for layer in aside))
-            for layer in layers:
-                layer.merge(adapter_names=adapter_names, keep_base=keep_base, copy=arena.copy)
+            changing = [layer for _, layer in self.layers() if layer.check_merge(adapter_names, safe_merge)]
+            if not changing:
+                merged = sorted({n for _, layer in self.layers() for n in layer.merged_adapters})
+                warnings.warn(f"Nothing to merge: already merged are {merged}.", PeftWarning, stacklevel=2)
+            copied = [layer for layer in changing if keep_base and not layer.merged and not layer.tied]
+            arena = Arena(sum(bytes_of(layer.weight) for layer in copied))
+            for layer in changing:
+                layer.merge(adapter_names=adapter_names, keep_base=keep_base, aside=arena.copy)
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the weights again."""
         with self.router.writing():
-            for _, layer in self.layers():
+            merged = [layer for _, layer in self.layers() if layer.merged]
+            if not merged:
+                warnings.warn("Nothing is merged, nothing to unmerge.", PeftWarning, stacklevel=2)
+            for layer in merged:
+                layer.check_unmerge()
+            for layer in merged:
                 layer.unmerge()
 
     def merge_and_unload(
@@ -326,8 +352,7 @@ class PeftModel(nn.Module):
 
     def _inject(self, name: str, config: AdapterConfig, autocast: bool, meta: bool, activate: bool) -> None:
         self._check_bias(name, config)
-        self._add_heads(config)
-        with replicated(self.base_model.model, self._ranges(config)):
+        with self._with_heads(config), replicated(self.base_model.model, self._ranges(config)):
             prepared = prepare(self.base_model.model, config, adapter_name=name)
             for text in prepared.plan.warnings:
                 warnings.warn(text, PeftWarning, stacklevel=5)
@@ -340,17 +365,25 @@ class PeftModel(nn.Module):
         done = any(c.layer_replication for c in self.peft_config.values())
         return None if done else config.layer_replication
 
-    def _add_heads(self, config: AdapterConfig) -> None:
-        listed = list(config.modules_to_save or ())
+    @contextmanager
+    def _with_heads(self, config: AdapterConfig) -> Iterator[None]:
+        """Adds the task's heads to what ``config`` trains whole; a failure inside takes them out again."""
+        asked = config.modules_to_save
+        listed = list(asked or ())
         if new := [n for n in self.heads if n not in listed]:
             config.modules_to_save = listed + new
+        try:
+            yield
+        except BaseException:
+            config.modules_to_save = asked
+            raise
 
     def _check_bias(self, name: str, config: AdapterConfig) -> None:
-        if config.bias != "none" and (other := [n for n, c in self.peft_config.items() if n != name]):
+        other = [n for n, c in self.peft_config.items() if n != name and c.bias != "none"]
+        if config.bias != "none" and other:
             raise ConfigError(
-                f"bias={config.bias!r} trains the model's own biases, which adapters share: it must be the only "
-                "adapter, "
-                f"and there is {other}."
+                f"bias={config.bias!r} trains the model's own biases, which adapters share: one adapter may, and "
+                f"{other[0]!r} does."
             )
 
     def _prepare_checkpointing(self) -> None:
@@ -395,7 +428,10 @@ class PeftModel(nn.Module):
         if adapter_names is not None:
             route = Route(rows=self._rows(adapter_names, args, kwargs, repeats))
         with router.call(route):
-            if self.training and torch.is_grad_enabled() and router.routes_training:
+            chosen = router.route()
+            if chosen is not None:
+                self.base_model.check_known(chosen.names)
+            if self.training and torch.is_grad_enabled():
                 self._bind_checkpoints(router)
             yield
 
@@ -416,7 +452,7 @@ class PeftModel(nn.Module):
         return Rows.of(tuple(names), tuple({1, product, *repeats}))
 
     def _bind_checkpoints(self, router: Router) -> None:
-        for module in self.base_model.model.modules():
+        for _, module in own_modules(self.base_model.model):
             function = module.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, Bound):
                 setattr(module, "_gradient_checkpointing_func", Bound(function, router))  # noqa: B010  (no module)
@@ -774,8 +810,7 @@ class PeftModel(nn.Module):
         if name in self.peft_config:
             return self._reload(source, name, config, trainable, key_mapping, strict)
         self._check_bias(name, config)
-        self._add_heads(config)
-        with replicated(model, self._ranges(config)):
+        with self._with_heads(config), replicated(model, self._ranges(config)):
             report, prepared = state.load_into(
                 model,
                 source,
@@ -962,7 +997,12 @@ def inject_adapter_in_model(
         for text in prepared.plan.warnings:
             warnings.warn(text, PeftWarning, stacklevel=2)
         trainable = not peft_config.inference_mode
+        trained = [p for _, w in wrappers(model) for p in w.parameters() if p.requires_grad]
         apply(prepared, adapter_name, meta=low_cpu_mem_usage, autocast=False, trainable=trainable)
+        for _, wrapper in wrappers(model):
+            wrapper.set_adapter(adapter_name, inference_mode=not trainable)
+        for parameter in trained:  # what was trained before stays so: its owner decides
+            parameter.requires_grad_(True)
     with_targets(peft_config, prepared)
     configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or {}
     configs[adapter_name] = peft_config

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.adapted import Adapted
+from inlay.adapted import Adapted, replica
 from inlay.errors import UnsupportedLayerError
 from inlay.layers import LayerKind, Resolve
 
@@ -77,9 +77,8 @@ def _depth(layer: nn.Module) -> int:
 
 def _with(layer: nn.Module, parameter: str, W: Tensor) -> nn.Module:
     """A replica of ``layer`` that shares everything with it but one parameter."""
-    replica = copy.copy(layer)
-    if isinstance(layer, Adapted):
-        replica.__dict__["_modules"] = {**layer._modules, "base_layer": _with(layer.base_layer, parameter, W)}
-    else:
-        replica.__dict__["_parameters"] = {**layer._parameters, parameter: W}
-    return replica
+    if not isinstance(layer, Adapted):
+        return replica(layer, {parameter: W})
+    other = copy.copy(layer)
+    other.__dict__["_modules"] = {**layer._modules, "base_layer": _with(layer.base_layer, parameter, W)}
+    return other

@@ -1,4 +1,4 @@
-"""Layer replication: a deeper model from ranges of its own layers, which share their weights and differ in adapters."""
+"""Layer replication: a deeper model from ranges of its own layers; copies share weights and differ in adapters."""
 
 from __future__ import annotations
 

@@ -137,61 +137,64 @@ class Router:
 
     def route(self) -> Route | None:
         """The choice that holds here, or None for each layer's default."""
-        route = self._local.route
-        if route is None and not torch.compiler.is_compiling():
-            chosen = _CHOSEN.get(None)
-            if chosen is not None:
-                route = chosen.get(self)
-            if route is None and self._trained_routed and _in_backward():
-                raise LostRoutingError(
-                    "A layer is computed again in backward, and which adapter its forward used is not known here. "
-                    "Wrap "
-                    "what is checkpointed: checkpoint(model.bind(function), ...) instead of checkpoint(function, ...)."
-                )
+        route = self._choice()
+        if route is None and self._trained_routed and not torch.compiler.is_compiling() and _in_backward():
+            raise LostRoutingError(
+                "A layer is computed again in backward, and which adapter its forward used is not known here. Wrap "
+                "what "
+                "is checkpointed: checkpoint(model.bind(function), ...) instead of checkpoint(function, ...)."
+            )
         return None if route is DEFAULT else route
 
-    @property
-    def routes_training(self) -> bool:
-        """Whether any choice was ever made with gradients on, so that recomputations must carry theirs."""
-        return self._trained_routed
+    def _choice(self) -> Route | None:
+        if torch.compiler.is_compiling():
+            return self._local.route
+        chosen = _CHOSEN.get(None)
+        return None if chosen is None else chosen.get(self)
 
     @contextmanager
-    def choose(self, route: Route) -> Iterator[None]:
-        """Makes ``route`` the choice of the calling thread and task."""
-        token = _CHOSEN.set({**_CHOSEN.get({}), self: route})
+    def _choosing(self, route: Route | None, traced: bool) -> Iterator[None]:
+        """Makes ``route`` the choice of this context and, where ``traced``, of compiled code on this thread."""
         local = self._local
         outer = local.route
-        # Tasks of an event loop take turns on one thread: there only a call through the handle may set the local.
-        if outer is not None or asyncio._get_running_loop() is None:
+        token = _CHOSEN.set({**_CHOSEN.get({}), self: route}) if route is not None else None
+        if traced:
             local.route = route
-        self._note(route)
+        if route is not None and torch.is_grad_enabled():
+            self._trained_routed = True
         try:
             yield
         finally:
             local.route = outer
-            _CHOSEN.reset(token)
+            if token is not None:
+                _CHOSEN.reset(token)
 
-    def _note(self, route: Route | None) -> None:
-        if route is not None and torch.is_grad_enabled():
-            self._trained_routed = True
+    @contextmanager
+    def choose(self, route: Route) -> Iterator[None]:
+        """Makes ``route`` the choice of the calling thread and task."""
+        # Tasks of an event loop take turns on one thread: there only a call through the handle may set the local.
+        with self._choosing(route, traced=asyncio._get_running_loop() is None):
+            yield
 
     @contextmanager
     def call(self, route: Route | None = None) -> Iterator[None]:
         """One call through the handle: writes wait for it, and compiled code sees the choice."""
         local = self._local
-        outer = local.route
         if local.depth == 0:
             self._enter_read()
         local.depth += 1
         try:
-            local.route = route if route is not None else self.route()
-            self._note(local.route)
-            yield
+            with self._choosing(route if route is not None else self._choice(), traced=True):
+                yield
         finally:
-            local.route = outer
             local.depth -= 1
             if local.depth == 0:
                 self._leave_read()
+
+    @property
+    def inside(self) -> bool:
+        """Whether the calling thread is inside a call through the handle."""
+        return self._local.depth > 0
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -237,16 +240,12 @@ class Router:
 
     def bind(self, function: Callable[P, T]) -> Callable[P, T]:
         """``function`` with the routing of this moment, wherever and whenever it runs."""
-        route = self.route() or DEFAULT
+        route = self._choice() or DEFAULT
 
         @wraps(function)
         def bound(*args: P.args, **kwargs: P.kwargs) -> T:
-            local = self._local
-            outer, local.route = local.route, route
-            try:
+            with self._choosing(route, traced=True):
                 return function(*args, **kwargs)
-            finally:
-                local.route = outer
 
         return bound
 

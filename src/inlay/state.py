@@ -6,8 +6,9 @@ handle (`inlay.PeftModel`) they begin with ``base_model.model.``, with a bare mo
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,9 +143,9 @@ def _extras(
         paths = [p for p, w in wrappers(root) if isinstance(w, Adapted) and adapter_name in w.methods]
         for name, parameter in biases(root, config, paths):
             yield name, name, parameter.detach()
-    wanted = _embeddings_to_save(root, config, adapter_name) if embeddings == "auto" else bool(embeddings)
+    wanted = _embeddings_to_save(root, config, adapter_name) if embeddings == "auto" else ("",) if embeddings else ()
     for name, parameter in embedding_weights(root) if wanted else ():
-        if wanted is True or any(name.startswith(f"{path}.") for path in wanted):
+        if name.startswith(tuple(wanted)):
             yield name, name, parameter.detach()
 
 
@@ -168,12 +169,12 @@ def embedding_weights(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{name}.weight", module._parameters["weight"]  # type: ignore[misc]
 
 
-def _embeddings_to_save(root: nn.Module, config: AdapterConfig, adapter_name: str) -> bool | list[str]:
-    """Whether all, none, or which embeddings go into a file: those that are adapted, or all after a resize."""
+def _embeddings_to_save(root: nn.Module, config: AdapterConfig, adapter_name: str) -> Sequence[str]:
+    """Beginnings of the names of embeddings that go into a file: those that are adapted, or all after a resize."""
     if config.trainable_token_indices is not None:
-        return False
+        return ()
     adapted = [
-        path
+        f"{path}."
         for path, wrapper in wrappers(root)
         if isinstance(wrapper, Adapted)
         and adapter_name in wrapper.methods
@@ -189,7 +190,7 @@ def _embeddings_to_save(root: nn.Module, config: AdapterConfig, adapter_name: st
             PeftWarning,
             stacklevel=5,
         )
-    return True if resized else adapted
+    return ("",) if resized else adapted
 
 
 # ---------------------------------------------------------------------- into the model
@@ -231,7 +232,7 @@ def set_peft_model_state_dict(
         raise LoadError(f"Tensors do not fit the adapter {adapter_name!r}; nothing was changed.\n{report}", report)
     for key in (key for key, *_ in report.shape):
         tensors.pop(key)
-    assign(root, targets, tensors)
+    report.dtype.extend(assign(root, targets, tensors))
     return report
 
 
@@ -289,9 +290,16 @@ def compare(
     return report
 
 
-def assign(root: nn.Module, targets: Mapping[str, Target], tensors: Mapping[str, Tensor]) -> None:
-    """Puts tensors in place: becomes the parameter where that is on the meta device, copied into it elsewhere."""
+def assign(
+    root: nn.Module, targets: Mapping[str, Target], tensors: Mapping[str, Tensor]
+) -> list[tuple[str, torch.dtype, torch.dtype]]:
+    """Puts tensors in place: they become the parameter where that is on the meta device, and are copied elsewhere.
+
+    Returns:
+        (key, dtype given, dtype kept) of those that were converted.
+    """
     embeddings: dict[str, nn.Parameter] | None = None
+    converted = []
     with torch.no_grad():
         for key, t in tensors.items():
             place = targets.get(key)
@@ -302,11 +310,14 @@ def assign(root: nn.Module, targets: Mapping[str, Target], tensors: Mapping[str,
                 continue
             owner, attribute, device = place
             old = owner._parameters.get(attribute)
+            if old is not None and old.dtype != t.dtype:
+                converted.append((key, t.dtype, old.dtype))
             if old is None or not old.is_meta:
                 getattr(owner, attribute).copy_(t)
             else:
                 new = t.to(t.device if device.type == "meta" else device, old.dtype)
                 owner._parameters[attribute] = nn.Parameter(new, requires_grad=old.requires_grad)
+    return converted
 
 
 # ---------------------------------------------------------------------- from a directory
@@ -386,6 +397,7 @@ def load_into(
     prepared = prepare(root, config, adapter_name=adapter_name)
     header = _renamed(source.weights.header, key_mapping)
     report = compare(expected(prepared), {k: tuple(info.shape) for k, info in header.items()}, _optional(root))
+    _config_notes(report, prepared)
     _base_notes(report, prepared, source, base_name)
     if strict:
         report.raise_for_problems()
@@ -401,7 +413,7 @@ def load_into(
         tensors.pop(key)
     whole = not report.missing and not report.shape
     apply(prepared, adapter_name, meta=whole, autocast=autocast, activate=activate, trainable=trainable)
-    assign(root, _targets(root, adapter_name, config), tensors)
+    report.dtype.extend(assign(root, _targets(root, adapter_name, config), tensors))
     return report, prepared
 
 
@@ -426,12 +438,17 @@ def _bias_keys(prepared: Prepared) -> Iterator[tuple[str, tuple[int, ...]]]:
     if prepared.config.bias == "none":
         return
     adapted = {work.path for work in prepared.works}
+    saved = tuple(f"{path}." for path in prepared.saved)
     for path, module in prepared.survey.modules.items():
         layer = module.get_base_layer() if isinstance(module, Adapted) else module
         bias = layer._parameters.get("bias")
-        inside = path in adapted or isinstance(module, Adapted)
-        if bias is not None and (inside or prepared.config.bias == "all"):
-            yield f"{path}.base_layer.bias" if inside else f"{path}.bias", tuple(bias.shape)
+        # Inside attention the adapted layer's path in the model is not its path in files.
+        nested = re.sub(r"(.*)\.out_proj$", r"\1.base_layer.out_proj", path)
+        own = nested if nested in adapted else path
+        inside = own in adapted or isinstance(module, Adapted)
+        kept = f"{path}.".startswith(saved) if saved else False
+        if bias is not None and not kept and (inside or prepared.config.bias == "all"):
+            yield f"{own}.base_layer.bias" if inside else f"{path}.bias", tuple(bias.shape)
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -490,12 +507,28 @@ def reload(
         raise LoadError(f"The adapter does not fit; nothing was loaded.\n{report}", report)
     elif not report.ok:
         warnings.warn(report.summary(), PeftWarning, stacklevel=4)
-    assign(root, targets, tensors)
+    report.dtype.extend(assign(root, targets, tensors))
     return report
 
 
 def _innermost(layer: nn.Module) -> nn.Module:
     return layer.get_base_layer() if isinstance(layer, Adapted) else layer
+
+
+def _config_notes(report: LoadReport, prepared: Prepared) -> None:
+    """Says where only the rank differs: then it is the config that contradicts the weights, not the base."""
+    ranks = {
+        f"{work.path}.{slot.saved_name()}": getattr(work.adapter, "r", None)
+        for work in prepared.works
+        for slot in work.adapter.slots.values()
+    }
+    seen = set()
+    for key, file, model in report.shape:
+        r = ranks.get(key)
+        differ = [(f, m) for f, m in zip(file, model, strict=False) if f != m]
+        if len(file) == len(model) and all(m == r for _, m in differ):
+            seen.add((r, differ[0][0]))
+    report.config.extend(f"the config says r={r}, the tensors have rank {found}" for r, found in sorted(seen))
 
 
 def _base_notes(report: LoadReport, prepared: Prepared, source: Source, base_name: str | None) -> None:

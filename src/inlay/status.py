@@ -13,6 +13,7 @@ from inlay.adapted import Adapted
 from inlay.errors import PlanError
 from inlay.inject import wrappers
 from inlay.state import root_of
+from inlay.trained import ModulesToSaveWrapper
 
 T = TypeVar("T")
 Irregular = Literal["irregular"]
@@ -93,24 +94,30 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         PlanError: No layer is adapted.
     """
     root, prefix = root_of(model)
-    out = [_layer(f"{'model.' if prefix else ''}{path}", w) for path, w in wrappers(root) if isinstance(w, Adapted)]
-    if not out:
+    out = [_layer(f"{'model.' if prefix else ''}{path}", w) for path, w in wrappers(root)]
+    if not any(isinstance(w, Adapted) for _, w in wrappers(root)):
         raise PlanError("No layer of the model is adapted: there is no status to tell. Add an adapter first.")
     return out
 
 
-def _layer(name: str, layer: Adapted) -> TunerLayerStatus:
-    tensors = {n: list(layer.params(n).values()) for n in layer.methods}
+def _layer(name: str, wrapper: Adapted | ModulesToSaveWrapper) -> TunerLayerStatus:
+    tensors: dict[str, list[torch.Tensor]]
+    if isinstance(wrapper, Adapted):
+        frozen, merged, storage = wrapper.get_base_layer(), wrapper.merged_adapters, wrapper.storage.name
+        tensors = {n: list(wrapper.params(n).values()) for n in wrapper.methods}
+    else:
+        frozen, merged, storage = wrapper.original_module, [], "plain"
+        tensors = {n: list(copy.parameters()) for n, copy in wrapper.modules_to_save.items()}
     return TunerLayerStatus(
         name=name,
-        module_type=type(layer.get_base_layer()).__name__,
-        enabled=not layer.disable_adapters,
-        active_adapters=layer.active_adapters,
-        merged_adapters=layer.merged_adapters,
+        module_type=type(frozen).__name__ if isinstance(wrapper, Adapted) else type(wrapper).__name__,
+        enabled=not wrapper.disable_adapters,
+        active_adapters=wrapper.active_adapters,
+        merged_adapters=merged,
         requires_grad={n: _same(t.requires_grad for t in ts) for n, ts in tensors.items()},
-        available_adapters=sorted(layer.methods),
+        available_adapters=sorted(tensors),
         devices={n: sorted({t.device.type for t in ts}) for n, ts in tensors.items()},
-        quantization_backend=None if layer.storage.name == "plain" else layer.storage.name,
+        quantization_backend=None if storage == "plain" else storage,
     )
 
 
@@ -124,13 +131,13 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         PlanError: No layer is adapted.
     """
     layers = get_layer_status(model)
-    root, prefix = root_of(model)
+    root, _ = root_of(model)
     names = sorted({n for layer in layers for n in layer.available_adapters})
     configs = getattr(model, "peft_config", {})
     sizes = [(p.numel(), p.requires_grad) for p in root.parameters() if isinstance(p, torch.Tensor)]
     return TunerModelStatus(
         base_model_type=type(root).__name__,
-        adapter_model_type=type(model).__name__ if prefix else "None",
+        adapter_model_type=next((type(c).__name__.replace("Config", "Model") for c in configs.values()), "None"),
         peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()},
         trainable_params=sum(n for n, trained in sizes if trained),
         total_params=sum(n for n, _ in sizes),

@@ -98,11 +98,15 @@ def test_predict_writes_one_line_per_row(run: Inlay, trained: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_merge_gives_a_plain_model_with_the_same_outputs(given: bool, run: Inlay, trained: Path, tmp_path: Path) -> None:
+def test_merge_gives_a_plain_model_with_the_same_outputs(
+    given: bool, run: Inlay, trained: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     out = tmp_path / "merged"
-    code, _, err = run("merge", trained / "adapter", "--out", out, *(["--base", model_folder("bert")] if given else []))
+    code, _, err = run(
+        "merge", trained / "adapter", "--out", out, *(["--base", model_folder("bert")] if given else [])
+    )
     assert code == 0, err
     merged = AutoModelForSequenceClassification.from_pretrained(out).eval()
     assert merged.config.id2label == {0: "blue", 1: "green", 2: "red"}

@@ -365,6 +365,13 @@ def assert_equal_tensors(
             assert difference <= relative * t.abs().max() + 1e-7, f"{key}: {difference} beside {t.abs().max()}"
 
 
+def ident(value: Any) -> str:
+    """A test's name for a value; sets in order, for every worker must make the same names."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {ident(v)}" for k, v in value.items()) + "}"
+    return "{" + ", ".join(sorted(value)) + "}" if isinstance(value, set) else str(value)
+
+
 def tree(model: nn.Module) -> list[tuple[str, str]]:
     """(name, class) of all modules."""
     return [(n, f"{type(m).__module__}.{type(m).__qualname__}") for n, m in model.named_modules()]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity.helpers import peft, peft_may_warn
+from parity.helpers import ident, peft, peft_may_warn
 
 import inlay
 
@@ -112,7 +112,7 @@ def test_equal_dicts_with_a_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "target_parameters", "modules_to_save"])
-@pytest.mark.parametrize("value", [["a", "b"], {"a", "b"}, "a"], ids=str)
+@pytest.mark.parametrize("value", [["a", "b"], {"a", "b"}, "a"], ids=ident)
 def test_equal_containers(name: str, value: Any) -> None:
     if name in ("target_parameters", "modules_to_save") and value != ["a", "b"]:
         pytest.skip("only lists are defined for it")

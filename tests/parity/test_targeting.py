@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from parity.helpers import adapted_names, base, make_pair, peft, peft_may_warn
+from parity.helpers import adapted_names, base, ident, make_pair, peft, peft_may_warn
 from torch import nn
 
 import inlay
@@ -62,7 +62,7 @@ def both(name: str, fields: dict[str, Any]) -> tuple[Any, Any]:
     return theirs, inlay.get_peft_model(base(name), inlay.LoraConfig(**fields))
 
 
-@pytest.mark.parametrize(("name", "fields"), CASES, ids=lambda v: v if isinstance(v, str) else str(v))
+@pytest.mark.parametrize(("name", "fields"), CASES, ids=ident)
 def test_the_same_modules(name: str, fields: dict[str, Any]) -> None:
     theirs, ours = both(name, fields)
     assert adapted_names(ours) == adapted_names(theirs) != set()
@@ -77,7 +77,7 @@ def test_the_same_modules(name: str, fields: dict[str, Any]) -> None:
         {"target_modules": ["q_proj"]},
         {"target_modules": r".*q_proj"},
     ],
-    ids=str,
+    ids=ident,
 )
 def test_what_the_config_says_afterwards(fields: dict[str, Any]) -> None:
     theirs, ours = (m.peft_config["default"].target_modules for m in both("llama", fields))
@@ -125,7 +125,7 @@ PATTERNS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("fields", PATTERNS, ids=str)
+@pytest.mark.parametrize("fields", PATTERNS, ids=ident)
 def test_the_same_ranks_and_scales(fields: dict[str, Any]) -> None:
     import warnings
 
@@ -177,7 +177,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "fields"), IMPOSSIBLE, ids=str)
+@pytest.mark.parametrize(("name", "fields"), IMPOSSIBLE, ids=ident)
 def test_the_same_errors(name: str, fields: dict[str, Any]) -> None:
     with peft_may_warn(), pytest.raises(Exception) as theirs:
         peft.get_peft_model(base(name), peft.LoraConfig(**fields))

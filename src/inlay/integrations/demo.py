@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import inlay
@@ -169,9 +169,9 @@ def demo_config(output: Path, amount: Amount) -> TrainConfig:
             "adapter": {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]},
             "training": {
                 "epochs": amount.epochs,
-                "batch_size": 32,
+                "batch_size": 16,
                 "held_out_batch_size": 64,
-                "learning_rate": 2e-3,
+                "learning_rate": 5e-3,
                 "group_by_length": True,
                 "save_steps": 100,
             },
@@ -226,7 +226,7 @@ class FrozenEncoder:
         self.labels = sorted({one.package for one in trial})
         self.tokenizer = load_tokenizer(config.model)
         self.task = SequenceClassification(config.data, self.tokenizer, self.labels)
-        self.model: Any = load_base(config.model, config.task, self.labels).eval()
+        self.model: Any = load_base(config.model, config.task, self.labels).model
         rows = [self.task.encode({"text": one.text, "label": one.package}) for one in trial]
         self.trial = sorted(rows, key=lambda row: len(row["input_ids"]))
 
@@ -304,7 +304,7 @@ class Head:
 
 
 def fit_head(x_ND: Tensor, y_N: Tensor, classes: int, decay: float = 1e-2) -> Head:
-    """Logistic regression on fixed features, solved to its optimum; ``decay`` is of the weights of standardised features."""
+    """Logistic regression on fixed features, solved to its optimum; ``decay`` weighs on those of standardised ones."""
     mean_D, scale_D = x_ND.mean(0), x_ND.std(0).clamp_min(1e-6)
     z_ND = (x_ND - mean_D) / scale_D
     weight_CD = torch.zeros(classes, x_ND.shape[1], requires_grad=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import inlay
 from inlay.errors import ConfigError
 from inlay.formats import files
-from inlay.integrations.models import load_base
+from inlay.integrations.models import HEADS, load_base
 from inlay.integrations.run_folder import RunFolder
 from inlay.integrations.tasks import TASKS
 from inlay.integrations.train_config import DTypeName, ModelSection
@@ -44,8 +44,8 @@ def merge(adapter: Path, out: Path, base: str | None = None, dtype: DTypeName | 
     task = next((key for key, one in TASKS.items() if one.task_type == config.get("task_type")), None)
     section = ModelSection(name=name, revision=revision if base is None else None, dtype=dtype or "auto")
     labels = _labels(adapter, config) if config.get("task_type") in HEADED else []
-    model = load_base(section, task, labels)
-    merged = inlay.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    loaded = load_base(section, task, labels)
+    merged = inlay.PeftModel.from_pretrained(loaded.model, str(adapter)).merge_and_unload(safe_merge=True)
     merged.save_pretrained(str(out))
     _copy_tokenizer([adapter, Path(name)], out)
     return out
@@ -57,7 +57,7 @@ def _labels(adapter: Path, config: Mapping[str, object]) -> list[str]:
     if named:
         return [str(one) for one in named]
     saved = config.get("modules_to_save")
-    heads = set(saved) if isinstance(saved, list) else {"classifier", "score"}
+    heads = set(saved) if isinstance(saved, list) else set(HEADS)
     with files.open_weights(adapter) as weights:
         shapes = [
             info.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 from inlay.errors import ConfigError
 from inlay.integrations.tasks import TASKS
 from inlay.integrations.train_config import ModelSection
+
+HEADS = ("classifier", "score")  # a classifying handle brings these along by itself
 
 
 def load_tokenizer(model: ModelSection) -> Any:
@@ -50,10 +53,24 @@ def load_model_config(model: ModelSection, labels: Sequence[str] = ()) -> Any:
         raise ConfigError(f"no model at {model.name!r} (model.name): {_first_line(error)}") from error
 
 
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model, and what of it is not pretrained.
+
+    Args:
+        model (`PreTrainedModel`): On the CPU, in evaluation mode.
+        new (`list[str]`): Modules that the checkpoint has no weights for, such as a new head: they start at random,
+            and an adapter that does not bring them along is worthless.
+    """
+
+    model: Any
+    new: list[str]
+
+
 def load_base(
     model: ModelSection, task: str | None, labels: Sequence[str] = (), pad_token_id: int | None = None
-) -> Any:
-    """A pretrained model for a task, on the CPU and in evaluation mode.
+) -> Base:
+    """A pretrained model for a task.
 
     Args:
         model (`ModelSection`): Which one, and in which dtype.
@@ -68,12 +85,21 @@ def load_base(
     if config.pad_token_id is None:
         config.pad_token_id = pad_token_id
     dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+    options = {"config": config, "revision": model.revision, "dtype": dtype, "output_loading_info": True}
     try:
-        return _auto_class(task, config).from_pretrained(
-            model.name, config=config, revision=model.revision, dtype=dtype
-        )
+        loaded, info = _auto_class(task, config).from_pretrained(model.name, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {model.name!r} cannot be loaded for {task}: {_first_line(error)}") from error
+    return Base(loaded, sorted({key.rpartition(".")[0] for key in info["missing_keys"]} - {""}))
+
+
+def save_with(config: Any, new: Sequence[str]) -> None:
+    """Have an adapter bring along the new modules too: those its config does not name go into ``modules_to_save``."""
+    named = list(config.modules_to_save or [])
+    covered = {*named, *HEADS}
+    more = [name for name in new if covered.isdisjoint(name.split(".")) and name not in covered]
+    if more:
+        config.modules_to_save = [*named, *more]
 
 
 def empty_base(model: ModelSection, task: str | None, labels: Sequence[str] = ()) -> nn.Module:

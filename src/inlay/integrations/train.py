@@ -14,7 +14,7 @@ import transformers
 import inlay
 from inlay.errors import ConfigError, PeftError, UnknownMethodError, nearest
 from inlay.integrations.data import Examples, load_examples, load_inputs
-from inlay.integrations.models import load_base, load_tokenizer
+from inlay.integrations.models import load_base, load_tokenizer, save_with
 from inlay.integrations.run_folder import RunFolder, step_of, write_lines
 from inlay.integrations.tasks import TASKS, AbstractTask, examples_to_features
 from inlay.integrations.train_config import TrainConfig, raise_all
@@ -145,8 +145,8 @@ def train(
         callbacks (`Iterable[TrainerCallback]`, *optional*): For the Trainer, such as a progress bar.
         resume (`bool`, *optional*): None continues from the last complete checkpoint in ``config.output``, if
             there is one; True insists on one; False starts over.
-        start (`Callable[[nn.Module], None]`, *optional*): Called with the loaded base before it is adapted, as to give a
-            new head its starting values.
+        start (`Callable[[nn.Module], None]`, *optional*): Called with the loaded base before it is adapted, as to
+            give a new head its starting values.
 
     Returns:
         `TrainResult`: The report, the live model and its predictions on the held-out part.
@@ -163,9 +163,10 @@ def train(
     transformers.set_seed(config.training.seed)
     tokenizer = load_tokenizer(config.model)
     base = load_base(config.model, config.task, examples.labels, tokenizer.pad_token_id)
-    base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
-    start(base)
-    model = inlay.get_peft_model(base, adapter)
+    base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    save_with(adapter, base.new)
+    start(base.model)
+    model = inlay.get_peft_model(base.model, adapter)
     task = TASKS[config.task](config.data, tokenizer, examples.labels)
     run = _Run(config, folder, task, model, examples, checkpoint, base_bytes, say)
     return run.go(callbacks)
@@ -279,7 +280,7 @@ def predict(
     say(f"loading {config.model.name} and {folder.adapter}")
     tokenizer = load_tokenizer(config.model)
     base = load_base(config.model, config.task, labels, tokenizer.pad_token_id)
-    model = inlay.PeftModel.from_pretrained(base, str(folder.adapter))
+    model = inlay.PeftModel.from_pretrained(base.model, str(folder.adapter))
     if merge:
         model = model.merge_and_unload()
     task = TASKS[config.task](config.data, tokenizer, labels)

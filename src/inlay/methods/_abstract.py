@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -38,8 +38,8 @@ class Layer(Protocol):
     def row_squares(self) -> Tensor:
         """Squared norm of each row of the pristine weight, O."""
 
-    def remember(self, key: str, owners: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
-        """``make()``, or its last result where no owner has changed since."""
+    def remember(self, key: Hashable, owners: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, or its last result where neither an owner nor the pristine weight has changed since."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class AbstractAdapter(ABC):
         return x
 
     @abstractmethod
-    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer) -> Tensor:
-        """What becomes of the frozen layer's output ``h`` at input ``x``."""
+    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
+        """What becomes of the frozen layer's output ``h`` at input ``x``; ``fresh`` allows writing to ``h``."""
 
     @abstractmethod
     def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:

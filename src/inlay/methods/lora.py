@@ -24,6 +24,7 @@ from inlay.errors import ConfigError, NotMergeableError, PeftWarning, Unsupporte
 from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype, kaiming_, product
 from inlay.ops.dora import dora, weight_norm
+from inlay.ops.dropout import apply_mask, draw_mask
 from inlay.ops.low_rank import low_rank
 
 
@@ -171,7 +172,11 @@ class LoraAdapter(AbstractAdapter):
                 f"{kind.name} is adapted through its weight: lora_dropout, use_dora and lora_bias must be off for it."
             )
         if kind.by_weight and self.dropout:
-            warnings.warn(f"{kind.name} is adapted through its weight: lora_dropout has no effect there.", PeftWarning)
+            warnings.warn(
+                f"{kind.name} is adapted through its weight: lora_dropout has no effect there.",
+                PeftWarning,
+                stacklevel=2,
+            )
         if kind.indexed and self.lora_bias:
             raise UnsupportedLayerError("lora_bias is not defined on an embedding.")
 
@@ -193,14 +198,22 @@ class LoraAdapter(AbstractAdapter):
             if self.use_dora:
                 p["magnitude"].copy_(self._norm(p, layer).reshape(p["magnitude"].shape))
 
-    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer) -> Tensor:
-        dropout = self.lora_dropout if layer.training else 0.0
+    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
+        dropout = self.dropout if layer.training and not layer.kind.indexed else 0.0
         if self.use_dora:
-            return self._dora(p, x, h, layer, dropout)
+            return self._dora(p, x, h, layer, dropout, fresh)
         if layer.kind.matrix:
-            return low_rank(x, h, p["down"], p["up"], self.scaling, dropout, p.get("bias"))
-        delta = self._delta(p, F.dropout(x, dropout) if dropout and not layer.kind.indexed else x, layer)
-        return h + as_dtype(delta, h)
+            return low_rank(
+                x,
+                h,
+                p["down"],
+                p["up"],
+                self.scaling,
+                dropout,
+                p.get("bias"),
+                h_is_fresh=fresh and not h.requires_grad,
+            )
+        return h + as_dtype(self._delta(p, F.dropout(x, dropout) if dropout else x, layer), h)
 
     def _delta(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
         z = layer.operate(as_dtype(x, p["down"]), p["down"].flatten(1))
@@ -211,21 +224,26 @@ class LoraAdapter(AbstractAdapter):
         down, up = p["down"].flatten(1), p["up"].flatten(1)
         return weight_norm(layer.matrix(), down, up, self.scaling, layer.row_squares())
 
-    def _dora(self, p: Params, x: Tensor, h: Tensor, layer: Layer, dropout: float) -> Tensor:
+    def _dora(self, p: Params, x: Tensor, h: Tensor, layer: Layer, dropout: float, fresh: bool) -> Tensor:
         bias, kind = layer.offset(), layer.kind
         if layer.training:
             norm_O = self._norm(p, layer)
         else:
-            norm_O = layer.remember("norm", (p["down"], p["up"]), lambda: self._norm(p, layer))
-        if kind.matrix and not dropout:
-            return dora(x, h, p["down"], p["up"], self.scaling, p["magnitude"], norm_O, bias)
-        gain = kind.channels(p["magnitude"].flatten() / norm_O)
-        if dropout and not kind.indexed:
+            norm_O = layer.remember(("norm", self.scaling), (p["down"], p["up"]), lambda: self._norm(p, layer))
+        mask = dropped = None
+        if dropout:
             # Only the update sees dropout: (gain - 1) W drop(x) stands beside the frozen layer's W x.
-            x = F.dropout(x, dropout)
-            frozen = layer.operate(x, as_dtype(layer.matrix(), x))
-            return h + as_dtype((gain - 1) * frozen + gain * self._delta(p, x, layer), h)
-        frozen = h if bias is None else h - kind.channels(bias)
+            mask = draw_mask(x.shape, dropout, x.device)
+            dropped = layer.operate(apply_mask(x, mask, dropout), as_dtype(layer.matrix(), x))
+        if kind.matrix:
+            dropped = dropped if dropped is None or bias is None else dropped + bias
+            return dora(
+                x, h, p["down"], p["up"], self.scaling, p["magnitude"], norm_O, bias, dropout,
+                mask=mask, h_dropped_BO=dropped, h_is_fresh=fresh and not h.requires_grad,
+            )  # fmt: skip
+        gain = kind.channels(p["magnitude"].flatten() / norm_O)
+        frozen = dropped if dropped is not None else h if bias is None else h - kind.channels(bias)
+        x = x if mask is None else apply_mask(x, mask, dropout)
         return h + as_dtype((gain - 1) * frozen + gain * self._delta(p, x, layer), h)
 
     def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:

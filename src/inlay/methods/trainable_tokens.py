@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.errors import ConfigError
+from inlay.errors import TokenIndexError
 from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype
 
@@ -29,7 +29,7 @@ class TrainableTokensAdapter(AbstractAdapter):
         vocabulary, width = (inner, out) if kind.indexed else (out, inner)
         bad = [i for i in self.tokens if not 0 <= i < vocabulary]
         if bad or len(set(self.tokens)) < len(self.tokens):
-            raise ConfigError(
+            raise TokenIndexError(
                 f"trainable_token_indices must be different and below the vocabulary of {vocabulary}, got "
                 f"{bad or self.tokens}."
             )
@@ -43,7 +43,7 @@ class TrainableTokensAdapter(AbstractAdapter):
         with torch.no_grad():
             p["delta"].copy_(table_VD[self._index(table_VD)])
 
-    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer) -> Tensor:
+    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
         delta = p["delta"]
         if not layer.kind.indexed:  # the tied head: these tokens' logits
             logits = as_dtype(F.linear(as_dtype(x, delta), delta), h)
