@@ -178,7 +178,7 @@ UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
     ("LORA", "bias", "Embedding with padding"): (UnsupportedLayerError, "an embedding has no bias"),
     **{
         ("LORA", option, "MultiheadAttention"): _ATTENTION_ONLY_WEIGHT
-        for option in ("dora", "bias", "dropout", "dora with dropout")
+        for option in ("dora", "bias", "dora with dropout")
     },
     **{
         ("LORA", option, kind): _PARAMETER_ONLY_WEIGHT

@@ -231,7 +231,9 @@ class Adapted(nn.Module):
         if len(run) == 1:
             method, p = self.methods[run[0]], self.params(run[0])
             z = method.into(p, x, self) if method.changes_input else x
-            return method.out(p, x, base(z, *args[1:], **kwargs), self, self._is_fresh(base))
+            # Nobody else can hold what a plain linear layer returns, so it may be written to.
+            fresh = type(base) is nn.Linear and not base._forward_hooks
+            return method.out(p, x, base(z, *args[1:], **kwargs), self, fresh)
         return self._forward_several(run, base, x, *args[1:], **kwargs)
 
     def _forward_several(self, run: tuple[str, ...], base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -247,11 +249,6 @@ class Adapted(nn.Module):
             else:
                 h = method.out(p, x, h, self)
         return h
-
-    @staticmethod
-    def _is_fresh(base: nn.Module) -> bool:
-        """Whether nobody else can hold what ``base`` returns, so that it may be written to."""
-        return type(base) is nn.Linear and not base._forward_hooks
 
     def params(self, name: str) -> dict[str, Tensor]:
         """The adapter's tensors, by the method's own names for them."""
@@ -469,6 +466,8 @@ class Adapted(nn.Module):
             group._modules.pop(adapter_name, None)
             group._parameters.pop(adapter_name, None)
         del self.methods[adapter_name], self._places[adapter_name]
+        if self.methods:
+            self.drop_empty()
         self._memo.clear()
         self._stacks.clear()
         if adapter_name in self._active:

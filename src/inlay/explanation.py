@@ -549,11 +549,9 @@ def _filed_embeddings(prepared: Prepared) -> int:
     """Bytes of the embeddings' own weights, which files hold too where an embedding is adapted."""
     if prepared.config.trainable_token_indices is not None:
         return 0
-    if not any(work.path.rpartition(".")[2] in EMBEDDING_NAMES for work in prepared.works):
-        return 0
-    saved = tuple(f"{path}." for path in prepared.saved)
+    adapted = tuple(f"{work.path}." for work in prepared.works if work.path.rpartition(".")[2] in EMBEDDING_NAMES)
     weights = embedding_weights(prepared.survey.model)
-    return sum(W.nbytes for name, W in weights if not name.startswith(saved))
+    return sum(W.nbytes for name, W in weights if name.startswith(adapted)) if adapted else 0
 
 
 def _sums(prepared: Prepared, tensors: _Tensors, optimizer: str, kept: _Kept) -> Totals:
@@ -585,19 +583,7 @@ def _still_trained(prepared: Prepared) -> list[nn.Parameter]:
     if prepared.survey.router is None:
         return []
     changed = {id(bias) for _, bias in _biases(prepared)}
-    replaced: set[int] = set()
-    touched = {work.path for work in prepared.works} | set(prepared.saved)
-    touched |= {f"{work.path}.token_adapter" for work in prepared.tokens}
-    for path, wrapper in wrappers(prepared.survey.model):
-        if path not in touched:
-            continue
-        for name in wrapper.active_adapters:
-            if isinstance(wrapper, Adapted):
-                replaced.update(id(t) for t in wrapper.params(name).values())
-            else:
-                replaced.update(id(t) for t in wrapper.modules_to_save[name].parameters())
-    trained = [p for p in prepared.survey.model.parameters() if p.requires_grad]
-    return [p for p in trained if id(p) not in replaced and id(p) not in changed]
+    return [p for p in prepared.survey.model.parameters() if p.requires_grad and id(p) not in changed]
 
 
 # ---------------------------------------------------------------------- activations

@@ -215,7 +215,7 @@ class Tuner(nn.Module):
             changing = [layer for _, layer in self.layers() if layer.check_merge(adapter_names, safe_merge)]
             if not changing:
                 merged = sorted({n for _, layer in self.layers() for n in layer.merged_adapters})
-                warnings.warn(f"Nothing to merge: already merged are {merged}.", PeftWarning, stacklevel=2)
+                warnings.warn(f"nothing to merge: already merged are {merged}.", PeftWarning, stacklevel=2)
             copied = [layer for layer in changing if keep_base and not layer.merged and not layer.tied]
             arena = Arena(sum(bytes_of(layer.weight) for layer in copied))
             for layer in changing:
@@ -226,7 +226,7 @@ class Tuner(nn.Module):
         with self.router.writing():
             merged = [layer for _, layer in self.layers() if layer.merged]
             if not merged:
-                warnings.warn("Nothing is merged, nothing to unmerge.", PeftWarning, stacklevel=2)
+                warnings.warn("nothing is merged, nothing to unmerge.", PeftWarning, stacklevel=2)
             for layer in merged:
                 layer.check_unmerge()
             for layer in merged:

@@ -137,7 +137,11 @@ class Router:
 
     def route(self) -> Route | None:
         """The choice that holds here, or None for each layer's default."""
-        route = self._choice()
+        if torch.compiler.is_compiling():
+            route = self._local.route
+        else:
+            chosen = _CHOSEN.get(None)
+            route = None if chosen is None else chosen.get(self)
         if route is None and self._trained_routed and not torch.compiler.is_compiling() and _in_backward():
             raise LostRoutingError(
                 "A layer is computed again in backward, and which adapter its forward used is not known here. Wrap "

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import inlay
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*lora_dropout has no effect there")
+
 FILE_CASES = {k: c for k, c in CASES.items() if not k.startswith("attention-") or k == "attention-rslora"}
 each_case = pytest.mark.parametrize("case", FILE_CASES.values(), ids=FILE_CASES.keys())
 

@@ -25,6 +25,8 @@ from parity.helpers import (
 
 import inlay
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*lora_dropout has no effect there")
+
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from inlay.integrations.demo import DemoReport
 
-SECONDS = 135.0
+SECONDS = 130.0
 
 
 def demo(
