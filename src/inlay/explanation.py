@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, TaskType
 from inlay.errors import ConfigError, PeftError, PlanError, nearest
 from inlay.inject import (
@@ -37,7 +36,6 @@ from inlay.inject import (
     collector_paused,
     copy_config,
     prepare,
-    wrappers,
 )
 from inlay.layers import LayerKind, kind_of
 from inlay.match import ParameterTarget, Skip

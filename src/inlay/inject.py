@@ -34,7 +34,7 @@ from inlay.methods._abstract import AbstractAdapter
 from inlay.methods.trainable_tokens import TrainableTokensAdapter
 from inlay.parametrized import ParameterKind
 from inlay.routing import Router
-from inlay.trained import ModulesToSaveWrapper, TiedTokens, TrainableTokensWrapper, trainable_kind
+from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper, trainable_kind
 
 # An adapter's name becomes an attribute of every slot, so it may not be one already.
 FORBIDDEN_NAMES = frozenset(dir(Group())) | frozenset(dir(nn.ModuleDict())) | {"base_layer", "__base__"}
@@ -155,6 +155,7 @@ class Work:
         adapter (`AbstractAdapter`): What it gets.
         target (`match.Target`, *optional*): Why, for reports.
         nested (`bool`): It stands inside another layer of the plan.
+        source (`str`, *optional*): The adapted layer that it is tied to, whose tensors it uses.
     """
 
     path: str
@@ -165,6 +166,7 @@ class Work:
     tied: bool = False
     target: match.Target | None = None
     nested: bool = False
+    source: str | None = None
 
     @property
     def base(self) -> nn.Module:
@@ -196,6 +198,7 @@ class Prepared:
     works: list[Work]
     saved: list[str]
     tokens: list[TokenWork]
+    ties: dict[str, str] = field(default_factory=dict)
 
 
 def method_of(config: AdapterConfig) -> Method:
@@ -237,10 +240,33 @@ def prepare(
         by_module.setdefault(wanted.module, []).append(wanted)
     for group in by_module.values():
         prepared.works += _parameter_works(found, method, config, group)
+    if config.ensure_weight_tying:
+        _follow_ties(prepared)
     for path in prepared.saved:
         ModulesToSaveWrapper.check(_unwrapped_saved(found.modules[path]), path)
     prepared.tokens = _token_works(found, config)
     return prepared
+
+
+def _follow_ties(prepared: Prepared) -> None:
+    """Has layers that share a weight with an adapted or saved one follow it."""
+    found, method, config = prepared.survey, prepared.method, prepared.config
+    planned = {work.path for work in prepared.works} | set(prepared.saved)
+    for path in [*prepared.saved, *(work.path for work in prepared.works if isinstance(work.base, nn.Embedding))]:
+        W = _unwrapped(found.modules[path])._parameters.get("weight")
+        for other in found.owners.get(id(W), ()) if W is not None else ():
+            if other in planned:
+                continue
+            planned.add(other)
+            if path in prepared.saved:
+                prepared.saved.append(other)
+                prepared.ties[other] = path
+                continue
+            layer = _unwrapped(found.modules[other])
+            kind = trainable_kind(layer, other)
+            values = next(work.target.overrides for work in prepared.works if work.path == path and work.target)
+            adapter = _adapter(method, config, kind, layer, other, values)
+            prepared.works.append(Work(other, *found.parent(other), kind, adapter, tied=True, source=path))
 
 
 def _unwrapped_saved(module: nn.Module) -> nn.Module:
@@ -458,9 +484,12 @@ def apply(
             for parameter in grads:
                 parameter.requires_grad_(False)
             for work in prepared.works:
-                _place(work, router, name, meta, autocast, done)
+                _place(work, found, router, name, meta, autocast, done)
             for path in prepared.saved:
-                _place_saved(found, path, router, name, done)
+                saved = _place_saved(found, path, router, name, done)
+                if path in prepared.ties:
+                    source: Any = getattr(*found.parent(prepared.ties[path]))
+                    saved.modules_to_save[name].weight = source.modules_to_save[name].weight
             _place_tokens(prepared.tokens, router, name, meta, autocast, done)
             _train_biases(prepared, name, trainable)
             for wrapper in done.added if activate else ():
@@ -472,8 +501,16 @@ def apply(
         raise
 
 
-def _place(work: Work, router: Router, name: str, meta: bool, autocast: bool, done: _Done) -> None:
+def _place(work: Work, found: Survey, router: Router, name: str, meta: bool, autocast: bool, done: _Done) -> None:
     layer = _existing(work)
+    if layer is None and work.source is not None:
+        layer = Tied(work.base, work.kind, router, work.path, getattr(*found.parent(work.source)))
+        done.replaced.append((work.parent, work.attribute, work.base))
+        setattr(work.parent, work.attribute, layer)
+    if isinstance(layer, Tied):
+        done.added.append(layer)
+        layer.add(name, work.adapter, "meta", None)
+        return
     if layer is None:
         base = work.base
         _check_order(work, base)
@@ -518,7 +555,7 @@ def _add(layer: Adapted, name: str, adapter: AbstractAdapter, meta: bool, autoca
         adapter.initialise(layer.params(name), layer)
 
 
-def _place_saved(found: Survey, path: str, router: Router, name: str, done: _Done) -> None:
+def _place_saved(found: Survey, path: str, router: Router, name: str, done: _Done) -> ModulesToSaveWrapper:
     parent, attribute = found.parent(path)
     module = getattr(parent, attribute)
     if not isinstance(module, ModulesToSaveWrapper):
@@ -528,6 +565,7 @@ def _place_saved(found: Survey, path: str, router: Router, name: str, done: _Don
         module = wrapper
     done.added.append(module)
     module.add(name)
+    return module
 
 
 def _place_tokens(works: list[TokenWork], router: Router, name: str, meta: bool, autocast: bool, done: _Done) -> None:
@@ -540,7 +578,7 @@ def _place_tokens(works: list[TokenWork], router: Router, name: str, meta: bool,
             if work.source is None:
                 layer = Adapted(module, work.kind, router, work.path, tied=True)
             else:
-                layer = TiedTokens(module, work.kind, router, work.path, placed[work.source])
+                layer = Tied(module, work.kind, router, work.path, placed[work.source])
             setattr(work.parent, work.attribute, TrainableTokensWrapper(layer))
             done.replaced.append((work.parent, work.attribute, module))
         placed[work.path] = layer

@@ -21,9 +21,9 @@ from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import DuplicateAdapterError, LoadError, PeftWarning, UnknownAdapterError
 from inlay.formats import files
 from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
-from inlay.inject import Prepared, apply, biases, own_modules, prepare, wrappers
+from inlay.inject import Prepared, Work, apply, biases, own_modules, prepare, wrappers
 from inlay.report import BASE_KEY, LoadReport, base_fingerprint
-from inlay.trained import ModulesToSaveWrapper, TrainableTokensWrapper
+from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper
 
 EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head"})
 # Components that other wrappers put into module paths and that files do not have.
@@ -117,6 +117,9 @@ def get_peft_model_state_dict(
         t = _value(place) if state_dict is None else state_dict.get(prefix + place.live)
         if t is not None:
             out[prefix + place.key] = t
+    for path, wrapper in wrappers(root):
+        if isinstance(wrapper, Tied) and state_dict is None:
+            out.update({f"{prefix}{path}.{key}": t for key, t in wrapper.computed(adapter_name)})
     for key, live, t in _extras(root, config, own, adapter_name, save_embedding_layers):
         found = t if state_dict is None else state_dict.get(prefix + live)
         if found is not None:
@@ -270,6 +273,9 @@ def _optional(root: nn.Module) -> dict[str, tuple[int, ...]]:
     for name, parameter in embedding_weights(root):
         above, _, last = name.rpartition(".")
         out[name] = out[f"{above}.base_layer.{last}"] = tuple(parameter.shape)
+    for path, wrapper in wrappers(root):
+        if isinstance(wrapper, Tied):
+            out.update({f"{path}.{k}": tuple(t.shape) for n in wrapper.methods for k, t in wrapper.computed(n)})
     return out
 
 
@@ -396,7 +402,10 @@ def load_into(
     strict = settings.strict_load if strict is None else strict
     prepared = prepare(root, config, adapter_name=adapter_name)
     header = _renamed(source.weights.header, key_mapping)
-    report = compare(expected(prepared), {k: tuple(info.shape) for k, info in header.items()}, _optional(root))
+    optional = _optional(root)
+    for work in prepared.works:
+        optional.update(_slot_shapes(work) if work.source is not None else {})
+    report = compare(expected(prepared), {k: tuple(info.shape) for k, info in header.items()}, optional)
     _config_notes(report, prepared)
     _base_notes(report, prepared, source, base_name)
     if strict:
@@ -421,7 +430,8 @@ def expected(prepared: Prepared) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every tensor that a prepared adapter has in files."""
     out: dict[str, tuple[int, ...]] = {}
     for work in prepared.works:
-        out.update({f"{work.path}.{slot.saved_name()}": slot.shape for slot in work.adapter.slots.values()})
+        if work.source is None:
+            out.update(_slot_shapes(work))
     for tokens in prepared.tokens:
         if tokens.source is None:
             slots = tokens.adapter.slots.values()
@@ -432,6 +442,10 @@ def expected(prepared: Prepared) -> dict[str, tuple[int, ...]]:
         out.update({f"{path}.{k}": tuple(t.shape) for k, t in original.state_dict().items()})
     out.update(_bias_keys(prepared))
     return out
+
+
+def _slot_shapes(work: Work) -> dict[str, tuple[int, ...]]:
+    return {f"{work.path}.{slot.saved_name()}": slot.shape for slot in work.adapter.slots.values()}
 
 
 def _bias_keys(prepared: Prepared) -> Iterator[tuple[str, tuple[int, ...]]]:

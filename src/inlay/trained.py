@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from inlay.adapted import Adapted
 from inlay.errors import RowsError, UnsupportedLayerError
 from inlay.layers import LayerKind, kind_of
+from inlay.methods._abstract import AbstractAdapter, Slot
 from inlay.routing import Router, Rows
 
 
@@ -164,22 +165,25 @@ class TrainableTokensWrapper(nn.Module):
             return getattr(self.token_adapter, name)
 
 
-class TiedTokens(Adapted):
-    """A head tied to an embedding whose tokens are trained: it uses that embedding's rows and owns none."""
+class Tied(Adapted):
+    """A layer whose weight is another, adapted layer's too: it uses that one's tensors, seen from its own side."""
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, router: Router, path: str, source: Adapted) -> None:
         super().__init__(base_layer, kind, router, path, tied=True)
-        self._source = (source,)  # in a tuple: a child here would be saved and listed twice
+        self._source = (source,)  # in a tuple: a child here would be listed twice
 
-    def add(self, name: str, method: Any, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    def add(self, name: str, method: AbstractAdapter, device: torch.device | str, dtype: torch.dtype | None) -> None:
         self.methods[name] = method
-        self._places[name] = ()
+        if method.ties_whole:
+            self._modules.update({s.name: self._source[0]._modules[s.name] for s in method.slots.values()})
+        self._places[name] = tuple((k, s.name, s.leaf) for k, s in method.slots.items())
         self._refresh()
 
     def params(self, name: str) -> dict[str, Tensor]:
-        return self._source[0].params(name)
+        method = self.methods[name]
+        return super().params(name) if method.ties_whole else dict(method.tied(self._source[0].params(name)))
 
-    def tensors(self, name: str) -> Any:
+    def tensors(self, name: str) -> Iterator[tuple[Slot, nn.Module, str]]:
         return iter(())
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -187,6 +191,13 @@ class TiedTokens(Adapted):
         self._places.pop(adapter_name, None)
         self._active = tuple(n for n in self._active if n in self.methods)
         self._refresh()
+
+    def computed(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """(name in files, tensor) of what files repeat for this layer."""
+        if name in self.methods and not self.methods[name].ties_whole:
+            p = self.params(name)
+            for key, slot in self.methods[name].slots.items():
+                yield slot.saved_name(), p[key].detach()
 
 
 def trainable_kind(module: nn.Module, path: str) -> LayerKind:

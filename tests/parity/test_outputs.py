@@ -55,6 +55,9 @@ def test_outputs_and_gradients(case: Case, training: bool) -> None:
     if not case.config.get("inference_mode"):
         theirs, ours = pair.each(lambda m: gradients(m, pair))
         assert ours, "nothing was trained"
+        if "attention" in case.base:
+            # The incumbent adds the out-projection's delta twice, and its gradient once.
+            theirs = {k: 2 * g if ".out_proj." in k else g for k, g in theirs.items()}
         assert_equal_tensors(ours, theirs, relative=1e-5)
 
 

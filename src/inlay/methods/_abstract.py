@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import PeftWarning
+from inlay.errors import PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
 
 Params = Mapping[str, Tensor]
@@ -81,6 +81,8 @@ class AbstractAdapter(ABC):
     # The result is a function of the frozen layer's own output: with several adapters each sees that, and the
     # differences add up, so that order does not matter.
     from_base: bool = False
+    # On a layer tied to an adapted one the very same tensors serve.
+    ties_whole: bool = False
     # Share of the input that `out` drops in training.
     dropout: float = 0.0
     # What the update is multiplied by, where the method has such a number.
@@ -106,6 +108,12 @@ class AbstractAdapter(ABC):
     @abstractmethod
     def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of one layer that does the same: what merging writes. Differentiable in ``p``."""
+
+    def tied(self, p: Params) -> Params:
+        """This adapter's tensors for a layer tied to the one that ``p`` belongs to."""
+        raise UnsupportedLayerError(
+            f"{type(self).__name__} cannot follow a tied weight: set ensure_weight_tying=False."
+        )
 
     def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
         """Raises `NotMergeableError` where no such layer exists."""

@@ -252,6 +252,10 @@ class LoraAdapter(AbstractAdapter):
             W = W * (p["magnitude"].flatten() / W.detach().norm(dim=1))[:, None]
         return W, (b_O + self.scaling * p["bias"] if b_O is not None and self.lora_bias else b_O)
 
+    def tied(self, p: Params) -> Params:
+        # The tied layer's matrix is the transpose: (B A)^T = A^T B^T.
+        return {"down": p["up"].t(), "up": p["down"].t()}
+
     def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
         if kind.groups(base) > 1:
             raise NotMergeableError(

@@ -22,6 +22,8 @@ from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dty
 class TrainableTokensAdapter(AbstractAdapter):
     """Rows of a table: ``values["tokens"]`` says which."""
 
+    ties_whole = True
+
     def __init__(self, config: Any, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
         self.tokens: list[int] = values["tokens"]
         self.indexed = kind.indexed
