@@ -491,7 +491,8 @@ def apply(
                     source: Any = getattr(*found.parent(prepared.ties[path]))
                     saved.modules_to_save[name].weight = source.modules_to_save[name].weight
             _place_tokens(prepared.tokens, router, name, meta, autocast, done)
-            _train_biases(prepared, name, trainable)
+            if activate:
+                _train_biases(prepared, trainable)
             for wrapper in done.added if activate else ():
                 wrapper.set_adapter(name, inference_mode=not trainable)
     except BaseException:
@@ -589,7 +590,7 @@ def _place_tokens(works: list[TokenWork], router: Router, name: str, meta: bool,
             layer.add(name, work.adapter, "meta", None)
 
 
-def _train_biases(prepared: Prepared, name: str, trainable: bool) -> None:
+def _train_biases(prepared: Prepared, trainable: bool) -> None:
     if prepared.config.bias == "none":
         return
     for _, parameter in biases(prepared.survey.model, prepared.config, [w.path for w in prepared.works]):

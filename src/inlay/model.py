@@ -34,6 +34,7 @@ from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir
 from inlay.inject import (
     Prepared,
     apply,
+    biases,
     method_of,
     model_config,
     own_modules,
@@ -134,6 +135,14 @@ class Tuner(nn.Module):
             for _, wrapper in wrappers(self.model):
                 wrapper.set_adapter(list(names), inference_mode=inference_mode)
             self._active = names
+            for name, config in self.peft_config.items():
+                for parameter in self._biases(name, config):
+                    parameter.requires_grad_(name in names and not inference_mode)
+
+    def _biases(self, name: str, config: AdapterConfig) -> list[nn.Parameter]:
+        if config.bias == "none":
+            return []
+        return [p for _, p in biases(self.model, config, [path for path, w in self.layers() if name in w.methods])]
 
     def _changing(self) -> AbstractContextManager[None]:
         """Forwards of other threads see a change whole; a model that changes its own default does so at once."""

@@ -15,6 +15,15 @@ class Case(NamedTuple):
     config: dict[str, Any]
     call: dict[str, Any] = {}
 
+    @property
+    def follows_a_tie(self) -> bool:
+        """The head shares the adapted embedding's weight and follows it."""
+        return bool(self.config.get("ensure_weight_tying") and self.config.get("target_modules") == ["embed_tokens"])
+
+    def ours(self, theirs: dict[str, Any]) -> dict[str, Any]:
+        """Entries by live name without the head's factors, which here are the embedding's, transposed."""
+        return {k: v for k, v in theirs.items() if not (self.follows_a_tie and "lm_head.lora_" in k)}
+
 
 M = {"r": 4, "lora_alpha": 6, "target_modules": ["m"]}
 BOTH = {"r": 4, "lora_alpha": 6, "target_modules": ["lin0", "lin1"]}

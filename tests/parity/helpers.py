@@ -322,6 +322,9 @@ def equalise(pair: Pair, adapter_name: str = "default") -> dict[str, Tensor]:
         start = peft.get_peft_model_state_dict(pair.theirs, adapter_name=adapter_name, save_embedding_layers=False)
         values = random_like({k: t.clone() for k, t in start.items()}, seed=len(adapter_name))
         peft.set_peft_model_state_dict(pair.theirs, values, adapter_name=adapter_name)
+        # Tied tensors are written twice there, so that the last value is both's.
+        start = peft.get_peft_model_state_dict(pair.theirs, adapter_name=adapter_name, save_embedding_layers=False)
+        values = {k: t.clone() for k, t in start.items()}
     report = inlay.set_peft_model_state_dict(pair.ours, values, adapter_name=adapter_name)
     assert not report.missing_keys
     assert not report.unexpected_keys
