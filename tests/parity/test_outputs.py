@@ -174,6 +174,9 @@ def test_two_active_adapters(case: Case, second: dict[str, Any]) -> None:
     pair.each(lambda m: m.base_model.set_adapter(["default", "other"]))
     pair.assert_equal_outputs()
     theirs, ours = pair.each(lambda m: gradients(m, pair))
+    if case.base == "attention":
+        # There only the last of several active adapters gets a gradient.
+        ours = {k: ours[k] for k in theirs}
     assert_equal_tensors(ours, derivatives(case, theirs), relative=1e-5)
 
 
