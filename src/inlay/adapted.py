@@ -192,23 +192,41 @@ class Adapted(nn.Module):
         tied (`bool`, *optional*, defaults to `False`): Another module owns the same weight: merging must not write it.
     """
 
+    base_layer: nn.Module
+    kind: LayerKind
+    router: Router
+    path: str
+    tied: bool
+    methods: dict[str, AbstractAdapter]
+    _places: dict[str, tuple[tuple[str, str, str], ...]]
+    _active: tuple[str, ...]
+    _enabled: bool
+    _run: tuple[str, ...]
+    _merged: tuple[str, ...]
+    _kept: dict[str, Any]
+    _memo: _Memo
+    _stacks: dict[tuple[tuple[str, ...], bool], Stack]
+
     def __init__(self, base_layer: nn.Module, kind: LayerKind, router: Router, path: str, tied: bool = False) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.kind = kind
-        self.router = router
-        self.path = path
-        self.tied = tied
-        self.training = base_layer.training
-        self.methods: dict[str, AbstractAdapter] = {}
-        self._places: dict[str, tuple[tuple[str, str, str], ...]] = {}
-        self._active: tuple[str, ...] = ()
-        self._enabled = True
-        self._run: tuple[str, ...] = ()
-        self._merged: tuple[str, ...] = ()
-        self._kept: dict[str, Any] = {}
-        self._memo = _Memo()
-        self._stacks: dict[tuple[tuple[str, ...], bool], Stack] = {}
+        self._modules["base_layer"] = base_layer
+        # Past nn.Module.__setattr__, which looks for parameters and modules in each of these.
+        self.__dict__.update(
+            kind=kind,
+            router=router,
+            path=path,
+            tied=tied,
+            training=base_layer.training,
+            methods={},
+            _places={},
+            _active=(),
+            _enabled=True,
+            _run=(),
+            _merged=(),
+            _kept={},
+            _memo=_Memo(),
+            _stacks={},
+        )
 
     # ------------------------------------------------------------------ forward
 
@@ -392,7 +410,15 @@ class Adapted(nn.Module):
 
     # ------------------------------------------------------------------ adapters
 
-    def add(self, name: str, method: AbstractAdapter, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    def add(
+        self,
+        name: str,
+        method: AbstractAdapter,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+        active: bool = False,
+        trained: bool = False,
+    ) -> None:
         """Makes room for an adapter: its tensors, unfilled.
 
         Args:
@@ -400,6 +426,8 @@ class Adapted(nn.Module):
             method (`AbstractAdapter`): Its mathematics.
             device (`torch.device` or `str`): Where; ``"meta"`` where tensors are to be assigned.
             dtype (`torch.dtype`, *optional*): The frozen weight's if not given.
+            active (`bool`, *optional*, defaults to `False`): Make it the layer's only default.
+            trained (`bool`, *optional*, defaults to `False`): Whether its tensors are trained.
         """
         if dtype is None:
             dtype = self.storage.facts(self.base_layer, self.kind.weight_name)[0]
@@ -416,10 +444,12 @@ class Adapted(nn.Module):
                     leaf = group._modules[name] = Leaf()
                     leaf.training = self.training
                 owner = leaf
-            t = nn.Parameter(torch.empty(slot.shape, device=device, dtype=dtype), requires_grad=False)
-            owner._parameters[slot.leaf or name] = t
+            t = torch.empty(slot.shape, device=device, dtype=dtype)
+            owner._parameters[slot.leaf or name] = nn.Parameter(t, requires_grad=trained and slot.trainable)
         self._places[name] = tuple((key, s.name, s.leaf) for key, s in method.slots.items())
         self.methods[name] = method
+        if active:
+            self._active = (name,)
         self._refresh()
 
     def tensors(self, name: str) -> Iterator[tuple[Slot, nn.Module, str]]:

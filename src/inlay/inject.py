@@ -436,19 +436,32 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         if was:
+            if not gc.get_freeze_count():
+                # What was just made is here to stay: into the oldest generation with it, unvisited.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
 @dataclass
 class _Done:
-    """What has been applied so far, for undoing."""
+    """What is being applied, and what has been so far, for undoing."""
 
+    name: str
+    meta: bool
+    autocast: bool
+    active: bool
+    trained: bool
     replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     added: list[Adapted | ModulesToSaveWrapper] = field(default_factory=list)
 
-    def undo(self, name: str) -> None:
+    def replace(self, parent: nn.Module, attribute: str, wrapper: nn.Module) -> None:
+        self.replaced.append((parent, attribute, getattr(parent, attribute)))
+        setattr(parent, attribute, wrapper)
+
+    def undo(self) -> None:
         for wrapper in reversed(self.added):
-            wrapper.delete_adapter(name)
+            wrapper.delete_adapter(self.name)
             if isinstance(wrapper, Adapted):
                 wrapper.drop_empty()
         for parent, attribute, module in reversed(self.replaced):
@@ -477,61 +490,53 @@ def apply(
     found = prepared.survey
     first = found.router is None
     router = found.router or Router()
-    done = _Done()
+    done = _Done(name, meta, autocast, activate, activate and trainable)
     grads = [p for p in found.model.parameters() if p.requires_grad] if first else []
     try:
         with collector_paused(), router.writing():
             for parameter in grads:
                 parameter.requires_grad_(False)
             for work in prepared.works:
-                _place(work, found, router, name, meta, autocast, done)
+                _place(work, found, router, done)
             for path in prepared.saved:
-                saved = _place_saved(found, path, router, name, done)
+                saved = _place_saved(found, path, router, done)
                 if path in prepared.ties:
                     source: Any = getattr(*found.parent(prepared.ties[path]))
                     saved.modules_to_save[name].weight = source.modules_to_save[name].weight
-            _place_tokens(prepared.tokens, router, name, meta, autocast, done)
+            _place_tokens(prepared.tokens, router, done)
             if activate:
                 _train_biases(prepared, trainable)
-            for wrapper in done.added if activate else ():
-                wrapper.set_adapter(name, inference_mode=not trainable)
     except BaseException:
-        done.undo(name)
+        done.undo()
         for parameter in grads:
             parameter.requires_grad_(True)
         raise
 
 
-def _place(work: Work, found: Survey, router: Router, name: str, meta: bool, autocast: bool, done: _Done) -> None:
+def _place(work: Work, found: Survey, router: Router, done: _Done) -> None:
     layer = _existing(work)
-    if layer is None and work.source is not None:
-        layer = Tied(work.base, work.kind, router, work.path, getattr(*found.parent(work.source)))
-        done.replaced.append((work.parent, work.attribute, work.base))
-        setattr(work.parent, work.attribute, layer)
-    if isinstance(layer, Tied):
-        done.added.append(layer)
-        layer.add(name, work.adapter, "meta", None)
-        return
     if layer is None:
-        base = work.base
-        _check_order(work, base)
-        layer = Adapted(base, work.kind, router, work.path, work.tied)
+        if isinstance(work.kind, ParameterKind):
+            _check_order(work)
+        if work.source is not None:
+            layer = Tied(work.base, work.kind, router, work.path, getattr(*found.parent(work.source)))
+        else:
+            layer = Adapted(work.base, work.kind, router, work.path, work.tied)
         if isinstance(work.parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
             # In eval torch's encoder layer hands its layers' weights to one fused call, past every adapter, unless a
             # hook stands in the way.
             layer.register_forward_pre_hook(_in_the_way)
-        setattr(work.parent, work.attribute, layer)
-        done.replaced.append((work.parent, work.attribute, base))
-    _add(layer, name, work.adapter, meta, autocast, done)
+        done.replace(work.parent, work.attribute, layer)
+    _add(layer, work.adapter, done)
 
 
 def _in_the_way(module: nn.Module, args: Any) -> None:
     return None
 
 
-def _check_order(work: Work, base: nn.Module) -> None:
-    order = list(_unwrapped(base)._parameters)
-    later = [w for w in _chain(base) if isinstance(w, Adapted) and isinstance(w.kind, ParameterKind)]
+def _check_order(work: Work) -> None:
+    order = list(_unwrapped(work.base)._parameters)
+    later = [w for w in _chain(work.base) if isinstance(w, Adapted) and isinstance(w.kind, ParameterKind)]
     if any(order.index(w.kind.weight_name) > order.index(work.kind.weight_name) for w in later):
         raise UnsupportedLayerError(
             f"{work.path}: wrappers of one module's parameters nest in the order of the parameters, and "
@@ -546,30 +551,35 @@ def _existing(work: Work) -> Adapted | None:
     return None
 
 
-def _add(layer: Adapted, name: str, adapter: AbstractAdapter, meta: bool, autocast: bool, done: _Done) -> None:
-    dtype, device = layer.facts()
-    if autocast and dtype in _NARROW:
-        dtype = torch.float32
+def _add(layer: Adapted, adapter: AbstractAdapter, done: _Done) -> None:
     done.added.append(layer)
-    layer.add(name, adapter, "meta" if meta else device, dtype)
-    if not meta and device.type != "meta":
-        adapter.initialise(layer.params(name), layer)
+    if isinstance(layer, Tied):
+        layer.add(done.name, adapter, "meta", active=done.active)
+        return
+    dtype, device = layer.facts()
+    if done.autocast and dtype in _NARROW:
+        dtype = torch.float32
+    if done.active:
+        layer.set_requires_grad(layer.active_adapters, False)
+    layer.add(done.name, adapter, "meta" if done.meta else device, dtype, done.active, done.trained)
+    if not done.meta and device.type != "meta":
+        adapter.initialise(layer.params(done.name), layer)
 
 
-def _place_saved(found: Survey, path: str, router: Router, name: str, done: _Done) -> ModulesToSaveWrapper:
+def _place_saved(found: Survey, path: str, router: Router, done: _Done) -> ModulesToSaveWrapper:
     parent, attribute = found.parent(path)
     module = getattr(parent, attribute)
     if not isinstance(module, ModulesToSaveWrapper):
-        wrapper = ModulesToSaveWrapper(module, router, path)
-        setattr(parent, attribute, wrapper)
-        done.replaced.append((parent, attribute, module))
-        module = wrapper
+        module = ModulesToSaveWrapper(module, router, path)
+        done.replace(parent, attribute, module)
     done.added.append(module)
-    module.add(name)
+    module.add(done.name)
+    if done.active:
+        module.set_adapter(done.name, inference_mode=not done.trained)
     return module
 
 
-def _place_tokens(works: list[TokenWork], router: Router, name: str, meta: bool, autocast: bool, done: _Done) -> None:
+def _place_tokens(works: list[TokenWork], router: Router, done: _Done) -> None:
     placed: dict[str, Adapted] = {}
     for work in works:
         module = getattr(work.parent, work.attribute)
@@ -580,14 +590,9 @@ def _place_tokens(works: list[TokenWork], router: Router, name: str, meta: bool,
                 layer = Adapted(module, work.kind, router, work.path, tied=True)
             else:
                 layer = Tied(module, work.kind, router, work.path, placed[work.source])
-            setattr(work.parent, work.attribute, TrainableTokensWrapper(layer))
-            done.replaced.append((work.parent, work.attribute, module))
+            done.replace(work.parent, work.attribute, TrainableTokensWrapper(layer))
         placed[work.path] = layer
-        if work.source is None:
-            _add(layer, name, work.adapter, meta, autocast, done)
-        else:
-            done.added.append(layer)
-            layer.add(name, work.adapter, "meta", None)
+        _add(layer, work.adapter, done)
 
 
 def _train_biases(prepared: Prepared, trainable: bool) -> None:

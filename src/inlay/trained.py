@@ -172,11 +172,20 @@ class Tied(Adapted):
         super().__init__(base_layer, kind, router, path, tied=True)
         self._source = (source,)  # in a tuple: a child here would be listed twice
 
-    def add(self, name: str, method: AbstractAdapter, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    def add(
+        self,
+        name: str,
+        method: AbstractAdapter,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+        active: bool = False,
+        trained: bool = False,
+    ) -> None:
         self.methods[name] = method
         if method.ties_whole:
             self._modules.update({s.name: self._source[0]._modules[s.name] for s in method.slots.values()})
         self._places[name] = tuple((k, s.name, s.leaf) for k, s in method.slots.items())
+        self._active = (name,) if active else self._active
         self._refresh()
 
     def params(self, name: str) -> dict[str, Tensor]:

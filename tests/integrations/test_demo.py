@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import TrainerControl, TrainerState
 
 from inlay.integrations.demo import (
     FEWEST_ROWS,
     MOST_EPOCHS,
     Agreement,
+    Deadline,
     affordable,
     by_class,
     compare,
@@ -111,6 +114,26 @@ def test_a_head_is_solved_to_its_optimum() -> None:
     assert all(float(g.abs().max()) < 1e-3 for g in gradients)
     assert math.isnan(head.accuracy)
     assert head.judged(x, y).accuracy > 0.8
+
+
+def test_a_slow_run_takes_fewer_steps_and_its_learning_rate_still_ends_at_zero() -> None:
+    now = 0.0
+    deadline = Deadline(at=60.0, clock=lambda: now)
+    state, control = TrainerState(max_steps=100), TrainerControl()
+    schedule = SimpleNamespace(lr_lambdas=None)
+    args = SimpleNamespace(get_warmup_steps=lambda steps: 6)
+    deadline.on_train_begin(args, state, control, lr_scheduler=schedule)
+    rates = []
+    while not control.should_training_stop:
+        rates.append(schedule.lr_lambdas[0](state.global_step))
+        now += 1.0 if state.global_step < 30 else 1.5
+        state.global_step += 1
+        deadline.on_step_end(args, state, control)
+    assert 45 <= state.global_step < 60
+    assert now <= 60
+    assert max(rates) > 0.8
+    assert rates[0] == 0
+    assert 0 < rates[-1] < 0.05
 
 
 def test_predictions_are_compared_row_by_row() -> None:

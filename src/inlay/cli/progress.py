@@ -45,7 +45,7 @@ class ProgressBar(transformers.TrainerCallback):  # type: ignore[misc]  # untype
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training is not None:
-            self.live.update(self.training, completed=state.global_step)
+            self.live.update(self.training, completed=state.global_step, total=state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training is not None:

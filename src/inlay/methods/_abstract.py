@@ -5,8 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +41,7 @@ class Layer(Protocol):
         """``make()``, or its last result where neither an owner nor the pristine weight has changed since."""
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One tensor of an adapter: its shape, where it lives and how it starts.
 
     Args:
