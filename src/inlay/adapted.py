@@ -168,16 +168,16 @@ class Stack:
     def _stacked(factors: list[tuple[Tensor, Tensor, Any]]) -> tuple[Tensor, Tensor]:
         R = max(down.shape[0] for down, _, _ in factors)
         downs = [F.pad(down, (0, 0, 0, R - down.shape[0])) for down, _, _ in factors]
-        ups = [F.pad(up * scale, (0, R - up.shape[1])) for _, up, scale in factors]
-        return torch.stack(downs), torch.stack(ups)
+        ups_RO = [F.pad((up * scale).t(), (0, 0, 0, R - up.shape[1])) for _, up, scale in factors]
+        # Up factors lie transposed in memory: that is how a product with few rows reads them.
+        return torch.stack(downs), torch.stack(ups_RO).transpose(1, 2)
 
     def current(self) -> bool:
         """Whether nothing has changed since, and no gradient is asked for that the stack could not carry."""
+        wanted = torch.is_grad_enabled()
         for d, k, t, version, pointer in self._marks:
-            if d.get(k) is not t or t._version != version or t.data_ptr() != pointer:
+            if d.get(k) is not t or t._version != version or t.data_ptr() != pointer or (wanted and t.requires_grad):
                 return False
-        if torch.is_grad_enabled() and any(t.requires_grad for _, _, t, _, _ in self._marks):
-            return False
         return all(method.scaling is scale for method, scale in self._scales)
 
 
@@ -301,10 +301,11 @@ class Adapted(nn.Module):
         stack = self._stack(rows.names)
         names = stack.apart
         z = self._into_rows(rows, names, x) if names else x
-        base = self._frozen() if self._merged else self.base_layer
+        base: Any = self._frozen() if self._merged else self._modules["base_layer"]
         h0 = h = base(z, *args[1:], **kwargs)
         if stack.order:
-            h = rows_product(x, h, *stack.factors, rows.index_of(stack.order))
+            fresh = type(base) is nn.Linear and not base._forward_hooks and not names and not h.requires_grad
+            h = rows_product(x, h, *stack.factors, rows.index_of(stack.order), h_is_fresh=fresh)
         for name in names:
             at = rows.members[rows.names.index(name)]
             mine = self.methods[name].out(self.params(name), x[at], h0[at], self)

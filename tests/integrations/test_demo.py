@@ -120,7 +120,7 @@ def test_a_slow_run_takes_fewer_steps_and_its_learning_rate_still_ends_at_zero()
     now = 0.0
     deadline = Deadline(at=60.0, clock=lambda: now)
     state, control = TrainerState(max_steps=100), TrainerControl()
-    schedule = SimpleNamespace(lr_lambdas=None)
+    schedule = SimpleNamespace(lr_lambdas=[float, float])  # one for each group of parameters
     args = SimpleNamespace(get_warmup_steps=lambda steps: 6)
     deadline.on_train_begin(args, state, control, lr_scheduler=schedule)
     rates = []
@@ -129,6 +129,7 @@ def test_a_slow_run_takes_fewer_steps_and_its_learning_rate_still_ends_at_zero()
         now += 1.0 if state.global_step < 30 else 1.5
         state.global_step += 1
         deadline.on_step_end(args, state, control)
+    assert len(schedule.lr_lambdas) == 2
     assert 45 <= state.global_step < 60
     assert now <= 60
     assert max(rates) > 0.8

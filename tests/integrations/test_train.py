@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,9 +155,9 @@ def test_a_killed_run_continues_and_ends_as_if_it_had_not_been_killed(tmp_path: 
     output = _killed_after_first_checkpoint(killed, tmp_path)
     assert not (output / "report.json").exists()
     # What the kill may have left half written, as the latest checkpoint.
-    half = output / "checkpoints" / "checkpoint-999"
-    half.mkdir()
-    (half / "optimizer.pt").write_bytes(b"PK\x03\x04 cut off")
+    whole_one = next(filter(is_complete, (output / "checkpoints").glob("checkpoint-*")))
+    half = shutil.copytree(whole_one, output / "checkpoints" / "checkpoint-999")
+    (half / "optimizer.pt").write_bytes((half / "optimizer.pt").read_bytes()[:-50])
     report = train(parse(killed)).report
     assert 5 <= report.resumed_at < report.steps == 60
 

@@ -217,8 +217,12 @@ class Deadline(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
         self.begun = self.clock()
         warmup = max(1, args.get_warmup_steps(state.max_steps))
-        # Linear, as the schedule it replaces, but towards the end as it is known at each step.
-        lr_scheduler.lr_lambdas = [lambda step: min(step / warmup, 1 - step / (state.max_steps + 1))]
+
+        def factor(step: int) -> float:
+            # Linear, as the schedule it replaces, but towards the end as it is known at each step.
+            return float(min(step / warmup, 1 - step / (state.max_steps + 1)))
+
+        lr_scheduler.lr_lambdas = [factor for _ in lr_scheduler.lr_lambdas]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = self.clock()

@@ -61,6 +61,9 @@ def rows(
         tensor([[3.],
                 [0.]])
     """
+    if ids_B is None and x_BTI.dim() == 3 and _plain(x_BTI, h_BTO, down_KRI):
+        mid_BTR = torch.bmm(x_BTI, down_KRI.mT)
+        return h_BTO.baddbmm_(mid_BTR, up_KOR.mT) if h_is_fresh else torch.baddbmm(h_BTO, mid_BTR, up_KOR.mT)
     B, K = x_BTI.shape[0], down_KRI.shape[0]
     found = K if ids_B is None else ids_B.shape[0]
     if found != B:
@@ -80,6 +83,12 @@ def rows(
     if serves_B is not None:
         mid_BTR = torch.where(serves_B.view(B, 1, 1), mid_BTR, 0.0)
     return _add(h_BTO, mid_BTR, up_KOR.transpose(1, 2), h_is_fresh)
+
+
+def _plain(x_BTI: Tensor, h_BTO: Tensor, down_KRI: Tensor) -> bool:
+    """One dtype, one adapter a row, nothing to trace: the two products are all there is to do."""
+    same = x_BTI.dtype == h_BTO.dtype == down_KRI.dtype and len(x_BTI) == len(down_KRI)
+    return same and not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled()
 
 
 def _add(h_BTO: Tensor, mid_BTR: Tensor, up_BRO: Tensor, h_is_fresh: bool) -> Tensor:
