@@ -15,9 +15,9 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   ├── UnknownArchitectureError              no default targets for this model type
     │   ├── UnsupportedLayerError                 a target that the method cannot adapt
     │   └── PatternError                          a pattern that does not compile or may not come from a file
-    ├── AdapterNameError (ValueError)
+    ├── AdapterNameError (ValueError, KeyError)
     │   ├── DuplicateAdapterError
-    │   └── UnknownAdapterError (KeyError)
+    │   └── UnknownAdapterError
     ├── RoutingError
     │   ├── RowsError (ValueError)                adapter_names does not fit the batch or a module
     │   │   └── RowsUnreachableError (TypeError)  a module uses its weight whole
@@ -104,7 +104,7 @@ class PatternError(PlanError):
     """A pattern does not compile, or is one that may not come from a file."""
 
 
-class AdapterNameError(PeftError, ValueError):
+class AdapterNameError(PeftError, ValueError, KeyError):
     """An adapter name that cannot be a path component and a module attribute."""
 
 
@@ -112,7 +112,7 @@ class DuplicateAdapterError(AdapterNameError):
     """The adapter name is in use."""
 
 
-class UnknownAdapterError(AdapterNameError, KeyError):
+class UnknownAdapterError(AdapterNameError):
     """No adapter of this name."""
 
 

@@ -328,6 +328,8 @@ def _works_for(found: Survey, method: Method, config: AdapterConfig, target: mat
     layer = _unwrapped(module)
     kind = module.kind if isinstance(module, Adapted) else kind_of(layer)
     assert kind is not None, "the plan holds supported kinds only"
+    if (why := kind.unadaptable(layer)) is not None:
+        raise UnsupportedLayerError(f"{target.name} ({type(layer).__name__}) cannot be adapted: {why}.")
     if isinstance(kind, ParameterKind):
         raise UnsupportedLayerError(f"{target.name} is adapted through target_parameters already: it cannot be both.")
     adapter = _adapter(method, config, kind, layer, target.name, target.overrides)

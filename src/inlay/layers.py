@@ -93,6 +93,13 @@ class LayerKind(ABC):
         """How many matrices of one shape the weight stacks."""
         return 1
 
+    def unadaptable(self, layer: nn.Module) -> str | None:
+        """Why this one layer of the kind cannot be adapted, or None."""
+        W = layer._parameters.get(self.weight_name)
+        if W is not None and not W.is_floating_point():
+            return f"its weight is packed as {W.dtype}, which no storage backend of this library reads yet"
+        return None
+
     def unmergeable(self, layer: nn.Module) -> str | None:
         """Why no adapter can be written into this layer's weight, or None."""
         return None
@@ -242,6 +249,10 @@ class _MultiheadAttention(LayerKind):
 
     def owns(self, layer: nn.Module) -> bool:
         return isinstance(layer, nn.MultiheadAttention)
+
+    def unadaptable(self, layer: nn.Module) -> str | None:
+        packed = cast(nn.MultiheadAttention, layer)._qkv_same_embed_dim
+        return None if packed else "its query, key and value have different widths, so there is no packed projection"
 
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         attention = cast(nn.MultiheadAttention, layer)

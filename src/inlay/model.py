@@ -516,7 +516,11 @@ class PeftModel(nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether a forward would use an adapter."""
-        return any(layer._run for _, layer in self.base_model.layers())
+        route = self.base_model.router.route()
+        chosen = None if route is None else route.names or (route.rows.names if route.rows is not None else ())
+        return any(
+            layer._run if chosen is None else set(chosen) & set(layer.methods) for _, layer in self.base_model.layers()
+        )
 
     @property
     def peft_type(self) -> Any:
@@ -954,13 +958,7 @@ def get_peft_model(
     old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path")
     if old is not None and new is not None and old != new:
         warnings.warn(f"The config names its base model {old!r}; it is {new!r} now.", PeftWarning, stacklevel=2)
-    if any(True for _ in wrappers(model)):
-        warnings.warn(
-            "The model has adapters already: this one is put beside them, in a handle that does not list them. Call "
-            "unload() on the first handle, or its add_adapter, instead.",
-            PeftWarning,
-            stacklevel=2,
-        )
+    beside = any(True for _ in wrappers(model))
     if revision is not None:
         if peft_config.revision not in (None, revision):
             warnings.warn(f"revision {peft_config.revision!r} becomes {revision!r}.", PeftWarning, stacklevel=2)
@@ -969,6 +967,13 @@ def get_peft_model(
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task.value if isinstance(task, TaskType) else "", PeftModel)
     handle = cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     peft_config.base_model_name_or_path = new or old
+    if beside:
+        warnings.warn(
+            "The model has adapters already: this one is put beside them, in a handle that does not list them. Call "
+            "unload() on the first handle, or its add_adapter, instead.",
+            PeftWarning,
+            stacklevel=2,
+        )
     return handle
 
 

@@ -547,7 +547,7 @@ def _config_notes(report: LoadReport, prepared: Prepared) -> None:
 
 def _base_notes(report: LoadReport, prepared: Prepared, source: Source, base_name: str | None) -> None:
     stored = source.weights.metadata.get(BASE_KEY)
-    if stored is not None and not report.missing and not report.unexpected and stored != fingerprint(prepared):
+    if stored is not None and stored != fingerprint(prepared):
         report.base.append("the adapted layers have other names or shapes than where the adapter was trained")
     made_for = source.config.base_model_name_or_path
     if made_for and base_name and made_for != base_name:

