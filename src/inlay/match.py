@@ -85,6 +85,7 @@ class ParameterTarget:
     parameter: str
     pattern: str
     overrides: Mapping[str, object]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,7 +484,11 @@ class _Planner:
                 self._skip(full, "modules_to_save", "modules_to_save trains its module whole")
                 continue
             self._refuse_parameter(full, module, around, hits[0])
-            self.chosen_parameters.append(ParameterTarget(module, parameter, hits[0], self._overrides(full)))
+            self.chosen_parameters.append(
+                ParameterTarget(
+                    module, parameter, hits[0], self._overrides(full), why(full, hits[0], "target_parameters")
+                )
+            )
 
     def _refuse_parameter(self, full: str, module: str, around: Sequence[str], entry: str) -> None:
         if not module:
@@ -625,7 +630,12 @@ class _Planner:
             return f"{module.kind} layer, and target_modules is 'all-linear'"
         if self.targets.regex is not None:
             return "its name matches the regular expression in target_modules"
-        return f"{'named' if entry == module.name else f'ends with {entry!r}'} in target_modules"
+        return why(module.name, entry, "target_modules")
+
+
+def why(name: str, entry: str, field_name: str) -> str:
+    """In which way an entry of a list names ``name``, for people."""
+    return f"{'named' if entry == name else f'ends with {entry!r}'} in {field_name}"
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -1,20 +1,20 @@
 """Regular expressions that may come from anyone's file, and so must not hang.
 
 `re` is exact and fast, and on some patterns takes longer than the universe lasts: ``(([a-z])+)+X``. Here a pattern is
-read first. Where the number of ways that `re` could try is provably small for the name at hand, `re` answers.
-Otherwise the parsed pattern is evaluated as a relation between positions: a set of positions is the bits of one
-integer, and every node maps the set where it may begin to the set where it may end, so that no position is ever tried
-twice. A budget bounds what is left.
+read first. Where the number of ways that `re` could try is provably small, `re` answers. Otherwise the parsed pattern
+is evaluated as a relation between positions: a set of positions is the bits of one integer, and every node maps the
+set where it may begin to the set where it may end, so that no position is ever tried twice. A budget bounds what is
+left.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import groupby
 from re import _compiler, _parser  # type: ignore[attr-defined]  # the parser that `re` itself uses; untyped
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from inlay.errors import PatternError
 
@@ -25,6 +25,9 @@ MAX_LENGTH = 10_000
 _MAX_DEPTH = 50
 # `re` may try this many ways on one name: a millisecond at the very worst.
 _MAX_WAYS = 20_000
+_ENDLESS = 10**12
+# Ways are counted for names of this length; in `_MAX_WAYS` there is room for two quantifiers without a bound.
+_LENGTH = 64
 # Code points under (?i) that `re` would fold one by one while it compiles.
 _MAX_FOLDED = 100_000
 
@@ -48,6 +51,10 @@ _REFUSED = {
 _Items = Sequence[tuple[Any, Any]]
 
 
+def _fault(pattern: str, what: str) -> PatternError:
+    return PatternError(f"the pattern {pattern if len(pattern) <= 80 else f'{pattern[:77]}...'!r} {what}.")
+
+
 @dataclass
 class Budget:
     """What matching may cost in all, in steps of about a microsecond; may be shared by several patterns.
@@ -66,30 +73,23 @@ class Budget:
         """
         self.left -= steps
         if self.left < 0:
-            raise PatternError(
-                f"the pattern {_shown(pattern)} takes too long to match; avoid quantifiers inside quantifiers, "
-                "such as (a+)+, and leave out what need not be checked."
+            raise _fault(
+                pattern,
+                "takes too long to match; avoid quantifiers inside quantifiers, such as (a+)+, and leave out what "
+                "need not be checked",
             )
 
 
 class Pattern:
-    """A compiled pattern; made by `compile_pattern`.
+    """A pattern that `compile_pattern` made of its ``source``."""
 
-    Args:
-        source (`str`): The pattern.
-        regex (`re.Pattern[str]`): The same, compiled by `re`.
-        items (`Sequence`): The same, parsed.
-        ways (`_Ways`): In how many ways `re` may try.
-        budget (`Budget`): What matching may cost.
-    """
-
-    def __init__(self, source: str, regex: re.Pattern[str], items: _Items, ways: _Ways, budget: Budget) -> None:
+    def __init__(self, source: str, regex: re.Pattern[str], items: _Items, ways: int, budget: Budget) -> None:
         self.source = source
         self._regex = regex
         self._items = items
         self._ways = ways
         self._budget = budget
-        self._text = _longest_text(items, regex.flags)
+        self._texts = _texts(items, regex.flags)
         self._root: _Node | None = None
 
     def fullmatch(self, name: str) -> bool:
@@ -98,16 +98,16 @@ class Pattern:
         Raises:
             PatternError: The budget is spent.
         """
-        if self._text not in name:
+        if not all(text in name for text in self._texts):
             return False
-        ways = self._ways.on(name)
+        ways = self._ways * (1 + len(name) // _LENGTH) ** 2
         if ways <= _MAX_WAYS:
             self._budget.spend(1 + ways // 100, self.source)
             return self._regex.fullmatch(name) is not None
         if self._root is None:
             self._root = _build(self._items, self._regex.flags)
         run = _Run(name, self.source, self._budget)
-        return bool(self._root.move(run, 1, True) >> len(name) & 1)
+        return bool(self._root(run, 1, True) >> len(name) & 1)
 
     def __repr__(self) -> str:
         return f"Pattern({self.source!r})"
@@ -133,76 +133,28 @@ def compile_pattern(pattern: str, budget: Budget | None = None) -> Pattern:
         (False, True)
     """
     if len(pattern) > MAX_LENGTH:
-        raise PatternError(
-            f"the pattern {_shown(pattern)} has {len(pattern):,} characters, at most {MAX_LENGTH:,} are taken; "
-            "pass a list of names instead."
-        )
+        what = f"has {len(pattern):,} characters, at most {MAX_LENGTH:,} are taken; pass a list of names instead"
+        raise _fault(pattern, what)
     budget = budget or Budget()
     budget.spend(100 + 5 * len(pattern), pattern)
     try:
         parsed = _parser.parse(pattern, 0)
-        ways = _Reader(pattern).sequence(parsed, parsed.state.flags, 0)
+        ways = _Reader(pattern).ways(parsed, parsed.state.flags)
         regex: re.Pattern[str] = _compiler.compile(parsed, parsed.state.flags)
     except re.error as error:
         where = "" if error.pos is None else f" at position {error.pos}"
-        raise PatternError(f"the pattern {_shown(pattern)} is malformed{where}: {error.msg}.") from error
+        raise _fault(pattern, f"is malformed{where}: {error.msg}") from error
     except OverflowError as error:
-        raise PatternError(f"the pattern {_shown(pattern)} is malformed: {error}.") from error
+        raise _fault(pattern, f"is malformed: {error}") from error
     except RecursionError as error:
-        raise _too_deep(pattern) from error
+        raise _fault(pattern, _TOO_DEEP) from error
     return Pattern(pattern, regex, parsed, ways, budget)
 
 
-def _shown(pattern: str) -> str:
-    return repr(pattern if len(pattern) <= 80 else f"{pattern[:77]}...")
-
-
-def _too_deep(pattern: str) -> PatternError:
-    return PatternError(f"the pattern {_shown(pattern)} is nested too deeply; at most {_MAX_DEPTH} levels are taken.")
+_TOO_DEEP = f"is nested too deeply; at most {_MAX_DEPTH} levels are taken"
 
 
 # ---------------------------------------------------------------------------- reading: how long could `re` take?
-
-
-class _Ways(NamedTuple):
-    """A bound on how many ways backtracking can try on a name of n characters.
-
-    It is ``factor * (n + 1) ** power``, times the number of places of every text in ``after``: a ``.*`` that plain
-    text follows goes on from there only.
-    """
-
-    factor: int = 1
-    power: int = 0
-    after: tuple[str, ...] = ()
-
-    def times(self, other: _Ways) -> _Ways:
-        return _Ways(min(self.factor * other.factor, 10**12), self.power + other.power, self.after + other.after)
-
-    def plus(self, other: _Ways) -> _Ways:
-        return _Ways(self.factor + other.factor, max(self.power, other.power), self.after + other.after)
-
-    def on(self, name: str) -> int:
-        size = len(name) + 1
-        ways = int(self.factor * size ** min(self.power, 99))
-        if self.after and ways <= _MAX_WAYS:
-            ways *= 1 + size // 8  # looking for the text
-            for text in self.after:
-                ways *= max(1, _count(name, text))
-        return ways
-
-
-def _count(name: str, text: str) -> int:
-    """In how many places ``text`` stands in ``name``, overlapping ones too."""
-    count, at = 0, name.find(text)
-    while at >= 0:
-        count, at = count + 1, name.find(text, at + 1)
-    return count
-
-
-_ONE = _Ways()
-_STAR = _Ways(1, 1)
-_ENDLESS = _Ways(10**12)
-_MAX_TEXTS = 10
 
 
 class _Reader:
@@ -212,84 +164,50 @@ class _Reader:
         self.pattern = pattern
         self.folded = 0
 
-    def sequence(self, items: _Items, flags: int, depth: int) -> _Ways:
+    def ways(self, items: _Items, flags: int, depth: int = 0) -> int:
+        """In how many ways backtracking can try ``items`` from one position of a name of `_LENGTH` characters."""
         if depth > _MAX_DEPTH:
-            raise _too_deep(self.pattern)
-        ways = _ONE
-        for place, (op, av) in enumerate(items):
-            once = self.item(op, av, flags, depth + 1)
-            if once is _STAR and (text := _text(items, place + 1, flags)) and len(ways.after) < _MAX_TEXTS:
-                once = _Ways(after=(text,))
-            ways = ways.times(once)
+            raise _fault(self.pattern, _TOO_DEEP)
+        ways = 1
+        for op, av in items:
+            ways = min(ways * self.once(op, av, flags, depth + 1), _ENDLESS)
         return ways
 
-    def item(self, op: Any, av: Any, flags: int, depth: int) -> _Ways:
+    def once(self, op: Any, av: Any, flags: int, depth: int) -> int:
         if op in _REFUSED:
-            raise PatternError(
-                f"the pattern {_shown(self.pattern)} holds {_REFUSED[op]}, which is not supported; "
-                "write out the cases."
-            )
+            raise _fault(self.pattern, f"holds {_REFUSED[op]}, which is not supported; write out the cases")
         if op is _parser.SUBPATTERN:
-            return self.sequence(av[3], _scoped(flags, av[1], av[2]), depth)
+            return self.ways(av[3], _scoped(flags, av[1], av[2]), depth)
         if op is _parser.BRANCH:
-            ways = _Ways(0)
-            for option in av[1]:
-                ways = ways.plus(self.sequence(option, flags, depth))
-            return ways
+            return sum(self.ways(option, flags, depth) for option in av[1])
         if op in _LOOKS:
-            return self.sequence(av[1], flags, depth)
+            return self.ways(av[1], flags, depth)
         if op in _REPEATS:
-            return self.repeat(int(av[0]), int(av[1]), av[2], flags, depth)
+            least, most, ways = int(av[0]), int(av[1]), self.ways(av[2], flags, depth)
+            if ways == 1:
+                return 1 + min(most - least, _LENGTH)
+            return sum(ways**count for count in range(least, most + 1)) if most <= 10 else _ENDLESS
         if op is _parser.IN and flags & re.IGNORECASE:
-            self.fold(av)
-        return _ONE
-
-    def repeat(self, least: int, most: int, body: _Items, flags: int, depth: int) -> _Ways:
-        once = self.sequence(body, flags, depth)
-        if _is_single(body):
-            return _Ways(most - least + 1) if most - least <= 8 else _STAR
-        if most > 4 or (most > 1 and (once.power or once.after)):
-            return _ENDLESS
-        ways, total = _ONE, _Ways(0)
-        for count in range(most + 1):
-            total = total.plus(ways) if count >= least else total
-            ways = ways.times(once)
-        return total
-
-    def fold(self, members: _Items) -> None:
-        self.folded += sum(av[1] - av[0] for op, av in members if op is _parser.RANGE)
-        if self.folded > _MAX_FOLDED:
-            raise PatternError(f"the pattern {_shown(self.pattern)} has too wide character ranges for (?i).")
+            self.folded += sum(ends[1] - ends[0] for kind, ends in av if kind is _parser.RANGE)
+            if self.folded > _MAX_FOLDED:
+                raise _fault(self.pattern, "has too wide character ranges for (?i)")
+        return 1
 
 
 def _scoped(flags: int, add: int, remove: int) -> int:
     """The flags inside ``(?add-remove:...)``."""
-    kinds = re.ASCII | re.UNICODE | re.LOCALE
+    kinds = re.ASCII | re.UNICODE
     if add & kinds:
         flags &= ~kinds
     return (flags | add) & ~remove
 
 
-def _text(items: _Items, begin: int, flags: int) -> str:
-    """The plain text that ``items`` have from ``begin`` on, or "" where case is ignored."""
+def _texts(items: _Items, flags: int) -> list[str]:
+    """Plain texts that every match holds."""
     if flags & re.IGNORECASE:
-        return ""
-    literals = takewhile(lambda item: item[0] is _parser.LITERAL, islice(items, begin, None))
-    return "".join(chr(av) for _, av in literals)
-
-
-def _longest_text(items: _Items, flags: int) -> str:
-    """A plain text that every match holds, or ""."""
-    after = [0, *(place + 1 for place, (op, _) in enumerate(items) if op is not _parser.LITERAL)]
-    return max((_text(items, place, flags) for place in after), key=len)
-
-
-def _is_single(items: _Items) -> bool:
-    """Whether ``items`` match exactly one character, in one way."""
-    if len(items) != 1:
-        return False
-    op, av = items[0]
-    return _is_single(av[3]) if op is _parser.SUBPATTERN else _WIDTHS.get(op) == 1
+        return []
+    groups = groupby(items, lambda item: item[0] is _parser.LITERAL)
+    return ["".join(chr(av) for _, av in group) for is_text, group in groups if is_text]
 
 
 # -------------------------------------------------------------------------- matching as a relation between positions
@@ -301,8 +219,7 @@ class _Run:
     def __init__(self, name: str, pattern: str, budget: Budget) -> None:
         self.name = name
         self.everywhere = (1 << (len(name) + 1)) - 1
-        self.known: dict[tuple[int, int, bool], int] = {}
-        self.starts: dict[str, int] = {}
+        self.known: dict[object, int] = {}
         self._pattern = pattern
         self._budget = budget
 
@@ -310,9 +227,8 @@ class _Run:
         self._budget.spend(steps, self._pattern)
 
 
-class _Node(Protocol):
-    def move(self, run: _Run, at: int, ahead: bool) -> int:
-        """The positions where the node may end if it begins in ``at``; where it may begin if not ``ahead``."""
+# (run, at, ahead) -> the positions where it may end if it begins in `at`; where it may begin if not `ahead`.
+_Node = Callable[[_Run, int, bool], int]
 
 
 class _Block:
@@ -328,126 +244,108 @@ class _Block:
         self._regex: re.Pattern[str] = _compiler.compile(_parser.SubPattern(state, [look]), flags)
 
     def starts(self, run: _Run) -> int:
-        if self._key not in run.starts:
+        if self._key not in run.known:
             run.spend(4)
-            run.starts[self._key] = sum(1 << found.start() for found in self._regex.finditer(run.name))
-        return run.starts[self._key]
+            run.known[self._key] = sum(1 << found.start() for found in self._regex.finditer(run.name))
+        return run.known[self._key]
 
-    def move(self, run: _Run, at: int, ahead: bool) -> int:
+    def __call__(self, run: _Run, at: int, ahead: bool) -> int:
         starts = self.starts(run)
         return (at & starts) << self.width if ahead else (at >> self.width) & starts
 
 
-class _Sequence:
-    def __init__(self, items: Sequence[_Node]) -> None:
-        self.items = tuple(items)
-        self.reverse = self.items[::-1]
-
-    def move(self, run: _Run, at: int, ahead: bool) -> int:
-        run.spend(1 + len(self.items))
-        for item in self.items if ahead else self.reverse:
-            at = item.move(run, at, ahead)
-            if not at:
-                break
+def _sequence(nodes: Sequence[_Node]) -> _Node:
+    def move(run: _Run, at: int, ahead: bool) -> int:
+        run.spend(1 + len(nodes))
+        for node in nodes if ahead else reversed(nodes):
+            at = node(run, at, ahead)
         return at
 
+    return move
 
-class _Either:
-    def __init__(self, options: Sequence[_Node]) -> None:
-        self.options = tuple(options)
 
-    def move(self, run: _Run, at: int, ahead: bool) -> int:
-        run.spend(1 + len(self.options))
+def _either(options: Sequence[_Node]) -> _Node:
+    def move(run: _Run, at: int, ahead: bool) -> int:
+        run.spend(1 + len(options))
         reached = 0
-        for option in self.options:
-            reached |= option.move(run, at, ahead)
+        for option in options:
+            reached |= option(run, at, ahead)
         return reached
 
+    return move
 
-class _Repeat:
+
+def _repeat(body: _Node, least: int, most: int) -> _Node:
     """``body`` from ``least`` to ``most`` times. A name of n characters needs at most 2n + 2 rounds."""
+    star = body if isinstance(body, _Block) and body.width == 1 and most == _parser.MAXREPEAT else None
 
-    def __init__(self, body: _Node, least: int, most: int) -> None:
-        self.body = body
-        self.least = least
-        self.most = most
-        self.star = body if isinstance(body, _Block) and body.width == 1 and most == _parser.MAXREPEAT else None
-
-    def move(self, run: _Run, at: int, ahead: bool) -> int:
-        key = (id(self), at, ahead)
-        if key not in run.known:
-            run.known[key] = self._optional(run, self._required(run, at, ahead), ahead)
-        return run.known[key]
-
-    def _required(self, run: _Run, at: int, ahead: bool) -> int:
-        for _ in range(self.least):
+    def move(run: _Run, at: int, ahead: bool) -> int:
+        for _ in range(least):
             run.spend(1)
-            before, at = at, self.body.move(run, at, ahead)
+            before, at = at, body(run, at, ahead)
             if at == before:  # from here on every round gives the same
                 break
-        return at
-
-    def _optional(self, run: _Run, at: int, ahead: bool) -> int:
-        if self.star is not None and ahead:
+        if star is not None and ahead:
             # Adding a position to the runs of fitting characters carries through to the end of its run.
-            fits = self.star.starts(run)
+            fits = star.starts(run)
             return (((at & fits) + fits) ^ fits) | at
         reached = frontier = at
-        for _ in range(self.most - self.least):
+        for _ in range(most - least):
             run.spend(1)
-            frontier = self.body.move(run, frontier, ahead) & ~reached
+            frontier = body(run, frontier, ahead) & ~reached
             if not frontier:
                 break
             reached |= frontier
         return reached
 
+    return _remembered(move)
 
-class _Look:
+
+def _look(body: _Node, behind: bool, negative: bool) -> _Node:
     """Lookahead and lookbehind: keeps the positions where ``body`` begins (ends), or those where it does not."""
+    body = _remembered(body)
 
-    def __init__(self, body: _Node, behind: bool, negative: bool) -> None:
-        self.body = body
-        self.behind = behind
-        self.negative = negative
+    def move(run: _Run, at: int, ahead: bool) -> int:
+        holds = body(run, run.everywhere, behind)
+        return at & ~holds if negative else at & holds
 
-    def move(self, run: _Run, at: int, ahead: bool) -> int:
-        key = (id(self), 0, True)
+    return move
+
+
+def _remembered(node: _Node) -> _Node:
+    def move(run: _Run, at: int, ahead: bool) -> int:
+        key = (node, at, ahead)
         if key not in run.known:
-            holds = self.body.move(run, run.everywhere, self.behind)
-            run.known[key] = run.everywhere & ~holds if self.negative else holds
-        return at & run.known[key]
+            run.known[key] = node(run, at, ahead)
+        return run.known[key]
+
+    return move
 
 
 def _build(items: _Items, flags: int) -> _Node:
     nodes: list[_Node] = []
-    row: list[tuple[Any, Any]] = []
-    for op, av in items:
-        if op in _WIDTHS:
-            row.append((op, av))
-            continue
-        if row:
-            nodes.append(_Block(row, flags))
-            row = []
-        nodes.append(_build_one(op, av, flags))
-    if row:
-        nodes.append(_Block(row, flags))
-    return nodes[0] if len(nodes) == 1 else _Sequence(nodes)
+    for in_a_row, group in groupby(items, lambda item: item[0] in _WIDTHS):
+        if in_a_row:
+            nodes.append(_Block(list(group), flags))
+        else:
+            nodes.extend(_build_one(op, av, flags) for op, av in group)
+    return nodes[0] if len(nodes) == 1 else _sequence(nodes)
 
 
 def _build_one(op: Any, av: Any, flags: int) -> _Node:
     if op is _parser.SUBPATTERN:
         return _build(av[3], _scoped(flags, av[1], av[2]))
     if op is _parser.BRANCH:
-        return _Either([_build(option, flags) for option in av[1]])
+        return _either([_build(option, flags) for option in av[1]])
     if op in _REPEATS:
-        return _Repeat(_build(av[2], flags), int(av[0]), int(av[1]))
-    return _Look(_build(av[1], flags), behind=av[0] < 0, negative=op is _parser.ASSERT_NOT)
+        return _repeat(_build(av[2], flags), int(av[0]), int(av[1]))
+    return _look(_build(av[1], flags), behind=av[0] < 0, negative=op is _parser.ASSERT_NOT)
 
 
 # --------------------------------------------------------------------------------------- tables of values by pattern
 
 _NAME = re.compile(r"(\^?)([\w-]+(?:\\?\.[\w-]+)*)\$?", re.ASCII)
-_LEADING_FLAGS = re.compile(r"\(\?[aimsux]+\)")
+_LEADING_FLAGS = re.compile(r"(?:\(\?[aimsux]+\))?")
 
 
 class KeyTable(Generic[V]):
@@ -484,9 +382,6 @@ class KeyTable(Generic[V]):
                 names.setdefault(plain[2].replace("\\", ""), row)
             else:
                 self._regexes.append((row, _compile_key(key, budget)))
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def find(self, name: str) -> tuple[str, V] | None:
         """The key that serves ``name`` and its value, or `None`; the key counts as used from now on.
@@ -526,7 +421,7 @@ def _compile_key(key: str, budget: Budget) -> Pattern:
 def _at_an_end(key: str) -> str:
     flags = _LEADING_FLAGS.match(key)
     lead = flags[0] if flags else ""
-    key = key[len(lead) :]
-    if key.startswith(".*") and "|" not in key:
-        return f"{lead}{key}"  # swallows what stands before it anyway
-    return rf"{lead}(?:.*\.)?(?:{key})$"
+    rest = key[len(lead) :]
+    if rest.startswith(".*") and "|" not in rest:
+        return key  # swallows what stands before it anyway
+    return rf"{lead}(?:.*\.)?(?:{rest})$"

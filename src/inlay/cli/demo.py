@@ -1,4 +1,4 @@
-"""``inlay demo``: a real pretrained encoder, adapted and checked in about two minutes."""
+"""``inlay demo``: a real pretrained encoder, adapted and checked in two to three minutes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from inlay.integrations.demo import DemoReport
 
-SECONDS = 130.0
+SECONDS = 150.0
 
 
 def demo(
@@ -42,7 +42,7 @@ def _print(screen: Console, report: DemoReport) -> None:
     screen.print(
         f"\n[bold]Which package is a docstring from?[/] {len(report.classes)} packages of this Python's library,"
     )
-    used = f"{report.amount.rows:,} of {report.found:,} distinct docstrings"
+    used = f"{report.rows:,} of {report.found:,} distinct docstrings"
     screen.print(f"{used}, gone over {report.passes:.1f} times in training\n")
     screen.print(_classes(report))
     screen.print("\n[bold]Accuracy on held-out docstrings[/]")

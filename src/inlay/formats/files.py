@@ -1,21 +1,17 @@
 """The only module that opens files: an adapter's two files, read with nothing believed unchecked, written as one.
 
-A directory may come from anyone. Only regular files are opened, the header of ``adapter_model.safetensors`` is checked
-in full (:func:`_parse_header`) before a byte is allocated for a tensor, and ``adapter_model.bin`` may name nothing but
-what tensors are made of.
+A directory may come from anyone: see :func:`open_weights` for what is checked before anything is allocated or run.
 
-``adapter_config.json`` and the weights are a pair: new weights under an old config compute something that nobody
-trained. Two files cannot be replaced at one instant. So the weights carry the SHA-256 of the config's exact bytes, and
-files are replaced in such an order (:func:`_write_files`) that a kill at any moment leaves the old pair, the new one,
-or one whose hash does not match and that :func:`read_pair` refuses. Weights without a hash, as the PEFT library writes
-them, are accepted. An edit by hand is followed by :func:`reseal`.
+New weights under an old config compute something that nobody trained, and two files cannot be replaced at one instant.
+So the weights carry the SHA-256 of the config's exact bytes, and files are replaced in such an order
+(:func:`_write_files`) that a kill at any moment leaves the old pair, the new one, or one that :func:`read_pair`
+refuses. Weights without a hash, as the PEFT library writes them, are accepted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import hashlib
 import io
 import json
@@ -48,6 +44,8 @@ MAX_CONFIG_DEPTH = 32
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMS = 32
 MAX_METADATA_BYTES = 2**16 - 1  # what the comment of a zip archive holds
+_STALE_SECONDS = 3600.0
+_PAIR_TRIES = 3
 
 # safetensors sorts tensors by descending dtype, in this order of its own, so that every one of them is aligned.
 _DTYPES: dict[str, torch.dtype] = {
@@ -88,10 +86,7 @@ _PICKLE_GLOBALS = frozenset(
     }
 )
 
-_STALE_SECONDS = 3600.0
-_PAIR_TRIES = 3
-
-Writer = Callable[[BinaryIO], object]
+_Content = bytes | Callable[[BinaryIO], object]
 
 
 class TensorInfo(NamedTuple):
@@ -113,7 +108,7 @@ class Pair(NamedTuple):
     weights: Weights
 
 
-# --- opening ---------------------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def _corrupt(path: Path, what: str) -> CorruptFileError:
@@ -142,8 +137,8 @@ def _open_regular(path: Path) -> tuple[io.FileIO, int]:
 
 
 def _check_regular(path: Path, found: os.stat_result) -> None:
-    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
     if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         what = kinds.get(stat.S_IFMT(found.st_mode), "a device")
         raise _corrupt(path, f"is {what} where a regular file is expected")
 
@@ -152,7 +147,7 @@ def _read_into(file: io.FileIO, into: memoryview, path: Path) -> None:
     while into:
         n = file.readinto(into)
         if not n:
-            raise _corrupt(path, f"ended {len(into):,} bytes early: it was cut short while being read")
+            raise _corrupt(path, f"ends {len(into):,} bytes early: it is truncated")
         into = into[n:]
 
 
@@ -166,9 +161,6 @@ def _memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, shared with it; the caller keeps the tensor alive meanwhile."""
     raw = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     return memoryview(raw).cast("B")
-
-
-# --- JSON and the config ---------------------------------------------------------------------------------------------
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -209,9 +201,9 @@ def _depth(value: object) -> int:
     return depth
 
 
-def _short(text: str, n: int = 80) -> str:
+def _short(text: str) -> str:
     """A name from a file as it may be printed: escaped, and not longer than a line."""
-    return repr(text if len(text) <= n else text[: n - 3] + "...")
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
 def _read_json(path: Path) -> tuple[bytes, dict[str, object]]:
@@ -234,9 +226,9 @@ def read_json(path: str | Path) -> dict[str, object]:
         path (`str` or `Path`): The file.
 
     Raises:
-        MissingFileError: There is no such file; the message starts "Can't find '<name>' at".
-        CorruptFileError: Not a regular file, too large, not UTF-8, not one JSON object, nested too deeply, a key
-            twice, or a number that is not finite.
+        MissingFileError: There is no such file.
+        CorruptFileError: Not a regular file, too large, nested too deeply, or no JSON object of unique keys and finite
+            numbers.
     """
     return _read_json(Path(path))[1]
 
@@ -253,26 +245,6 @@ def read_config(directory: str | Path) -> dict[str, object]:
     return read_json(Path(directory) / CONFIG_NAME)
 
 
-def _config_bytes(config: Mapping[str, object]) -> bytes:
-    """A config as it is written: the same values give the same bytes, whatever the order of its sets and keys."""
-    try:
-        raw = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False, default=_sorted_set).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"the config cannot be written as JSON: {error}") from error
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"the config takes {len(raw):,} bytes, more than the limit of {MAX_CONFIG_BYTES:,}")
-    return raw
-
-
-def _sorted_set(value: object) -> list[object]:
-    if isinstance(value, set | frozenset):
-        return sorted(value, key=lambda item: (type(item).__name__, item))
-    raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON does not have")
-
-
-# --- the weights -----------------------------------------------------------------------------------------------------
-
-
 class Weights:
     """An open weights file: what it holds is known and checked, and nothing of it is read until :meth:`read`.
 
@@ -287,8 +259,8 @@ class Weights:
 
     def __init__(self, path: Path, file: io.FileIO, size: int) -> None:
         self.path = path
-        open_file = _open_pickle if path.name == PICKLE_NAME else _open_safetensors
-        self.header, self.metadata, self._tensors = open_file(path, file, size)
+        opened = (_open_pickle if path.name == PICKLE_NAME else _open_safetensors)(path, file, size)
+        self.header, self.metadata, self._tensors = opened
         self._finalizer = weakref.finalize(self, file.close)
 
     def read(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -317,8 +289,6 @@ _Opened = tuple[dict[str, TensorInfo], dict[str, str], Callable[[], Iterator[tup
 
 
 def _open_safetensors(path: Path, file: io.FileIO, size: int) -> _Opened:
-    if size < 8:
-        raise _corrupt(path, f"has {size} bytes, too few for the length of a header")
     length = int.from_bytes(_read_bytes(file, 8, path), "little")
     if length > MAX_HEADER_BYTES:
         raise _corrupt(path, f"claims a header of {length:,} bytes, more than the limit of {MAX_HEADER_BYTES:,}")
@@ -388,8 +358,7 @@ def _span(key: str, entry: object, path: Path) -> tuple[int, int, str, TensorInf
 
 
 def _naturals(values: object) -> bool:
-    # An empty tensor may still declare sizes beside its 0, so each is bounded by itself: torch multiplies them in 64
-    # bits.
+    # Each is bounded by itself, since an empty tensor may declare others beside its 0: torch multiplies in 64 bits.
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**48 for n in values)
 
 
@@ -431,10 +400,8 @@ def _check_archive(path: Path, file: io.FileIO, size: int) -> dict[str, str]:
 
 def _pickled_metadata(comment: bytes) -> dict[str, str]:
     """The metadata that :func:`write_pair` left in the archive's comment; none where anything else stands there."""
-    with contextlib.suppress(ValueError):
-        found = json.loads(comment)
-        if isinstance(found, dict):
-            return {key: value for key, value in found.items() if isinstance(value, str)}
+    with contextlib.suppress(ValueError, AttributeError):
+        return {key: value for key, value in json.loads(comment).items() if isinstance(value, str)}
     return {}
 
 
@@ -447,9 +414,7 @@ def _check_pickle(path: Path, raw: bytes) -> None:
 
 
 def _only_tensors(path: Path, why: str) -> CorruptFileError:
-    return _corrupt(
-        path, f"is refused: only a dictionary of tensors is accepted, and {why}; nothing of it was executed"
-    )
+    return _corrupt(path, f"is refused: only a dictionary of tensors is taken, and {why}; nothing of it was executed")
 
 
 def _load_pickled(path: Path, file: io.FileIO, device: str) -> dict[str, Tensor]:
@@ -490,41 +455,33 @@ def open_weights(directory: str | Path) -> Weights:
 
     Raises:
         MissingFileError: Neither is there.
-        CorruptFileError: Truncated, malformed, over a limit, not a regular file, or a pickle of more than tensors. The
-            message says which; nothing was allocated and nothing executed.
+        CorruptFileError: Truncated, malformed, over a limit, not a regular file, or a pickle of more than tensors;
+            nothing was allocated and nothing executed.
     """
     directory = Path(directory)
     # The first name again at the end: a writer beside us may just have replaced the second by it.
     for name in (SAFETENSORS_NAME, PICKLE_NAME, SAFETENSORS_NAME):
-        try:
+        with contextlib.suppress(MissingFileError):
             file, size = _open_regular(directory / name)
-        except MissingFileError:
-            continue
-        try:
-            return Weights(directory / name, file, size)
-        except BaseException:
-            file.close()
-            raise
+            try:
+                return Weights(directory / name, file, size)
+            except BaseException:
+                file.close()
+                raise
     raise MissingFileError(
         f"Can't find '{SAFETENSORS_NAME}' or '{PICKLE_NAME}' at '{directory}'; an adapter's weights are in one."
     )
 
 
-# --- the pair --------------------------------------------------------------------------------------------------------
-
-
 def read_pair(directory: str | Path) -> Pair:
-    """Config and opened weights of one save.
-
-    A save that is under way in another process is waited for, a moment long.
+    """Config and opened weights of one save; one under way in another process is waited for, a moment long.
 
     Args:
         directory (`str` or `Path`): Where the adapter is.
 
     Raises:
         TornPairError: The two files are of different saves.
-        MissingFileError: One of them is not there.
-        CorruptFileError: One of them cannot be used.
+        MissingFileError, CorruptFileError: One of them is not there, or cannot be used.
     """
     directory = Path(directory)
     for _ in range(_PAIR_TRIES):
@@ -537,10 +494,13 @@ def read_pair(directory: str | Path) -> Pair:
         time.sleep(0.02)
     raise TornPairError(
         f"The config and the weights at '{directory}' are not of one save: the weights were saved with a config of "
-        f"SHA-256 {_short(str(wanted)[:64])}, '{CONFIG_NAME}' has '{found}'. A save was cut short, or one file was "
+        f"SHA-256 {_short(str(wanted))}, '{CONFIG_NAME}' has '{found}'. A save was cut short, or one file was "
         "copied or edited alone. Save or fetch the adapter again; if the config was edited on purpose, call "
         "inlay.formats.files.reseal(directory)."
     )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_pair(
@@ -553,18 +513,16 @@ def write_pair(
 ) -> None:
     """Writes an adapter's two files so that they cannot tear; the same values give the same bytes.
 
-    Either everything is written or the directory is as it was. A kill leaves the old pair, the new one, or one that
-    :func:`read_pair` refuses. Tensors that are views or share memory are written in full, each by itself.
+    Nothing is replaced before all of it is on the disk, and a kill leaves the old pair, the new one, or one that
+    :func:`read_pair` refuses. Views and tensors that share memory are written in full, each by itself.
 
     Args:
         directory (`str` or `Path`): Where to; made if it is not there.
         config (`dict[str, object]`): JSON values, and sets, which become sorted lists.
         tensors (`dict[str, Tensor]`): By name, on any device.
-        metadata (`dict[str, str]`, *optional*): Strings to keep beside the tensors; "format" and the config's hash are
-            added.
+        metadata (`dict[str, str]`, *optional*): Strings to keep beside the tensors, with the config's hash.
         safe_serialization (`bool`, *optional*, defaults to `True`): ``adapter_model.safetensors``; otherwise
-            ``adapter_model.bin``, a pickle, whose metadata stand in the comment of its zip archive. The other file, if
-            there is one, is removed: a reader would take it for the adapter.
+            ``adapter_model.bin``, a pickle. The other one, which a reader could take for the adapter, is removed.
         model_card (`str`, *optional*): Text of ``README.md``.
 
     Raises:
@@ -578,9 +536,9 @@ def write_pair(
     raw = _config_bytes(config)
     name = SAFETENSORS_NAME if safe_serialization else PICKLE_NAME
     stamped = {**(metadata or {}), "format": "pt", PAIR_KEY: hashlib.sha256(raw).hexdigest()}
-    contents = {name: partial(_WRITERS[name], tensors, stamped), CONFIG_NAME: _writing(raw)}
+    contents: dict[str, _Content] = {name: partial(_WRITERS[name], tensors, stamped), CONFIG_NAME: raw}
     if model_card is not None:
-        contents["README.md"] = _writing(model_card.encode())
+        contents["README.md"] = model_card.encode()
     _write_files(Path(directory), contents)
 
 
@@ -591,7 +549,7 @@ def reseal(directory: str | Path) -> None:
         directory (`str` or `Path`): Where the adapter is.
 
     Raises:
-        FileError: As for :func:`read_config` and :func:`open_weights`; or the directory cannot be written.
+        FileError: A file cannot be read, or the directory cannot be written.
     """
     directory = Path(directory)
     raw, _ = _read_json(directory / CONFIG_NAME)
@@ -609,10 +567,9 @@ def write_config(directory: str | Path, config: Mapping[str, object]) -> None:
         config (`dict[str, object]`): JSON values, and sets, which become sorted lists.
 
     Raises:
-        UnwritableError: The directory is a file or cannot be written.
-        ConfigError: The config holds what JSON does not have.
+        UnwritableError, ConfigError: As for :func:`write_pair`.
     """
-    _write_files(Path(directory), {CONFIG_NAME: _writing(_config_bytes(config))})
+    _write_files(Path(directory), {CONFIG_NAME: _config_bytes(config)})
 
 
 def save_text(path: str | Path, text: str) -> None:
@@ -623,33 +580,29 @@ def save_text(path: str | Path, text: str) -> None:
         text (`str`): UTF-8 is written.
 
     Raises:
-        UnwritableError: It cannot be written; what was there is as it was.
+        UnwritableError: It cannot be written.
     """
     path = Path(path)
-    _write_files(path.parent, {path.name: _writing(text.encode())})
+    _write_files(path.parent, {path.name: text.encode()})
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _write_files(directory: Path, contents: Mapping[str, Writer]) -> None:
+def _write_files(directory: Path, contents: Mapping[str, _Content]) -> None:
     """Writes every file in full beside its place, then puts them in place in the order given: weights, config, rest.
 
     Weights first: they carry the hash of the new config, so that until the config follows the pair is refused. The
     other way round, weights that carry no hash would be accepted under a config that is not theirs. A reader prefers
     safetensors to a pickle. So a stale pickle goes last, when nobody looks at it any more, and a stale safetensors
-    file goes once the pickle that replaces it is in place and before the config that would not be its own.
-
-    Each step reaches the disk before the next begins: otherwise a power cut could keep the later one alone.
+    file goes once the pickle that replaces it is in place and before the config that would not be its own. Each step
+    reaches the disk before the next begins: otherwise a power cut could keep the later one alone.
     """
     staged = {name: directory / f".{name}.{secrets.token_hex(8)}.tmp" for name in contents}
     made = False
     try:
         made = _prepare(directory, contents)
-        for name, write in contents.items():
+        for name, content in contents.items():
             # Not tempfile: that makes files which only their owner can read, and the mode survives the move.
             with open(staged[name], "x+b") as file:
-                write(file)
+                file.write(content) if isinstance(content, bytes) else content(file)
                 file.flush()
                 os.fsync(file.fileno())
         for name, path in staged.items():
@@ -679,14 +632,14 @@ def _prepare(directory: Path, names: Iterable[str]) -> bool:
     if not (made or directory.is_dir()):
         raise UnwritableError(f"'{directory}' is a file where a directory is expected; give the path of a directory.")
     directory.mkdir(parents=True, exist_ok=True)
-    for path in (directory / name for name in names):
+    for name in names:
+        path = directory / name
         if os.path.lexists(path) and stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFLNK):
             raise UnwritableError(f"'{path}' is not a regular file and will not be replaced; move it away.")
-    for path in directory.glob(".*.tmp"):
-        ours = path.name.startswith((f".{CONFIG_NAME}.", f".{SAFETENSORS_NAME}.", f".{PICKLE_NAME}.", ".README.md."))
-        with contextlib.suppress(OSError):
-            if ours and time.time() - path.lstat().st_mtime > _STALE_SECONDS:
-                path.unlink()
+        for left in directory.glob(f".{name}.*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.lstat().st_mtime > _STALE_SECONDS:
+                    left.unlink()
     return made
 
 
@@ -697,20 +650,28 @@ def _remove(path: Path) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    if os.name != "posix":
-        return
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no directories
-            raise
-    finally:
+    if os.name == "posix":
+        fd = os.open(directory, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some network file systems sync no directories
+            os.fsync(fd)
         os.close(fd)
 
 
-def _writing(raw: bytes) -> Writer:
-    return lambda file: file.write(raw)
+def _config_bytes(config: Mapping[str, object]) -> bytes:
+    """A config as it is written: the same values give the same bytes, whatever the order of its sets and keys."""
+    try:
+        raw = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False, default=_sorted_set).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the config cannot be written as JSON: {error}") from error
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"the config takes {len(raw):,} bytes, more than the limit of {MAX_CONFIG_BYTES:,}")
+    return raw
+
+
+def _sorted_set(value: object) -> list[object]:
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=lambda item: (type(item).__name__, item))
+    raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON does not have")
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -726,11 +687,8 @@ def _write_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     for key in order:
         tensor, start = tensors[key], end
         end += tensor.nbytes
-        header[key] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        entry = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[key] = entry
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     file.write(struct.pack("<Q", len(raw)) + raw)

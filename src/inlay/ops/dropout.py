@@ -110,9 +110,6 @@ def unpack(packed: Tensor, itemsize: int) -> Tensor:
     return lanes if itemsize == 4 else lanes.to(torch.int64)
 
 
-_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 class Mask:
     """A packed mask unpacked for tensors of one shape and item size, to be applied several times."""
 
