@@ -201,7 +201,7 @@ def test_a_layer_that_is_not_called_is_left_out() -> None:
     assert result.skipped == (Skip("attn.out_proj", reason),)
     assert result.warnings == (f"1 named modules are left out. First: 'attn.out_proj': {reason}.",)
     assert made(modules, target_modules="all-linear").warnings == ()
-    with pytest.raises(NoMatchingPeftModuleError, match="the rule for layers that are not called takes every one"):
+    with pytest.raises(NoMatchingPeftModuleError, match="left out are 1 by the rule for layers that are not called"):
         made(modules, target_modules=["out_proj"])
 
 
@@ -356,21 +356,21 @@ def test_a_parameter_of_a_saved_module() -> None:
         ({"target_modules": ["All-Linear"]}, "for every linear layer pass the string 'all-linear', not a list"),
         (
             {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
-            "3 modules or parameters are named as targets and none is left: exclude_modules takes every one. "
+            "3 modules or parameters are named as targets and none is left: left out are 3 by exclude_modules. "
             "First: 'model.layers.0.self_attn.q_proj': 'q_proj' in exclude_modules.",
         ),
         (
             {"target_modules": ["q_proj", "zz"], "modules_to_save": ["self_attn"]},
-            "modules_to_save takes every one. First: 'model.layers.0.self_attn.q_proj': 'self_attn' in "
+            "left out are 3 by modules_to_save. First: 'model.layers.0.self_attn.q_proj': 'self_attn' in "
             "modules_to_save trains it whole. 'zz' in target_modules matched 0 of 37 modules.",
         ),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": [7, 9]},
-            "none is left: layers_to_transform=[7, 9] keeps none, they lie in layers 0-2. First:",
+            "layers_to_transform=[7, 9] are indices of no target module; they lie in layers 0-2.",
         ),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "h"},
-            "layers_to_transform=[1] keeps none, none has a layer's index",
+            "layers_to_transform=[1] are indices of no target module; none has a layer's index.",
         ),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": 1, "exclude_modules": ["layers.1.self_attn.q_proj"]},

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from inlay.errors import (
     BaseGoneError,
@@ -128,7 +129,8 @@ class _Memo:
         known = self._known.get(at)
         if known is not None and all(map(self._unchanged, owners, known[0])):
             return known[1]
-        value = make()
+        with torch.inference_mode(False):  # what is kept must serve later calls with gradients too
+            value = make()
         self._known[at] = ([self._mark(t) for t in owners], value)
         return value
 
@@ -162,7 +164,8 @@ class Stack:
         tensors = [(d, k, d[k]) for _, _, owners in parts.values() for d, k in owners if d.get(k) is not None]
         self._marks = [(d, k, t, t._version, t.data_ptr()) for d, k, t in tensors]
         if parts:
-            self.factors = self._stacked([f for m, p, _ in parts.values() if (f := m.factors(p)) is not None])
+            with torch.inference_mode(False):
+                self.factors = self._stacked([f for m, p, _ in parts.values() if (f := m.factors(p)) is not None])
 
     @staticmethod
     def _stacked(factors: list[tuple[Tensor, Tensor, Any]]) -> tuple[Tensor, Tensor]:
@@ -204,6 +207,7 @@ class Adapted(nn.Module):
     _run: tuple[str, ...]
     _merged: tuple[str, ...]
     _kept: dict[str, Any]
+    _added: list[tuple[Tensor, Tensor, Any]]
     _memo: _Memo
     _stacks: dict[tuple[tuple[str, ...], bool], Stack]
 
@@ -224,6 +228,7 @@ class Adapted(nn.Module):
             _run=(),
             _merged=(),
             _kept={},
+            _added=[],
             _memo=_Memo(),
             _stacks={},
         )
@@ -245,12 +250,12 @@ class Adapted(nn.Module):
             return self.kind.call(base, *self.effective(run), _resolve, args, kwargs)
         if self._merged:
             base = self._frozen()
-        x = args[0] if args else kwargs.pop(next(iter(kwargs)))
+        x = args[0] if args else kwargs.pop(_input_of(kwargs))
         if len(run) == 1:
             method, p = self.methods[run[0]], self.params(run[0])
             z = method.into(p, x, self) if method.changes_input else x
             # Nobody else can hold what a plain linear layer returns, so it may be written to.
-            fresh = type(base) is nn.Linear and not base._forward_hooks
+            fresh = type(base) is nn.Linear and not base._forward_hooks and not _global_forward_hooks
             return method.out(p, x, base(z, *args[1:], **kwargs), self, fresh)
         return self._forward_several(run, base, x, *args[1:], **kwargs)
 
@@ -296,7 +301,7 @@ class Adapted(nn.Module):
     def _forward_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         if self.kind.by_weight:
             return self._forward_unreachable(rows, *args, **kwargs)
-        x = args[0] if args else kwargs.pop(next(iter(kwargs)))
+        x = args[0] if args else kwargs.pop(_input_of(kwargs))
         rows = rows.fitted(x.shape[self.kind.row_dim], x.device, self.path)
         stack = self._stack(rows.names)
         names = stack.apart
@@ -304,7 +309,8 @@ class Adapted(nn.Module):
         base: Any = self._frozen() if self._merged else self._modules["base_layer"]
         h0 = h = base(z, *args[1:], **kwargs)
         if stack.order:
-            fresh = type(base) is nn.Linear and not base._forward_hooks and not names and not h.requires_grad
+            plain = type(base) is nn.Linear and not base._forward_hooks and not _global_forward_hooks
+            fresh = plain and not names and not h.requires_grad
             h = rows_product(x, h, *stack.factors, rows.index_of(stack.order), h_is_fresh=fresh)
         for name in names:
             at = rows.members[rows.names.index(name)]
@@ -449,6 +455,7 @@ class Adapted(nn.Module):
             owner._parameters[slot.leaf or name] = nn.Parameter(t, requires_grad=trained and slot.trainable)
         self._places[name] = tuple((key, s.name, s.leaf) for key, s in method.slots.items())
         self.methods[name] = method
+        self._stacks.clear()
         if active:
             self._active = (name,)
         self._refresh()
@@ -489,6 +496,7 @@ class Adapted(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; one that is not here is passed over."""
+        self._stacks.clear()
         if adapter_name not in self.methods:
             return
         for slot in {s.name for s in self.methods[adapter_name].slots.values()}:
@@ -500,7 +508,6 @@ class Adapted(nn.Module):
         if self.methods:
             self.drop_empty()
         self._memo.clear()
-        self._stacks.clear()
         if adapter_name in self._active:
             self._active = tuple(n for n in self._active if n != adapter_name)
             if not self._active and self.methods:
@@ -565,6 +572,8 @@ class Adapted(nn.Module):
             self.methods[name].check_mergeable(self.kind, self.base_layer)
         if new and (why := self.kind.unmergeable(self.base_layer)):
             raise NotMergeableError(f"{self.path}: {why}")
+        if new and self.get_base_layer().get_parameter(self.kind.weight_name).is_meta:
+            raise NotMergeableError(f"{self.path}: its weight is on the meta device (offloaded): bring it back first.")
         if new and safe_merge:
             with torch.no_grad():
                 finite = [bool(t.isfinite().all()) for t in self.effective(self._merged + new) if t is not None]
@@ -584,6 +593,9 @@ class Adapted(nn.Module):
             for f in factors:
                 assert f is not None
                 self._add_product(*f, sign=1)
+                if not keep_base:  # the adapter may change while it is merged: what was added is what is subtracted
+                    down, up, scale = f
+                    self._added.append((down.detach().clone(), up.detach().clone(), scale))
             return
         b0 = self.offset()
         W, b = self.effective(self._merged + new)
@@ -635,7 +647,7 @@ class Adapted(nn.Module):
         """What must be subtracted to unmerge, where the pristine weight was given away; nothing is written."""
         if not self._merged or self._kept:
             return []
-        factors = [f for n in self._merged if (f := self.methods[n].factors(self.params(n))) is not None]
+        factors = self._added
         if len(factors) < len(self._merged):
             raise BaseGoneError(
                 f"{self.path} was merged with keep_base=False, and {list(self._merged)} cannot be subtracted: load "
@@ -646,7 +658,7 @@ class Adapted(nn.Module):
 
     def forget(self) -> None:
         """Takes the weight as it stands for the pristine one."""
-        self._merged, self._kept = (), {}
+        self._merged, self._kept, self._added = (), {}, []
         self._refresh()
 
     # ------------------------------------------------------------------ what users of PEFT read and call
@@ -771,6 +783,12 @@ class Adapted(nn.Module):
         )
 
 
+def _input_of(kwargs: Mapping[str, Any]) -> str:
+    """The keyword that carries the layer's input: torch's own name for it, or the first tensor."""
+    found = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), "input")
+    return "input" if "input" in kwargs else found
+
+
 def replica(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A module that shares everything with ``module`` but some of its own parameters; ``module`` is only read."""
     if torch.compiler.is_compiling():
@@ -802,16 +820,3 @@ def _resolve(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     if run == module._merged:
         return module.base_layer.get_parameter("weight"), module.base_layer._parameters.get("bias")
     return module.effective(run)
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """(name, wrapper) of every adapted layer, outer before inner; slots are not walked."""
-    stack: list[tuple[str, nn.Module]] = [("", model)]
-    while stack:
-        name, module = stack.pop()
-        if isinstance(module, Adapted):
-            yield name, module
-            stack.append((f"{name}.base_layer" if name else "base_layer", module.base_layer))
-            continue
-        prefix = f"{name}." if name else ""
-        stack.extend((prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None)

@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from inlay.config import FORMAT_VERSION, AdapterConfig, TaskType
-from inlay.formats import files
+from inlay.errors import UnwritableError
 
+NAME = "README.md"
 _PIPELINES = {TaskType.CAUSAL_LM: "text-generation", TaskType.SEQ_2_SEQ_LM: "text2text-generation"}
 
 _BODY = """
@@ -27,8 +28,8 @@ model = inlay.PeftModel.from_pretrained(base_model, "path or id of this adapter"
 """
 
 
-def create_or_update(directory: Path, config: AdapterConfig, model: nn.Module) -> None:
-    """Writes ``README.md``, or updates the metadata of the one that is there and leaves its text.
+def text(directory: Path, config: AdapterConfig, model: nn.Module) -> str:
+    """The card's text: of the one in ``directory`` with its metadata brought up to date, or a new one.
 
     Args:
         directory (`Path`): Where the adapter is saved.
@@ -36,14 +37,19 @@ def create_or_update(directory: Path, config: AdapterConfig, model: nn.Module) -
         model (`nn.Module`): The adapted model.
 
     Raises:
-        UnwritableError: The file cannot be written.
+        UnwritableError: What stands there as ``README.md`` is no text file.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    path = directory / "README.md"
+    path = directory / NAME
     method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
     base = config.base_model_name_or_path
-    card = ModelCard.load(path) if path.is_file() else None
+    try:
+        card = ModelCard.load(path) if path.is_file() else None
+    except (UnicodeDecodeError, ValueError) as error:
+        raise UnwritableError(f"{path} is no model card to update ({error}): move it away.") from error
+    if card is None and path.exists():
+        raise UnwritableError(f"{path} is not a file: move it away.")
     data = card.data if card is not None else ModelCardData()
     data["library_name"] = "peft"
     tags = list(data.get("tags") or [])
@@ -55,6 +61,6 @@ def create_or_update(directory: Path, config: AdapterConfig, model: nn.Module) -
     if config.task_type in _PIPELINES and "pipeline_tag" not in data.to_dict():
         data["pipeline_tag"] = _PIPELINES[TaskType(config.task_type)]
     if card is None:
-        text = _BODY.format(base=f"`{base}`" if base else "not named", method=method, version=FORMAT_VERSION)
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
-    files.save_text(path, str(card))
+        body = _BODY.format(base=f"`{base}`" if base else "not named", method=method, version=FORMAT_VERSION)
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
+    return str(card)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import math
 import types
 import typing
@@ -355,8 +354,3 @@ class AdapterConfig(PeftConfig):
 
 def _field_default(config: PeftConfig, name: str) -> Any:
     return next(_default(f) for f in fields(config) if f.name == name)
-
-
-def dumps(config: PeftConfig) -> str:
-    """The config's JSON text as it stands in a file."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True)

@@ -34,6 +34,7 @@ from inlay.methods._abstract import AbstractAdapter
 from inlay.methods.trainable_tokens import TrainableTokensAdapter
 from inlay.parametrized import ParameterKind
 from inlay.routing import Router
+from inlay.storage import storage_of
 from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper, trainable_kind
 
 # An adapter's name becomes an attribute of every slot, so it may not be one already.
@@ -52,6 +53,8 @@ class Survey:
     owners: dict[int, list[str]] = field(default_factory=dict)
     router: Router | None = None
     adapters: set[str] = field(default_factory=set)
+    # A module that stands at several places is seen once; these are the others.
+    elsewhere: dict[int, list[tuple[nn.Module, str]]] = field(default_factory=dict)
 
     def parent(self, path: str) -> tuple[nn.Module, str]:
         """The module that holds ``path`` and the attribute it stands at."""
@@ -68,10 +71,11 @@ def survey(model: nn.Module, head: nn.Module | None = None, parameters: bool = F
     """Walks ``model`` once; adapted layers are seen as the layers they wrap, and their slots are not walked."""
     found = Survey(model)
     seen: set[int] = set()
-    stack: list[tuple[str, nn.Module, str | None]] = [("", model, None)]
+    stack: list[tuple[str, nn.Module, str | None, nn.Module]] = [("", model, None, model)]
     while stack:
-        name, module, inside = stack.pop()
+        name, module, inside, parent = stack.pop()
         if id(module) in seen:
+            found.elsewhere.setdefault(id(module), []).append((parent, name.rpartition(".")[2]))
             continue
         seen.add(id(module))
         layer = module
@@ -91,7 +95,7 @@ def survey(model: nn.Module, head: nn.Module | None = None, parameters: bool = F
             continue
         within = name if kind is not None and kind.by_weight else inside
         prefix = f"{name}." if name else ""
-        stack.extend((prefix + k, m, within) for k, m in reversed(layer._modules.items()) if m is not None)
+        stack.extend((prefix + k, m, within, layer) for k, m in reversed(layer._modules.items()) if m is not None)
     return found
 
 
@@ -168,6 +172,11 @@ class Work:
     nested: bool = False
     source: str | None = None
 
+    def kept_dtype(self) -> torch.dtype:
+        """dtype of the frozen weight, as a float."""
+        layer = _unwrapped(self.base)
+        return storage_of(layer).facts(layer, self.kind.weight_name)[0]
+
     @property
     def base(self) -> nn.Module:
         """The layer as it stands now."""
@@ -203,7 +212,7 @@ class Prepared:
 
 def method_of(config: AdapterConfig) -> Method:
     """The row of `METHODS` for a config."""
-    if config.peft_type is None:
+    if not isinstance(config, AdapterConfig) or config.peft_type is None:
         raise ConfigError(f"{type(config).__name__} names no method: use a method's own config, such as LoraConfig.")
     return METHODS[PeftType(config.peft_type).value]
 
@@ -245,6 +254,7 @@ def prepare(
     for path in prepared.saved:
         ModulesToSaveWrapper.check(_unwrapped_saved(found.modules[path]), path)
     prepared.tokens = _token_works(found, config)
+    _check_apart(prepared)
     return prepared
 
 
@@ -313,7 +323,10 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     if config is None:
         return {"model_type": "custom"}
-    values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    if isinstance(config, dict):
+        return config
+    to_dict = getattr(config, "to_dict", None)
+    values: dict[str, Any] = to_dict() if callable(to_dict) else dict(getattr(config, "__dict__", {}))
     return values
 
 
@@ -398,6 +411,15 @@ def _token_works(found: Survey, config: AdapterConfig) -> list[TokenWork]:
                 )
             works += _token_work(found, config, path, tokens)
     return works
+
+
+def _check_apart(prepared: Prepared) -> None:
+    adapted = {work.path for work in prepared.works}
+    both = [tokens.path for tokens in prepared.tokens if tokens.path in adapted]
+    if both:
+        raise UnsupportedLayerError(
+            f"{both[0]} is adapted and has trained tokens, its own or those of a layer it is tied to: it can have one."
+        )
 
 
 def _embedding_path(found: Survey) -> str:
@@ -528,8 +550,20 @@ def _place(work: Work, found: Survey, router: Router, done: _Done) -> None:
             # In eval torch's encoder layer hands its layers' weights to one fused call, past every adapter, unless a
             # hook stands in the way.
             layer.register_forward_pre_hook(_in_the_way)
-        done.replace(work.parent, work.attribute, layer)
+        for parent, attribute in [(work.parent, work.attribute), *found.elsewhere.get(id(work.base), ())]:
+            done.replace(parent, attribute, layer)
+        _bar_nesting(found, work, done)
     _add(layer, work.adapter, done)
+
+
+def _bar_nesting(found: Survey, work: Work, done: _Done) -> None:
+    """Has torch's encoder pack no ragged batches, which only its fused layers can read."""
+    path = work.path
+    while path and isinstance(work.parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+        path = path.rpartition(".")[0]
+        encoder = found.modules.get(path, found.model if not path else None)
+        if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
+            done.replace(encoder, "use_nested_tensor", False)  # type: ignore[arg-type]  # undone like a wrapper
 
 
 def _in_the_way(module: nn.Module, args: Any) -> None:
@@ -547,8 +581,9 @@ def _check_order(work: Work) -> None:
 
 
 def _existing(work: Work) -> Adapted | None:
+    wanted = (work.kind.name, work.kind.weight_name)
     for wrapper in _chain(work.base):
-        if isinstance(wrapper, Adapted) and wrapper.kind is work.kind:
+        if isinstance(wrapper, Adapted) and (wrapper.kind.name, wrapper.kind.weight_name) == wanted:
             return wrapper
     return None
 

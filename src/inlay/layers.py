@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,7 +95,9 @@ class LayerKind(ABC):
     def unadaptable(self, layer: nn.Module) -> str | None:
         """Why this one layer of the kind cannot be adapted, or None."""
         W = layer._parameters.get(self.weight_name)
-        if W is not None and not W.is_floating_point():
+        if W is None:
+            return "its weight is computed from others (weight norm or another parametrization)"
+        if not W.is_floating_point():
             return f"its weight is packed as {W.dtype}, which no storage backend of this library reads yet"
         return None
 
@@ -227,6 +228,11 @@ class _Embedding(LayerKind):
         scale = getattr(layer, "embed_scale", None)
         return h if scale is None else h * (scale.to(h.dtype) if isinstance(scale, Tensor) else scale)
 
+    def unadaptable(self, layer: nn.Module) -> str | None:
+        if type(layer).forward is not nn.Embedding.forward and getattr(layer, "embed_scale", None) is None:
+            return "its forward is its own, so what it looks up in the table is not known"
+        return super().unadaptable(layer)
+
     def unmergeable(self, layer: nn.Module) -> str | None:
         limited = cast(nn.Embedding, layer).max_norm is not None
         return "an embedding with max_norm rewrites its rows when it runs: leave it unmerged." if limited else None
@@ -331,8 +337,3 @@ def attention(
         is_causal=is_causal,
     )
     return (out.transpose(0, 1) if layer.batch_first and batched else out), weights
-
-
-def dtype_for_new(W: Tensor) -> torch.dtype:
-    """The dtype of an adapter's fresh tensors on a layer with weight ``W``: the weight's, where it is a float."""
-    return W.dtype if W.is_floating_point() else torch.get_default_dtype()

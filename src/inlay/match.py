@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
 
 from inlay.errors import (
     ConfigError,
@@ -41,8 +40,8 @@ class Module:
         name (`str`): Its dotted name.
         kind (`str`, *optional*): Name of its row in the table of layer kinds; `None` for anything else.
         output_head (`bool`, *optional*, defaults to `False`): Whether "all-linear" leaves it out as the output head.
-        inside (`str`, *optional*): Name of the module around it that reads its weight without calling it, so that an
-            adapter on it would have no effect.
+        inside (`str`, *optional*): The module around it that reads its weight without calling it: an adapter on it
+            would have no effect.
     """
 
     name: str
@@ -57,14 +56,12 @@ class Target:
 
     Args:
         name (`str`): The module.
-        kind (`str`): Its kind.
         pattern (`str`): The entry of ``target_modules`` that named it; the longest, where several do.
         overrides (`Mapping[str, object]`): Field and value, where a table such as ``rank_pattern`` has one for it.
         reason (`str`): Why it is a target, for people.
     """
 
     name: str
-    kind: str
     pattern: str
     overrides: Mapping[str, object]
     reason: str
@@ -72,14 +69,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class ParameterTarget:
-    """A bare parameter that gets an adapter.
-
-    Args:
-        module (`str`): The module that owns it.
-        parameter (`str`): Its name there.
-        pattern (`str`): The entry of ``target_parameters`` that named it.
-        overrides (`Mapping[str, object]`): As in `Target`; looked up by ``<module>.<parameter>``.
-    """
+    """A bare parameter that gets an adapter: ``<module>.<parameter>``; the rest as in `Target`."""
 
     module: str
     parameter: str
@@ -90,12 +80,7 @@ class ParameterTarget:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A module (or parameter) that a pattern named and that is left alone.
-
-    Args:
-        name (`str`): Its name.
-        reason (`str`): Why.
-    """
+    """A module (or parameter) that a pattern named and that is left alone, and why."""
 
     name: str
     reason: str
@@ -127,18 +112,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targeting:
-    """What a config says about where its method goes; the fields are those of the config.
+    """What a config says about where its method goes: the fields of the config, and of the method.
 
     Args:
-        target_modules (`list[str]`, `set[str]` or `str`, *optional*): Names or dotted suffixes; a `str` is a regular
-            expression for the whole name, or ``"all-linear"``.
-        exclude_modules (`list[str]`, `set[str]` or `str`, *optional*): Left out; matched in the same way.
-        layers_to_transform (`list[int]` or `int`, *optional*): Only layers with these indices; `None` or an empty list
-            is all. A target given by its full name is exempt.
-        layers_pattern (`list[str]` or `str`, *optional*): The component before the layer's index; by default the index
-            is the name's first integer.
-        modules_to_save (`list[str]` or `set[str]`, *optional*): Names or dotted suffixes of modules trained whole.
-        target_parameters (`list[str]` or `set[str]`, *optional*): Dotted suffixes of ``<module>.<parameter>``.
         patterns (`Mapping[str, Mapping[str, object]]`, *optional*): For every field that varies by layer its table:
             ``{"r": rank_pattern}``.
         supported (`frozenset[str]`): Kinds of layer that the method adapts.
@@ -164,20 +140,15 @@ def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targe
 
     Args:
         modules (`Sequence[Module]`): Every module but the root, in the order of the model.
-        parameters (`Sequence[tuple[str, str]]`): Every parameter as (module, parameter name); needed for
-            ``target_parameters`` only.
+        parameters (`Sequence[tuple[str, str]]`): Every parameter as (module, parameter name).
         targeting (`Targeting`): What the config says.
-
-    Returns:
-        `Plan`
 
     Raises:
         ConfigError: ``layers_to_transform`` with a regular expression, or ``layers_pattern`` alone.
-        NoMatchingPeftModuleError: Nothing is left to adapt; the message says which rule took the last target.
+        NoMatchingPeftModuleError: Nothing is left to adapt; the message says which rules took the targets.
         UnsupportedLayerError: A target is of a kind that the method does not adapt.
         PatternError: A pattern is malformed, or takes too long to match.
-        PlanError: A parameter of the root or of a module that is a target itself is to be adapted, or a module inside
-            a target to be saved.
+        PlanError: A parameter or a module to save cannot be had beside a target.
 
     Example:
         >>> modules = [Module("layers.0", None), Module("layers.0.q_proj", "Linear"), Module("layers.0.fc", "Linear")]
@@ -192,22 +163,17 @@ def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targe
     planner.choose_saved()
     planner.choose_targets()
     planner.choose_parameters(parameters)
-    planner.complain()
     return planner.finish()
 
 
 def _check(targeting: Targeting) -> None:
     """Contradictions within the config itself."""
-    if _is_regex(targeting.target_modules):
-        for name, value in (
-            ("layers_to_transform", targeting.layers_to_transform),
-            ("layers_pattern", targeting.layers_pattern),
-        ):
-            if value is not None:
-                raise ConfigError(
-                    f"{name} needs a list of target_modules, got the regular expression "
-                    f"{targeting.target_modules!r}; put the layer indices into the expression instead."
-                )
+    for name in ("layers_to_transform", "layers_pattern"):
+        if _is_regex(targeting.target_modules) and getattr(targeting, name) is not None:
+            raise ConfigError(
+                f"{name} needs a list of target_modules, got the regular expression {targeting.target_modules!r}; put "
+                "the layer indices into the expression instead."
+            )
     if targeting.layers_pattern and targeting.layers_to_transform is None:
         raise ConfigError("layers_pattern is set and layers_to_transform is not: say which layers.")
     if not targeting.target_modules and not targeting.target_parameters and not targeting.optional:
@@ -243,6 +209,10 @@ def _ancestors(name: str) -> Iterator[str]:
     while dot > 0:
         yield name[:dot]
         dot = name.rfind(".", 0, dot)
+
+
+def _first_in(known: Container[str], names: Iterable[str]) -> str | None:
+    return next((name for name in names if name in known), None)
 
 
 class _Matcher:
@@ -306,62 +276,54 @@ class _Layers:
         before = {i: "." + ".".join(parts[:i]) for i in found}
         return next((int(parts[i]) for p in self.prefixes for i in found if before[i].endswith(p)), None)
 
-    def never_seen(self) -> list[int]:
-        return sorted(self.wanted - self.seen)
+    def never_seen(self) -> list[str]:
+        """A sentence about the indices that no target has, if there are any."""
+        if not (never := sorted(self.wanted - self.seen)):
+            return []
+        seen = f"they lie in layers {min(self.seen)}-{max(self.seen)}" if self.seen else "none has a layer's index"
+        return [f"layers_to_transform={never} are indices of no target module; {seen}."]
 
 
 class _Hints:
     """What the user may have meant by an entry that matched nothing."""
 
-    def __init__(self, names: Sequence[str], preferred: Sequence[str]) -> None:
-        self.names = names
-        self.preferred = preferred
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
         self.left = _MAX_HINTS
-        self._candidates: dict[int, list[str]] = {}
 
-    def __call__(self, entry: str, whole_regex: bool) -> str:
+    def __call__(self, entry: str, whole_regex: bool = False) -> str:
         """The end of a sentence, such as "; closest: q_proj", or ""."""
-        if self.left <= 0:
-            return ""
         self.left -= 1
+        if self.left < 0:
+            return ""
         if whole_regex:
             if any(entry in _suffixes(name) for name in self.names):
                 return f"; a string is a regular expression for the whole name, pass the list [{entry!r}]"
-            word = re.findall(r"\w+", entry)
-            return self.closest(word[-1]) if word else ""
+            words = re.findall(r"\w+", entry)
+            return self._closest(words[-1]) if words else ""
         if _is_all_linear(entry):
             return "; for every linear layer pass the string 'all-linear', not a list"
         if _REGEX_CHARACTERS.search(entry):
             return "; entries of a list are names, pass a regular expression as one string"
-        return self.closest(entry)
+        return self._closest(entry)
 
-    def closest(self, entry: str) -> str:
-        size = entry.count(".") + 1
-        if entry in self.candidates(size):
-            return ""
-        return nearest(entry, self.candidates(size)) or (nearest(entry, self.candidates(1)) if size > 1 else "")
-
-    def candidates(self, size: int) -> list[str]:
-        """Distinct ends of ``size`` components, of layers that the method adapts first."""
-        if size not in self._candidates:
-            ends = (
-                ".".join(name.rsplit(".", size)[-size:]) for names in (self.preferred, self.names) for name in names
-            )
-            self._candidates[size] = list(islice(dict.fromkeys(ends), _MAX_CANDIDATES))
-        return self._candidates[size]
+    def _closest(self, entry: str) -> str:
+        """Among the distinct ends of names that have as many components, else among the last components."""
+        for size in sorted({entry.count(".") + 1, 1}, reverse=True):
+            ends = dict.fromkeys(".".join(name.rsplit(".", size)[-size:]) for name in self.names)
+            if entry in ends:
+                return ""
+            if hint := nearest(entry, islice(ends, _MAX_CANDIDATES)):
+                return hint
+        return ""
 
 
 # --------------------------------------------------------------------------------------------------------- the plan
 
-# Which rule left a module out; the texts stand in messages after "by".
-_Cause = Literal[
-    "exclude_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "the rule for output heads",
-    "the rule for layers that are not called",
-    "the rule for targets inside targets",
-]
+# The rules that leave a module out, besides the fields that do.
+_HEADS = "the rule for output heads"
+_NOT_CALLED = "the rule for layers that are not called"
+_NESTED = "the rule for targets inside targets"
 
 
 class _Planner:
@@ -377,76 +339,63 @@ class _Planner:
         self.parameters = _Matcher("target_parameters", targeting.target_parameters)
         self.layers = _Layers(targeting.layers_to_transform, targeting.layers_pattern)
         self.overrides = {name: KeyTable(table) for name, table in targeting.patterns.items()}
-        self.hints = _Hints([m.name for m in modules], [m.name for m in modules if m.kind in targeting.supported])
+        # Layers that the method adapts come first.
+        self.hints = _Hints(m.name for m in sorted(modules, key=lambda m: m.kind not in targeting.supported))
         self.saved: dict[str, str] = {}
         self.chosen: dict[str, tuple[Module, str]] = {}
         self.chosen_parameters: list[ParameterTarget] = []
         self.skipped: list[Skip] = []
-        self.causes: Counter[_Cause] = Counter()
-        self.first: dict[_Cause, Skip] = {}
+        self.left_out: dict[str, list[Skip]] = {}
         self.unmatched: list[tuple[str, str]] = []
         self.warnings: list[str] = []
         self.parameters_seen = 0
 
-    # -- what is trained whole
-
     def choose_saved(self) -> None:
         named = {m.name: hits[0] for m in self.modules if (hits := self.saves.hits(m.name))}
         for name, entry in named.items():
-            outer = next((a for a in _ancestors(name) if a in named), None)
-            if outer is None:
-                self.saved[name] = entry
-            else:
+            if outer := _first_in(named, _ancestors(name)):
                 self.skipped.append(Skip(name, f"inside {outer!r}, which modules_to_save trains whole"))
-
-    # -- what is adapted
+            else:
+                self.saved[name] = entry
 
     def choose_targets(self) -> None:
         for module in self.modules:
-            hits = self.targets.hits(module.name, module.kind)
-            if not hits:
-                continue
-            cause, reason = self._rejected(module)
-            if cause is None:
-                self.chosen[module.name] = (module, hits[0])
-            else:
-                self._skip(module.name, cause, reason)
-        self._drop_nested()
+            if hits := self.targets.hits(module.name, module.kind):
+                rule, reason = self._rejected(module)
+                if rule:
+                    self._leave_out(module.name, rule, reason)
+                else:
+                    self.chosen[module.name] = (module, hits[0])
+        inner = {name: outer for name in self.chosen if (outer := _first_in(self.chosen, _ancestors(name)))}
+        for name, outer in inner.items():
+            self._leave_out(name, _NESTED, f"inside {outer!r}, which is a target itself")
+            del self.chosen[name]
         self._refuse_unsupported()
-        self._refuse_saved_inside()
+        for name, entry in self.saved.items():
+            if outer := _first_in(self.chosen, _ancestors(name)):
+                raise PlanError(
+                    f"{entry!r} in modules_to_save names {name!r}, which is inside the target {outer!r}; a part of an "
+                    "adapted layer cannot be trained whole. Leave out one of the two."
+                )
 
-    def _rejected(self, module: Module) -> tuple[_Cause | None, str]:
+    def _rejected(self, module: Module) -> tuple[str, str]:
         """Which rule leaves out a module that ``target_modules`` names, and in words."""
         name = module.name
         if hits := self.excluded.hits(name):
             return "exclude_modules", f"{hits[0]!r} in exclude_modules"
-        if self.saved:
-            for outer in (name, *_ancestors(name)):
-                if outer in self.saved:
-                    return "modules_to_save", f"{self.saved[outer]!r} in modules_to_save trains it whole"
+        if outer := _first_in(self.saved, (name, *_ancestors(name))):
+            return "modules_to_save", f"{self.saved[outer]!r} in modules_to_save trains it whole"
         if self.targets.linear and module.output_head:
-            return "the rule for output heads", "the output head, which 'all-linear' leaves out; name it to adapt it"
+            return _HEADS, "the output head, which 'all-linear' leaves out; name it to adapt it"
         if name not in self.targets.names and (reason := self.layers.reject(name)):
             return "layers_to_transform", reason
         if module.inside is not None:
-            return (
-                "the rule for layers that are not called",
-                f"{module.inside!r} reads its weight without calling it; target {module.inside!r}",
-            )
-        return None, ""
+            return _NOT_CALLED, f"{module.inside!r} reads its weight without calling it; target {module.inside!r}"
+        return "", ""
 
-    def _skip(self, name: str, cause: _Cause, reason: str) -> None:
-        self.causes[cause] += 1
+    def _leave_out(self, name: str, rule: str, reason: str) -> None:
         self.skipped.append(Skip(name, reason))
-        self.first.setdefault(cause, self.skipped[-1])
-
-    def _drop_nested(self) -> None:
-        for name in list(self.chosen):
-            outer = next((a for a in _ancestors(name) if a in self.chosen), None)
-            if outer is not None:
-                self._skip(name, "the rule for targets inside targets", f"inside {outer!r}, which is a target itself")
-        for skip in self.skipped:
-            self.chosen.pop(skip.name, None)
+        self.left_out.setdefault(rule, []).append(self.skipped[-1])
 
     def _refuse_unsupported(self) -> None:
         bad = [(m, entry) for m, entry in self.chosen.values() if m.kind not in self.asked.supported]
@@ -460,43 +409,28 @@ class _Planner:
             f"{', '.join(sorted(self.asked.supported))}. Name the layers inside it, or put it into exclude_modules."
         )
 
-    def _refuse_saved_inside(self) -> None:
-        for name, entry in self.saved.items():
-            outer = next((a for a in _ancestors(name) if a in self.chosen), None)
-            if outer is not None:
-                raise PlanError(
-                    f"{entry!r} in modules_to_save names {name!r}, which is inside the target {outer!r}; a part of an "
-                    "adapted layer cannot be trained whole. Leave out one of the two."
-                )
-
     def choose_parameters(self, parameters: Sequence[tuple[str, str]]) -> None:
         self.parameters_seen = len(parameters)
-        if not self.parameters.names:
-            return
         order = {module: i for i, (module, _) in reversed(list(enumerate(parameters)))}
         for module, parameter in sorted(parameters, key=lambda p: (order[p[0]], p[1])):
             full = f"{module}.{parameter}" if module else parameter
             hits = self.parameters.hits(full)
             if not hits:
                 continue
-            around = [module, *_ancestors(module)]
-            if any(a in self.saved for a in around):
-                self._skip(full, "modules_to_save", "modules_to_save trains its module whole")
+            if _first_in(self.saved, _ancestors(full)):
+                self._leave_out(full, "modules_to_save", "modules_to_save trains its module whole")
                 continue
-            self._refuse_parameter(full, module, around, hits[0])
-            self.chosen_parameters.append(
-                ParameterTarget(
-                    module, parameter, hits[0], self._overrides(full), why(full, hits[0], "target_parameters")
-                )
-            )
+            self._refuse_parameter(full, module, hits[0])
+            reason = why(full, hits[0], "target_parameters")
+            self.chosen_parameters.append(ParameterTarget(module, parameter, hits[0], self._overrides(full), reason))
 
-    def _refuse_parameter(self, full: str, module: str, around: Sequence[str], entry: str) -> None:
+    def _refuse_parameter(self, full: str, module: str, entry: str) -> None:
         if not module:
             raise PlanError(
                 f"{entry!r} in target_parameters names {full!r}, a parameter of the model itself; only parameters of "
                 "its modules can be adapted."
             )
-        if outer := next((a for a in around if a in self.chosen), None):
+        if outer := _first_in(self.chosen, _ancestors(full)):
             raise PlanError(
                 f"{entry!r} in target_parameters names {full!r}, and target_modules names {outer!r}; a layer is "
                 "adapted in one way only. Leave out one of the two, as with target_modules=[]."
@@ -506,120 +440,27 @@ class _Planner:
         rows = ((label, table.find(name)) for label, table in self.overrides.items())
         return {label: row[1] for label, row in rows if row is not None}
 
-    # -- complaints
-
-    def complain(self) -> None:
-        nothing = not self.chosen and not self.chosen_parameters
+    def finish(self) -> Plan:
+        """The plan, or the complaint that there is nothing to adapt."""
         missing = self._unmatched(self.targets, f"of {len(self.modules)} modules")
         missing += self._unmatched(self.parameters, f"of {self.parameters_seen} parameters")
-        if nothing and not self.asked.optional:
-            raise NoMatchingPeftModuleError(self._why_nothing(missing))
-        self.warnings += missing
-        if self.causes and not self.chosen:
-            self.warnings.append(f"target_modules adapts nothing: {self._why_nothing([])}")
-        heads = _USUAL_HEADS if self.saved else frozenset()
-        self.warnings += self._unmatched(self.saves, f"of {len(self.modules)} modules", heads)
-        self._warn_exclusions()
-        self._warn_layers()
-        self._warn_no_effect()
-
-    def _unmatched(self, matcher: _Matcher, of: str, quiet: frozenset[str] = frozenset()) -> list[str]:
-        """One sentence for each of the first entries that matched nothing, and one for the rest."""
-        entries = matcher.unmatched()
-        rows = [(e, self.hints(e, matcher.regex is not None)) for e in entries if e not in quiet]
-        self.unmatched += rows + [(e, "") for e in entries if e in quiet]
-        texts = [f"{e!r} in {matcher.field} matched 0 {of}{hint}." for e, hint in rows[:_MAX_HINTS]]
-        if rest := rows[_MAX_HINTS:]:
-            named = ", ".join(repr(e) for e, _ in rest[:10]) + (", ..." if len(rest) > 10 else "")
-            texts.append(f"{len(rest)} more entries of {matcher.field} matched nothing: {named}.")
-        return texts
-
-    def _why_nothing(self, missing: Sequence[str]) -> str:
-        named = self.causes.total()
-        if not named:
-            return "there is nothing to adapt: " + " ".join(missing)
-        cause, _ = self.causes.most_common(1)[0]
-        if len(self.causes) > 1:
-            why = "left out are " + ", ".join(f"{n} by {rule}" for rule, n in self.causes.most_common())
-        elif cause == "layers_to_transform":
-            seen = (
-                f"they lie in layers {_ranges(self.layers.seen)}" if self.layers.seen else "none has a layer's index"
-            )
-            why = f"layers_to_transform={sorted(self.layers.wanted)} keeps none, {seen}"
-        else:
-            why = f"{cause} takes every one"
-        first = self.first[cause]
-        head = f"{named} modules or parameters are named as targets and none is left: {why}."
-        return " ".join([head, f"First: {first.name!r}: {first.reason}.", *missing])
-
-    def _warn_exclusions(self) -> None:
-        if not (idle := self.excluded.unmatched()):
-            return
-        if self.excluded.regex is None:
-            inside = _Matcher("", idle)
-            names = {m.name: inside.hits(m.name) for m in self.modules}
-            holding = {e for t in self.chosen for a in _ancestors(t) for e in names.get(a, ())}
-            known = {e for hits in names.values() for e in hits}
-        else:
-            holding, known = set(), {m.name for m in self.modules if self.excluded.regex.fullmatch(m.name)}
-            known = set(idle) if known else set()
-        for entry in idle[:_MAX_HINTS]:
-            self.warnings.append(self._idle_exclusion(entry, entry in known, entry in holding))
-        if len(idle) > _MAX_HINTS:
-            self.warnings.append(f"{len(idle) - _MAX_HINTS} more entries of exclude_modules exclude nothing.")
-
-    def _idle_exclusion(self, entry: str, known: bool, holding: bool) -> str:
-        if holding:
-            whole = rf"(.*\.)?{re.escape(entry)}\..*"
-            return (
-                f"{entry!r} in exclude_modules names a module and not the targets inside it, which are adapted; to "
-                f"exclude these pass a regular expression: exclude_modules={whole!r}."
-            )
-        if known:
-            return f"{entry!r} in exclude_modules names no target and so excludes nothing."
-        hint = self.hints(entry, self.excluded.regex is not None)
-        self.unmatched.append((entry, hint))
-        return f"{entry!r} in exclude_modules matched 0 of {len(self.modules)} modules{hint}."
-
-    def _warn_layers(self) -> None:
-        if never := self.layers.never_seen():
-            seen = f"; they lie in layers {_ranges(self.layers.seen)}" if self.layers.seen else ""
-            self.warnings.append(f"layers_to_transform={never} are indices of no target module{seen}.")
-
-    def _warn_no_effect(self) -> None:
-        rule: _Cause = "the rule for layers that are not called"
-        if rule in self.first and not self.targets.linear:
-            first = self.first[rule]
-            self.warnings.append(
-                f"{self.causes[rule]} named modules are left out. First: {first.name!r}: {first.reason}."
-            )
-
-    def _warn_overrides(self) -> None:
-        total = len(self.chosen) + len(self.chosen_parameters)
-        hints = _Hints([*self.chosen, *(f"{p.module}.{p.parameter}" for p in self.chosen_parameters)], ())
-        for label, table in self.overrides.items():
-            if unused := table.unused():
-                named = ", ".join(f"{key!r}{hints(key, False)}" for key in unused[:_MAX_HINTS])
-                more = f" (and {len(unused) - _MAX_HINTS} more)" if len(unused) > _MAX_HINTS else ""
-                self.warnings.append(
-                    f"patterns for {label!r} that serve none of the {total} targets, because none fits or an earlier "
-                    f"pattern does: {named}{more}."
-                )
-
-    # -- the result
-
-    def finish(self) -> Plan:
+        if not self.chosen and not self.chosen_parameters and not self.asked.optional:
+            raise NoMatchingPeftModuleError(" ".join([self._why_nothing(), *missing]))
         targets = tuple(
-            Target(name, str(m.kind), entry, self._overrides(name), self._reason(m, entry))
-            for name, (m, entry) in self.chosen.items()
+            Target(name, entry, self._overrides(name), self._reason(module, entry))
+            for name, (module, entry) in self.chosen.items()
         )
-        self._warn_overrides()
-        counted = (self.targets, self.parameters, self.saves)
+        self.warnings += missing
+        self._warn()
         return Plan(
             targets=targets,
             parameters=tuple(self.chosen_parameters),
             saved=tuple(self.saved.items()),
-            matched={entry: matcher.counts[entry] for matcher in counted for entry in matcher.entries},
+            matched={
+                e: matcher.counts[e]
+                for matcher in (self.targets, self.parameters, self.saves)
+                for e in matcher.entries
+            },
             unmatched=tuple(self.unmatched),
             skipped=tuple(self.skipped),
             warnings=tuple(self.warnings),
@@ -632,26 +473,79 @@ class _Planner:
             return "its name matches the regular expression in target_modules"
         return why(module.name, entry, "target_modules")
 
+    # -- complaints
+
+    def _unmatched(self, matcher: _Matcher, of: str, quiet: frozenset[str] = frozenset()) -> list[str]:
+        """One sentence for each of the first entries that matched nothing, and one for the rest."""
+        entries = matcher.unmatched()
+        rows = [(e, self.hints(e, matcher.regex is not None)) for e in entries if e not in quiet]
+        self.unmatched += rows + [(e, "") for e in entries if e in quiet]
+        texts = [f"{e!r} in {matcher.field} matched 0 {of}{hint}." for e, hint in rows[:_MAX_HINTS]]
+        if rest := rows[_MAX_HINTS:]:
+            named = ", ".join(repr(e) for e, _ in rest[:10]) + (", ..." if len(rest) > 10 else "")
+            texts.append(f"{len(rest)} more entries of {matcher.field} matched nothing: {named}.")
+        return texts
+
+    def _why_nothing(self) -> str:
+        if not self.left_out:
+            return "there is nothing to adapt:"
+        rules = sorted(self.left_out.items(), key=lambda row: -len(row[1]))
+        first = rules[0][1][0]
+        left = ", ".join(f"{len(skips)} by {rule}" for rule, skips in rules)
+        head = f"{sum(map(len, self.left_out.values()))} modules or parameters are named as targets and none is left: "
+        sentences = [f"{head}left out are {left}.", f"First: {first.name!r}: {first.reason}."]
+        return " ".join(sentences + self.layers.never_seen())
+
+    def _warn(self) -> None:
+        if self.left_out and not self.chosen:
+            self.warnings.append(f"target_modules adapts nothing: {self._why_nothing()}")
+        else:
+            self.warnings += self.layers.never_seen()
+        quiet = _USUAL_HEADS if self.saved else frozenset()
+        self.warnings += self._unmatched(self.saves, f"of {len(self.modules)} modules", quiet)
+        self._warn_exclusions()
+        if (idle := self.left_out.get(_NOT_CALLED)) and not self.targets.linear:
+            first = f"First: {idle[0].name!r}: {idle[0].reason}."
+            self.warnings.append(f"{len(idle)} named modules are left out. {first}")
+        self._warn_overrides()
+
+    def _warn_exclusions(self) -> None:
+        idle = self.excluded.unmatched()
+        for entry in idle[:_MAX_HINTS]:
+            alone = _Matcher("", entry if self.excluded.regex else [entry])
+            known = {m.name for m in self.modules if alone.hits(m.name)}
+            if any(_first_in(known, _ancestors(name)) for name in self.chosen):
+                whole = rf"(.*\.)?{re.escape(entry)}\..*"
+                text = (
+                    "names a module and not the targets inside it, which are adapted; to exclude these pass a "
+                    f"regular expression: exclude_modules={whole!r}."
+                )
+            elif known:
+                text = "names no target and so excludes nothing."
+            else:
+                hint = self.hints(entry, self.excluded.regex is not None)
+                self.unmatched.append((entry, hint))
+                text = f"matched 0 of {len(self.modules)} modules{hint}."
+            self.warnings.append(f"{entry!r} in exclude_modules {text}")
+        if len(idle) > _MAX_HINTS:
+            self.warnings.append(f"{len(idle) - _MAX_HINTS} more entries of exclude_modules exclude nothing.")
+
+    def _warn_overrides(self) -> None:
+        names = [*self.chosen, *(f"{p.module}.{p.parameter}" for p in self.chosen_parameters)]
+        hints = _Hints(names)
+        for label, table in self.overrides.items():
+            if unused := table.unused():
+                named = ", ".join(f"{key!r}{hints(key)}" for key in unused[:_MAX_HINTS])
+                more = f" (and {len(unused) - _MAX_HINTS} more)" if len(unused) > _MAX_HINTS else ""
+                self.warnings.append(
+                    f"patterns for {label!r} that serve none of the {len(names)} targets, because none fits or an "
+                    f"earlier pattern does: {named}{more}."
+                )
+
 
 def why(name: str, entry: str, field_name: str) -> str:
     """In which way an entry of a list names ``name``, for people."""
     return f"{'named' if entry == name else f'ends with {entry!r}'} in {field_name}"
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """Sorted integers as people write them.
-
-    Example:
-        >>> _ranges([3, 1, 2, 7])
-        '1-3, 7'
-    """
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
 
 
 # ------------------------------------------------------------------------------------------------- lists of targets
@@ -663,9 +557,6 @@ def shrink(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
     Args:
         names (`Sequence[str]`): Names or dotted suffixes; fewer than 20 are returned as they are.
         all_names (`Sequence[str]`): The name of every module of the model.
-
-    Returns:
-        `list[str]`: sorted; the suffix rule selects from ``all_names`` what it selects with ``names``.
 
     Example:
         >>> names = [f"layers.{i}.{leaf}" for i in range(12) for leaf in ("q_proj", "v_proj")]
@@ -691,15 +582,12 @@ def shrink(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
 def default_targets(
     model_type: str | None, table: Mapping[str, Sequence[str] | str], modules: Sequence[Module]
 ) -> list[str] | str:
-    """The architecture's row of a method's table of default targets.
+    """The architecture's row of a method's table of default targets, to use as ``target_modules``.
 
     Args:
         model_type (`str`, *optional*): The architecture, as transformers names it in ``config.model_type``.
         table (`Mapping[str, Sequence[str] | str]`): Targets by architecture.
         modules (`Sequence[Module]`): The modules of the model, for the hint.
-
-    Returns:
-        `list[str]` or `str`: what to use as ``target_modules``.
 
     Raises:
         UnknownArchitectureError: There is no such row; the message lists the model's linear layers by frequency.

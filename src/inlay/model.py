@@ -30,8 +30,9 @@ from inlay.errors import (
     UnwritableError,
 )
 from inlay.formats import files
-from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir
+from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir, check_adapter_name
 from inlay.inject import (
+    FORBIDDEN_NAMES,
     Prepared,
     apply,
     biases,
@@ -124,7 +125,7 @@ class Tuner(nn.Module):
         Raises:
             UnknownAdapterError: One of them does not exist.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
         self.check_known(names)
         if any(layer.merged for _, layer in self.layers()):
             warnings.warn(
@@ -277,6 +278,12 @@ class Tuner(nn.Module):
         config = getattr(self.model, "config", None)
         if config is not None and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
+            seen: set[int] = set()
+            for module in self.model.modules():  # a file of untied weights has each of them, so each is its own
+                for key, W in module._parameters.items():
+                    if W is not None and id(W) in seen:
+                        module._parameters[key] = nn.Parameter(W.detach().clone(), requires_grad=W.requires_grad)
+                    seen.add(id(W))
             warnings.warn(
                 "One of two tied layers was adapted, so after merging they differ: config.tie_word_embeddings is "
                 "False now.",
@@ -360,6 +367,8 @@ class PeftModel(nn.Module):
         return handle
 
     def _inject(self, name: str, config: AdapterConfig, autocast: bool, meta: bool, activate: bool) -> None:
+        method_of(config)
+        check_adapter_name(name, FORBIDDEN_NAMES)
         self._check_bias(name, config)
         with self._with_heads(config), replicated(self.base_model.model, self._ranges(config)):
             prepared = prepare(self.base_model.model, config, adapter_name=name)
@@ -480,7 +489,7 @@ class PeftModel(nn.Module):
         Raises:
             UnknownAdapterError: One of them does not exist.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
         self.base_model.check_known(names)
         with self.base_model.router.choose(Route(names)):
             yield
@@ -511,6 +520,7 @@ class PeftModel(nn.Module):
     @property
     def active_peft_config(self) -> AdapterConfig:
         """Its config."""
+        self.base_model.check_known([self.active_adapter])
         return self.peft_config[self.active_adapter]
 
     @property
@@ -559,6 +569,7 @@ class PeftModel(nn.Module):
         """
         if adapter_name in self.peft_config:
             raise DuplicateAdapterError(f"Adapter {adapter_name!r} exists already: choose another name, or delete it.")
+        method_of(peft_config)
         for name, other in self.peft_config.items():
             if other.peft_type != peft_config.peft_type:
                 raise ConfigError(
@@ -653,9 +664,11 @@ class PeftModel(nn.Module):
             raise UnwritableError(f"{directory} is a file: name a directory to save into.")
         if not is_main_process:
             return
+        text = card.text(directory, self.peft_config[names[0]], self.base_model.model) if names else None
         for name in names:
             self._save_one(adapter_dir(directory, name), name, safe_serialization, save_embedding_layers, state_dict)
-        self.create_or_update_model_card(directory)
+        if text is not None:
+            files.save_text(directory / card.NAME, text)
 
     def _save_one(
         self,
@@ -680,7 +693,8 @@ class PeftModel(nn.Module):
         """Writes ``README.md`` with the metadata that the hub reads, or updates the one that is there."""
         name = next(iter(self.peft_config), None)
         if name is not None:
-            card.create_or_update(Path(output_dir), self.peft_config[name], self.base_model.model)
+            text = card.text(Path(output_dir), self.peft_config[name], self.base_model.model)
+            files.save_text(Path(output_dir) / card.NAME, text)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Saves all adapters to a repository on the hub.
@@ -819,6 +833,7 @@ class PeftModel(nn.Module):
         config, model = source.config, self.base_model.model
         if not isinstance(config, AdapterConfig):
             raise ConfigError(f"{source.directory} holds a {type(config).__name__}, which adapts no layer.")
+        check_adapter_name(name, FORBIDDEN_NAMES)
         config.inference_mode = not trainable
         if name in self.peft_config:
             return self._reload(source, name, config, trainable, key_mapping, strict)
@@ -949,6 +964,8 @@ def get_peft_model(
         >>> model.active_adapter
         'default'
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if mixed:
         raise ConfigError("mixed=True (several methods in one model) is not built yet.")
     if not isinstance(peft_config, AdapterConfig):
@@ -1000,6 +1017,8 @@ def inject_adapter_in_model(
         PlanError: The config does not fit the model, which is as it was.
         AdapterNameError: The name cannot be used, or is in use.
     """
+    check_adapter_name(adapter_name, FORBIDDEN_NAMES)
+    method_of(peft_config)
     only = None
     if state_dict is not None:
         if peft_config.target_parameters:

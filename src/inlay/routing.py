@@ -104,8 +104,10 @@ DEFAULT = Route()
 
 
 class _Local(threading.local):
-    route: Route | None = None
-    depth: int = 0
+    # Set in every thread, not as defaults of the class: compiled code would not see the first choice come.
+    def __init__(self) -> None:
+        self.route: Route | None = None
+        self.depth = 0
 
 
 # {router: route}: the choices of the current task. Never changed in place, so tasks cannot see each other's.

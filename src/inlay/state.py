@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from inlay import settings, sources
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftConfig
-from inlay.errors import DuplicateAdapterError, LoadError, PeftWarning, UnknownAdapterError
+from inlay.errors import DuplicateAdapterError, LoadError, MergeError, PeftWarning, UnknownAdapterError
 from inlay.formats import files
 from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
 from inlay.inject import Prepared, Work, apply, biases, own_modules, prepare, wrappers
@@ -165,11 +165,13 @@ def embedding_weights(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             module = module.original_module
         if isinstance(module, Adapted):
             module = module.get_base_layer()
-        if module is not None and not isinstance(module, ModulesToSaveWrapper):
-            wanted.add(id(module._parameters.get("weight")))
+        W = None if module is None or isinstance(module, ModulesToSaveWrapper) else module._parameters.get("weight")
+        if W is not None:
+            wanted.add(id(W))
     for name, module in own_modules(root):
-        if id(module._parameters.get("weight")) in wanted:
-            yield f"{name}.weight", module._parameters["weight"]  # type: ignore[misc]
+        W = module._parameters.get("weight")
+        if W is not None and id(W) in wanted:
+            yield f"{name}.weight", W
 
 
 def _embeddings_to_save(root: nn.Module, config: AdapterConfig, adapter_name: str) -> Sequence[str]:
@@ -226,6 +228,7 @@ def set_peft_model_state_dict(
     """
     config_of(model, adapter_name)
     root, _ = root_of(model)
+    _check_unmerged(root, adapter_name)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
     tensors = _renamed(peft_model_state_dict, key_mapping)
     report = compare(
@@ -252,6 +255,13 @@ def _renamed(entries: Mapping[str, Any], key_mapping: Mapping[str, str] | None) 
     stripped = strip_prefix(entries)
     names = apply_key_mapping(stripped, key_mapping)
     return {names[key]: value for key, value in stripped.items() if not key.endswith(_REPEATED)}
+
+
+def _check_unmerged(root: nn.Module, adapter_name: str) -> None:
+    if any(isinstance(w, Adapted) and adapter_name in w.merged_adapters for _, w in wrappers(root)):
+        raise MergeError(
+            f"Adapter {adapter_name!r} is merged: new values would not reach the merged weight. Unmerge it first."
+        )
 
 
 Target = tuple[nn.Module, str, torch.device]
@@ -406,6 +416,9 @@ def load_into(
     for work in prepared.works:
         optional.update(_slot_shapes(work) if work.source is not None else {})
     report = compare(expected(prepared), {k: tuple(info.shape) for k, info in header.items()}, optional)
+    odd = sorted({str(info.dtype) for info in header.values() if not info.dtype.is_floating_point})
+    if odd and not prepared.saved:
+        report.config.append(f"an adapter's tensors are floats, the file has {', '.join(odd)}")
     _config_notes(report, prepared)
     _base_notes(report, prepared, source, base_name)
     if strict:
@@ -413,7 +426,7 @@ def load_into(
     elif report.shape and not ignore_mismatched_sizes:
         raise LoadError(f"The adapter does not fit; nothing was loaded.\n{report}", report)
     tensors = _renamed(source.weights.read(), key_mapping)
-    report.non_finite.extend(non_finite(tensors))
+    report.non_finite.extend(non_finite(_as_kept(prepared, tensors, autocast)))
     if strict:
         report.raise_for_problems()
     elif not report.ok:
@@ -424,6 +437,14 @@ def load_into(
     apply(prepared, adapter_name, meta=whole, autocast=autocast, activate=activate, trainable=trainable)
     report.dtype.extend(assign(root, _targets(root, adapter_name, config), tensors))
     return report, prepared
+
+
+def _as_kept(prepared: Prepared, tensors: dict[str, Tensor], autocast: bool) -> dict[str, Tensor]:
+    """The tensors in the dtype they will be kept in, where that is narrower than the file's: values may overflow."""
+    kinds = {w.kept_dtype() for w in prepared.works}
+    narrow = min(kinds, key=lambda dtype: torch.finfo(dtype).max, default=torch.float32)
+    kept = torch.float32 if autocast and narrow.itemsize < 4 else narrow
+    return {k: t.to(kept) if t.is_floating_point() and t.itemsize > kept.itemsize else t for k, t in tensors.items()}
 
 
 def expected(prepared: Prepared) -> dict[str, tuple[int, ...]]:
@@ -467,10 +488,10 @@ def _bias_keys(prepared: Prepared) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Keys of tensors with NaN or infinity: one norm over all, and a closer look only where it is not finite."""
-    wide = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
+    wide = [t if t.element_size() > 1 else t.float() for t in tensors.values() if t.is_floating_point() and t.numel()]
     if not wide or bool(torch.stack([n.float().cpu() for n in torch._foreach_norm(wide)]).isfinite().all()):
         return []
-    return [key for key, t in tensors.items() if not bool(t.isfinite().all())]
+    return [key for key, t in tensors.items() if t.is_floating_point() and not bool(t.float().isfinite().all())]
 
 
 def fingerprint(prepared: Prepared) -> str:
@@ -509,6 +530,7 @@ def reload(
         LoadError: The file does not fit and ``strict``; the adapter is as it was.
     """
     root, _ = root_of(model)
+    _check_unmerged(root, adapter_name)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
     tensors = _renamed(source.weights.read(), key_mapping)
     report = compare(

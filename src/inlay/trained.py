@@ -182,6 +182,7 @@ class Tied(Adapted):
         trained: bool = False,
     ) -> None:
         self.methods[name] = method
+        self._stacks.clear()
         if method.ties_whole:
             self._modules.update({s.name: self._source[0]._modules[s.name] for s in method.slots.values()})
         self._places[name] = tuple((k, s.name, s.leaf) for k, s in method.slots.items())

@@ -39,6 +39,8 @@ class LoraRuntimeConfig:
     ephemeral_gpu_offload: bool = False
 
 
+_LARGEST_RANK = 2**31 - 1
+
 # Fields of PEFT's config that wait for an issue of their own, with the value that asks for nothing.
 _LATER: dict[str, Any] = {
     "eva_config": None,
@@ -115,8 +117,11 @@ class LoraConfig(AdapterConfig):
         super().__post_init__()
         self.peft_type = PeftType.LORA
         for r in (self.r, *self.rank_pattern.values()):
-            if r <= 0:
-                raise ConfigError(f"r and the values of rank_pattern must be positive, got {r}.")
+            if not 0 < r <= _LARGEST_RANK:
+                raise ConfigError(f"r and the values of rank_pattern must be 1 to {_LARGEST_RANK}, got {str(r)[:20]}.")
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if abs(alpha) > _LARGEST_RANK:
+                raise ConfigError(f"lora_alpha must be below {_LARGEST_RANK}, got {str(alpha)[:20]}.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}.")
         for name, unset in _LATER.items():
