@@ -651,8 +651,7 @@ class Adapted(nn.Module):
         if len(factors) < len(self._merged):
             raise BaseGoneError(
                 f"{self.path} was merged with keep_base=False, and {list(self._merged)} cannot be subtracted: load "
-                "the "
-                "model anew."
+                "the model anew."
             )
         return factors
 

@@ -332,11 +332,11 @@ def _rows(prepared: inject.Prepared, autocast: bool) -> Iterator[Row]:
     works: list[inject.Work | inject.TokenWork] = [*prepared.works, *prepared.tokens]
     for work in works:
         tensors = _slots(work, autocast, trained)
-        filed = _nbytes(tensors)
+        filed = _nbytes(tensors) if work.source is None or isinstance(work, inject.Work) else 0
         W = _layer(work)._parameters.get("weight")
         if W is not None and id(W) in embeddings and work.path.rpartition(".")[2] in EMBEDDING_NAMES:
             filed += W.nbytes  # files hold an adapted embedding's own weight too
-        yield _sized(_work_row(work, prepared.config, parameters), tensors, filed)
+        yield _sized(_work_row(work, prepared.config, parameters), tensors if work.source is None else [], filed)
     patterns = dict(prepared.plan.saved)
     for path in prepared.saved:
         module, source = inject._unwrapped(found.modules[path]), prepared.ties.get(path)
@@ -379,8 +379,6 @@ def _layer(work: inject.Work | inject.TokenWork) -> nn.Module:
 
 
 def _slots(work: inject.Work | inject.TokenWork, autocast: bool, trained: bool) -> list[Tensor]:
-    if work.source is not None:
-        return []
     layer = _layer(work)
     dtype, _ = storage_of(layer).facts(layer, work.kind.weight_name)
     if autocast and dtype in inject._NARROW:

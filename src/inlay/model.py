@@ -574,8 +574,7 @@ class PeftModel(nn.Module):
             if other.peft_type != peft_config.peft_type:
                 raise ConfigError(
                     f"{adapter_name!r} is a {peft_config.peft_type} and {name!r} a {other.peft_type}: one PeftModel "
-                    "holds one "
-                    "method."
+                    "holds one method."
                 )
         self._inject(
             adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, activate=not self.peft_config

@@ -42,8 +42,7 @@ class ParameterKind(LayerKind):
         if W.dim() not in (2, 3):
             raise UnsupportedLayerError(
                 f"target_parameters reached {self.weight_name!r} of shape {tuple(W.shape)}: it must have 2 "
-                "dimensions, "
-                "or 3 with the experts first."
+                "dimensions, or 3 with the experts first."
             )
         return W.shape[-2], W.shape[-1]
 

@@ -147,8 +147,7 @@ class Router:
         if route is None and self._trained_routed and not torch.compiler.is_compiling() and _in_backward():
             raise LostRoutingError(
                 "A layer is computed again in backward, and which adapter its forward used is not known here. Wrap "
-                "what "
-                "is checkpointed: checkpoint(model.bind(function), ...) instead of checkpoint(function, ...)."
+                "what is checkpointed: checkpoint(model.bind(function), ...) instead of checkpoint(function, ...)."
             )
         return None if route is DEFAULT else route
 

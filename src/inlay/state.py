@@ -516,8 +516,7 @@ def check_same(mine: AdapterConfig, other: AdapterConfig, adapter_name: str) -> 
     if differ:
         raise DuplicateAdapterError(
             f"Adapter {adapter_name!r} exists already and the file's config differs in {differ}: choose another name, "
-            "or "
-            "delete it first."
+            "or delete it first."
         )
 
 

@@ -46,8 +46,7 @@ class ModulesToSaveWrapper(nn.Module):
         if isinstance(module, containers):
             raise UnsupportedLayerError(
                 f"modules_to_save cannot hold {path} ({type(module).__name__}): name modules that have a forward and "
-                "no "
-                "adapter, such as a head."
+                "no adapter, such as a head."
             )
 
     def add(self, name: str) -> None:

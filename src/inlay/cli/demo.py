@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from inlay.integrations.demo import DemoReport
 
-SECONDS = 150.0
+SECONDS = 140.0
 
 
 def demo(
