@@ -66,6 +66,8 @@ def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 @example("(?m:^b)|a$|(?s:.)+", ["a\n", "a", "\nb", ""])
 @example("(?<!a)b(?=a)a|(?<=^)ab", ["ba", "ab", "b"])
 @example(".*a.*a", ["aaaaaaaa", "aba.1a"])
+@example(r"(?a:\w(?u:\w))+", ["aé", "éa", "aa"])
+@example("(?=(?<=a)(?!ab)b*a)b+a", ["aba", "ba", "bba"])
 def test_agrees_with_re(pattern: str, texts: list[str]) -> None:
     try:
         regex = re.compile(pattern)

@@ -6,7 +6,6 @@ apply(prepared) -> wrappers in place, or the model as it was      remove(model) 
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -716,8 +715,3 @@ def with_targets(config: AdapterConfig, prepared: Prepared) -> None:
     elif not isinstance(spelt, str) or spelt.lower() == "all-linear":
         paths = [t.name for t in prepared.plan.targets] if isinstance(spelt, str) else sorted(spelt)
         config.target_modules = set(match.shrink(paths, [m.name for m in prepared.survey.facts]))
-
-
-def copy_config(config: AdapterConfig) -> AdapterConfig:
-    """A config that can be changed without changing ``config``."""
-    return dataclasses.replace(config)

@@ -102,12 +102,12 @@ class Pattern:
             return False
         ways = self._ways * (1 + len(name) // _LENGTH) ** 2
         if ways <= _MAX_WAYS:
-            self._budget.spend(1 + ways // 100, self.source)
+            self._budget.spend(1 + ways // 250, self.source)
             return self._regex.fullmatch(name) is not None
         if self._root is None:
             self._root = _build(self._items, self._regex.flags)
         run = _Run(name, self.source, self._budget)
-        return bool(self._root(run, 1, True) >> len(name) & 1)
+        return bool(self._root(run, 1) >> len(name) & 1)
 
     def __repr__(self) -> str:
         return f"Pattern({self.source!r})"
@@ -227,19 +227,20 @@ class _Run:
         self._budget.spend(steps, self._pattern)
 
 
-# (run, at, ahead) -> the positions where it may end if it begins in `at`; where it may begin if not `ahead`.
-_Node = Callable[[_Run, int, bool], int]
+# From the positions where it may begin to those where it may end; a node built with ahead=False, the other way round.
+_Node = Callable[[_Run, int], int]
 
 
 class _Block:
     """Characters and anchors in a row: there is one way at each position, and `re` finds them all at once."""
 
-    def __init__(self, items: list[tuple[Any, Any]], flags: int) -> None:
+    def __init__(self, items: list[tuple[Any, Any]], flags: int, ahead: bool) -> None:
         state = _parser.State()
         state.flags = flags
         look = (_parser.ASSERT, (1, _parser.SubPattern(state, items)))
         # Equal blocks, such as the dot of every ".*", are looked for once per name.
         self._key = f"{flags} {items}"
+        self.ahead = ahead
         self.width = sum(_WIDTHS[op] for op, _ in items)
         self._regex: re.Pattern[str] = _compiler.compile(_parser.SubPattern(state, [look]), flags)
 
@@ -249,27 +250,27 @@ class _Block:
             run.known[self._key] = sum(1 << found.start() for found in self._regex.finditer(run.name))
         return run.known[self._key]
 
-    def __call__(self, run: _Run, at: int, ahead: bool) -> int:
+    def __call__(self, run: _Run, at: int) -> int:
         starts = self.starts(run)
-        return (at & starts) << self.width if ahead else (at >> self.width) & starts
+        return (at & starts) << self.width if self.ahead else (at >> self.width) & starts
 
 
 def _sequence(nodes: Sequence[_Node]) -> _Node:
-    def move(run: _Run, at: int, ahead: bool) -> int:
+    def move(run: _Run, at: int) -> int:
         run.spend(1 + len(nodes))
-        for node in nodes if ahead else reversed(nodes):
-            at = node(run, at, ahead)
+        for node in nodes:
+            at = node(run, at)
         return at
 
     return move
 
 
 def _either(options: Sequence[_Node]) -> _Node:
-    def move(run: _Run, at: int, ahead: bool) -> int:
+    def move(run: _Run, at: int) -> int:
         run.spend(1 + len(options))
         reached = 0
         for option in options:
-            reached |= option(run, at, ahead)
+            reached |= option(run, at)
         return reached
 
     return move
@@ -277,22 +278,22 @@ def _either(options: Sequence[_Node]) -> _Node:
 
 def _repeat(body: _Node, least: int, most: int) -> _Node:
     """``body`` from ``least`` to ``most`` times. A name of n characters needs at most 2n + 2 rounds."""
-    star = body if isinstance(body, _Block) and body.width == 1 and most == _parser.MAXREPEAT else None
+    star = body if isinstance(body, _Block) and body.width == 1 and body.ahead and most == _parser.MAXREPEAT else None
 
-    def move(run: _Run, at: int, ahead: bool) -> int:
+    def move(run: _Run, at: int) -> int:
         for _ in range(least):
             run.spend(1)
-            before, at = at, body(run, at, ahead)
+            before, at = at, body(run, at)
             if at == before:  # from here on every round gives the same
                 break
-        if star is not None and ahead:
+        if star is not None:
             # Adding a position to the runs of fitting characters carries through to the end of its run.
             fits = star.starts(run)
             return (((at & fits) + fits) ^ fits) | at
         reached = frontier = at
         for _ in range(most - least):
             run.spend(1)
-            frontier = body(run, frontier, ahead) & ~reached
+            frontier = body(run, frontier) & ~reached
             if not frontier:
                 break
             reached |= frontier
@@ -301,45 +302,46 @@ def _repeat(body: _Node, least: int, most: int) -> _Node:
     return _remembered(move)
 
 
-def _look(body: _Node, behind: bool, negative: bool) -> _Node:
-    """Lookahead and lookbehind: keeps the positions where ``body`` begins (ends), or those where it does not."""
+def _look(body: _Node, negative: bool) -> _Node:
+    """Keeps the positions that ``body`` leads to from anywhere, or those that it does not."""
     body = _remembered(body)
 
-    def move(run: _Run, at: int, ahead: bool) -> int:
-        holds = body(run, run.everywhere, behind)
+    def move(run: _Run, at: int) -> int:
+        holds = body(run, run.everywhere)
         return at & ~holds if negative else at & holds
 
     return move
 
 
 def _remembered(node: _Node) -> _Node:
-    def move(run: _Run, at: int, ahead: bool) -> int:
-        key = (node, at, ahead)
+    def move(run: _Run, at: int) -> int:
+        key = (node, at)
         if key not in run.known:
-            run.known[key] = node(run, at, ahead)
+            run.known[key] = node(run, at)
         return run.known[key]
 
     return move
 
 
-def _build(items: _Items, flags: int) -> _Node:
+def _build(items: _Items, flags: int, ahead: bool = True) -> _Node:
     nodes: list[_Node] = []
     for in_a_row, group in groupby(items, lambda item: item[0] in _WIDTHS):
         if in_a_row:
-            nodes.append(_Block(list(group), flags))
+            nodes.append(_Block(list(group), flags, ahead))
         else:
-            nodes.extend(_build_one(op, av, flags) for op, av in group)
-    return nodes[0] if len(nodes) == 1 else _sequence(nodes)
+            nodes.extend(_build_one(op, av, flags, ahead) for op, av in group)
+    return nodes[0] if len(nodes) == 1 else _sequence(nodes if ahead else nodes[::-1])
 
 
-def _build_one(op: Any, av: Any, flags: int) -> _Node:
+def _build_one(op: Any, av: Any, flags: int, ahead: bool) -> _Node:
     if op is _parser.SUBPATTERN:
-        return _build(av[3], _scoped(flags, av[1], av[2]))
+        return _build(av[3], _scoped(flags, av[1], av[2]), ahead)
     if op is _parser.BRANCH:
-        return _either([_build(option, flags) for option in av[1]])
+        return _either([_build(option, flags, ahead) for option in av[1]])
     if op in _REPEATS:
-        return _repeat(_build(av[2], flags), int(av[0]), int(av[1]))
-    return _look(_build(av[1], flags), behind=av[0] < 0, negative=op is _parser.ASSERT_NOT)
+        return _repeat(_build(av[2], flags, ahead), int(av[0]), int(av[1]))
+    # A lookahead holds where its body may begin, a lookbehind where it may end.
+    return _look(_build(av[1], flags, ahead=av[0] < 0), negative=op is _parser.ASSERT_NOT)
 
 
 # --------------------------------------------------------------------------------------- tables of values by pattern
