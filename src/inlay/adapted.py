@@ -9,6 +9,7 @@ shards them.
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -32,6 +33,8 @@ from inlay.methods._abstract import AbstractAdapter, Params, Slot
 from inlay.ops.rows import rows as rows_product
 from inlay.routing import Router, Rows
 from inlay.storage import Storage, storage_of
+
+_TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Leaf(nn.Module):
@@ -250,7 +253,7 @@ class Adapted(nn.Module):
             return self.kind.call(base, *self.effective(run), _resolve, args, kwargs)
         if self._merged:
             base = self._frozen()
-        x = args[0] if args else kwargs.pop(_input_of(kwargs))
+        x = args[0] if args else kwargs.pop(_input_of(self.get_base_layer(), kwargs))
         if len(run) == 1:
             method, p = self.methods[run[0]], self.params(run[0])
             z = method.into(p, x, self) if method.changes_input else x
@@ -301,7 +304,7 @@ class Adapted(nn.Module):
     def _forward_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         if self.kind.by_weight:
             return self._forward_unreachable(rows, *args, **kwargs)
-        x = args[0] if args else kwargs.pop(_input_of(kwargs))
+        x = args[0] if args else kwargs.pop(_input_of(self.get_base_layer(), kwargs))
         rows = rows.fitted(x.shape[self.kind.row_dim], x.device, self.path)
         stack = self._stack(rows.names)
         names = stack.apart
@@ -782,10 +785,10 @@ class Adapted(nn.Module):
         )
 
 
-def _input_of(kwargs: Mapping[str, Any]) -> str:
-    """The keyword that carries the layer's input: torch's own name for it, or the first tensor."""
-    found = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), "input")
-    return "input" if "input" in kwargs else found
+def _input_of(layer: nn.Module, kwargs: Mapping[str, Any]) -> str:
+    """The keyword that carries the layer's input: the first parameter of its forward, or the first tensor."""
+    first = "input" if type(layer) in _TORCH_LAYERS else next(iter(inspect.signature(layer.forward).parameters), "")
+    return first if first in kwargs else next((k for k, v in kwargs.items() if isinstance(v, Tensor)), first)
 
 
 def replica(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -26,6 +26,7 @@ Inlay = Callable[..., Result]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Inlay:
     """``run("merge", "a", "--out", "b")`` -> exit code, standard output, standard error."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # the runner's terminal is not ours
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["inlay", *map(str, arguments)])
