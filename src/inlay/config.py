@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
+import sys
 import types
 import typing
 import warnings
@@ -72,7 +72,8 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(typing.cast(float, value))
+        number = type(value) in (int, float) and abs(typing.cast(float, value)) <= sys.float_info.max
+        return number  # NaN compares as false, and an int beyond every float is compared without becoming one
     if hint is int:
         return type(value) is int
     return isinstance(value, hint)
