@@ -173,8 +173,12 @@ class Work:
 
     def kept_dtype(self) -> torch.dtype:
         """dtype of the frozen weight, as a float."""
-        layer = _unwrapped(self.base)
-        return storage_of(layer).facts(layer, self.kind.weight_name)[0]
+        return storage_of(self.layer).facts(self.layer, self.kind.weight_name)[0]
+
+    @property
+    def layer(self) -> nn.Module:
+        """The frozen layer, under whatever wrapper stands there now."""
+        return _unwrapped(self.base)
 
     @property
     def base(self) -> nn.Module:

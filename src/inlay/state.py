@@ -496,7 +496,7 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def fingerprint(prepared: Prepared) -> str:
     """`base_fingerprint` of the layers that an adapter stands on."""
-    return base_fingerprint((work.path, work.kind.shape(_innermost(work.base))) for work in prepared.works)
+    return base_fingerprint((work.path, work.kind.shape(work.layer)) for work in prepared.works)
 
 
 def live_fingerprint(root: nn.Module, adapter_name: str) -> str:
@@ -544,10 +544,6 @@ def reload(
         warnings.warn(report.summary(), PeftWarning, stacklevel=4)
     report.dtype.extend(assign(root, targets, tensors))
     return report
-
-
-def _innermost(layer: nn.Module) -> nn.Module:
-    return layer.get_base_layer() if isinstance(layer, Adapted) else layer
 
 
 def _config_notes(report: LoadReport, prepared: Prepared) -> None:
