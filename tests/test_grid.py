@@ -182,7 +182,7 @@ BREAKS: dict[Law, Callable[[pytest.MonkeyPatch], None]] = {
     laws.disabled_equals_base: _wrapped(PeftModel, "disable_adapter", lambda original, self: nullcontext()),
     laws.rows_equal_one_by_one: _wrapped(Adapted, "_forward_rows", _runs_half_of_the_rows),
     laws.rows_train_as_one_by_one: _wrapped(Adapted, "_forward_rows", _runs_half_of_the_rows),
-    laws.adapters_add_up: _wrapped(
+    laws.several_act_together: _wrapped(
         Adapted,
         "_forward_several",
         lambda original, self, run, base, x, *args, **kwargs: original(self, run[:1], base, x, *args, **kwargs),

@@ -23,8 +23,10 @@ PUBLIC_NAMES = [
     "PeftType",
     "TaskType",
     "get_peft_config",
+    "register_peft_method",
     # the handle
     "get_peft_model",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",

@@ -28,9 +28,11 @@ _HOME = {
     "NoMatchingPeftModuleError": "errors",
     "Explanation": "explanation",
     "explain": "explanation",
+    "register_peft_method": "methods",
     "LoraConfig": "methods.lora",
     "LoraRuntimeConfig": "methods.lora",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "model",
+    "PeftMixedModel": "model",
     "PeftModel": "model",
     "PeftModelForCausalLM": "model",
     "PeftModelForFeatureExtraction": "model",
@@ -85,9 +87,11 @@ if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
     from inlay.errors import PeftWarning as PeftWarning
     from inlay.explanation import Explanation as Explanation
     from inlay.explanation import explain as explain
+    from inlay.methods import register_peft_method as register_peft_method
     from inlay.methods.lora import LoraConfig as LoraConfig
     from inlay.methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
     from inlay.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    from inlay.model import PeftMixedModel as PeftMixedModel
     from inlay.model import PeftModel as PeftModel
     from inlay.model import PeftModelForCausalLM as PeftModelForCausalLM
     from inlay.model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction

@@ -29,7 +29,7 @@ from inlay.errors import (
     UnknownAdapterError,
 )
 from inlay.layers import LayerKind
-from inlay.methods._abstract import AbstractAdapter, Params, Slot
+from inlay.methods._abstract import AbstractAdapter, Params, Slot, as_dtype
 from inlay.ops.rows import rows as rows_product
 from inlay.routing import Router, Rows
 from inlay.storage import Storage, storage_of
@@ -256,6 +256,8 @@ class Adapted(nn.Module):
         x = args[0] if args else kwargs.pop(_input_of(self.get_base_layer(), kwargs))
         if len(run) == 1:
             method, p = self.methods[run[0]], self.params(run[0])
+            if method.through_weight:
+                return self._through_weight(run, x)
             z = method.into(p, x, self) if method.changes_input else x
             # Nobody else can hold what a plain linear layer returns, so it may be written to.
             fresh = type(base) is nn.Linear and not base._forward_hooks and not _global_forward_hooks
@@ -264,17 +266,26 @@ class Adapted(nn.Module):
 
     def _forward_several(self, run: tuple[str, ...], base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         parts = [(self.methods[name], self.params(name)) for name in run]
+        if any(method.through_weight for method, _ in parts):
+            return self._through_weight(run, x)
         z = x
         for method, p in parts:
             z = method.into(p, z, self) if method.changes_input else z
         h0: Tensor = base(z, *args, **kwargs)
         h = h0
         for method, p in parts:
-            if method.from_base and h is not h0:
-                h = h + (method.out(p, x, h0, self) - h0)
+            if method.from_base and (h is not h0 or z is not x):
+                frozen = h0 if z is x else base(x, *args, **kwargs)
+                h = h + (method.out(p, x, frozen, self) - frozen)
             else:
                 h = method.out(p, x, h, self)
         return h
+
+    def _through_weight(self, run: tuple[str, ...], x: Tensor) -> Tensor:
+        """The layer's operation with the weight and bias that ``run`` makes of its own."""
+        W_OI, b_O = self._combined(run)
+        h = self.operate(x, as_dtype(W_OI, x))
+        return h if b_O is None else h + self.kind.channels(as_dtype(b_O, h))
 
     def params(self, name: str) -> dict[str, Tensor]:
         """The adapter's tensors, by the method's own names for them."""
@@ -317,9 +328,13 @@ class Adapted(nn.Module):
             h = rows_product(x, h, *stack.factors, rows.index_of(stack.order), h_is_fresh=fresh)
         for name in names:
             at = rows.members[rows.names.index(name)]
-            mine = self.methods[name].out(self.params(name), x[at], h0[at], self)
+            mine = self._row_of(name, x[at], h0[at])
             h = h.index_copy(0, at, mine.to(h.dtype))
         return h
+
+    def _row_of(self, name: str, x: Tensor, h: Tensor) -> Tensor:
+        method = self.methods[name]
+        return self._through_weight((name,), x) if method.through_weight else method.out(self.params(name), x, h, self)
 
     def _forward_unreachable(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         if self._merged or any(n in self.methods for n in rows.names):
@@ -348,8 +363,8 @@ class Adapted(nn.Module):
 
     def _stackable(self, name: str) -> bool:
         method = self.methods[name]
-        dropped = self.training and method.dropout > 0
-        return self.kind.matrix and not dropped and method.factors(self.params(name)) is not None
+        drops = self.training and method.drops()
+        return self.kind.matrix and not drops and method.factors(self.params(name)) is not None
 
     def _owners(self, name: str) -> list[tuple[dict[str, Any], str]]:
         return [(owner._parameters, attribute) for _, owner, attribute in self.tensors(name)]
@@ -407,16 +422,22 @@ class Adapted(nn.Module):
 
     def effective(self, run: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
         """Weight (in the layer's layout) and bias of the one layer that does what ``run`` does."""
+        W, b = self._combined(run)
+        return self.kind.from_matrix(self.base_layer, W), b
+
+    def _combined(self, run: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
         W0, b0 = self.matrix(), self.offset()
         W, b = W0, b0
-        for name in run:
+        # What changes the input last stands nearest to the weight.
+        inner = [n for n in reversed(run) if self.methods[n].changes_input]
+        for name in (*inner, *(n for n in run if n not in inner)):
             method, p = self.methods[name], self.params(name)
             if method.from_base and W is not W0:
                 dW, db = method.weight(p, W0, b0)
                 W, b = W + (dW - W0), (b if db is None or b is None or b0 is None else b + (db - b0))
             else:
                 W, b = method.weight(p, W, b)
-        return self.kind.from_matrix(self.base_layer, W.to(W0.dtype)), b
+        return W.to(W0.dtype), b
 
     # ------------------------------------------------------------------ adapters
 

@@ -46,9 +46,23 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """Names of methods as they stand in files; a row in `inlay.methods.METHODS` says which are built."""
+    """Names of methods as they stand in files, one for each row of `inlay.methods.METHODS`."""
 
     LORA = "LORA"
+    ADALORA = "ADALORA"
+    IA3 = "IA3"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+
+    @classmethod
+    def open(cls, name: str) -> PeftType:
+        """The member ``name``, made where there is none: for `inlay.register_peft_method`."""
+        if name not in cls.__members__:
+            member = str.__new__(cls, name)
+            member._name_, member._value_ = name, name
+            cls._member_map_[name] = cls._value2member_map_[name] = member
+        return cls[name]
 
 
 @cache
@@ -96,6 +110,11 @@ def runtime_only() -> dict[str, str]:
     return {"written": _Written.NEVER}
 
 
+def when_set() -> dict[str, str]:
+    """Metadata of a field that PEFT's config of most methods lacks: it is written where it is not the default."""
+    return {"written": _Written.WHEN_SET}
+
+
 @dataclass
 class PeftConfig:
     """What every config has, whatever the method.
@@ -122,6 +141,8 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
+    # The method's name; its own config sets it.
+    method: ClassVar[str] = ""
     # Fields that PEFT's config of this method has and the shared block would write only when set.
     always_written: ClassVar[frozenset[str]] = frozenset()
     is_prompt_learning: ClassVar[bool] = False
@@ -139,6 +160,8 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         self.peft_version = self.peft_version or FORMAT_VERSION
+        if self.method:
+            self.peft_type = PeftType(self.method)
         self._check_types()
         if self.task_type is not None:
             try:
@@ -306,17 +329,15 @@ class AdapterConfig(PeftConfig):
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | set[str] | None = None
-    bias: str = "none"
-    fan_in_fan_out: bool = False
-    target_parameters: list[str] | set[str] | None = field(default=None, metadata={"written": _Written.WHEN_SET})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"written": _Written.WHEN_SET}
-    )
-    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata={"written": _Written.WHEN_SET})
-    ensure_weight_tying: bool = field(default=False, metadata={"written": _Written.WHEN_SET})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata=when_set())
+    layers_pattern: list[str] | str | None = field(default=None, metadata=when_set())
+    bias: str = field(default="none", metadata=when_set())
+    fan_in_fan_out: bool = field(default=False, metadata=when_set())
+    target_parameters: list[str] | set[str] | None = field(default=None, metadata=when_set())
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None, metadata=when_set())
+    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata=when_set())
+    ensure_weight_tying: bool = field(default=False, metadata=when_set())
 
     # Field of the value that varies by layer -> field with the {pattern: value} table.
     patterned: ClassVar[dict[str, str]] = {}
@@ -345,6 +366,13 @@ class AdapterConfig(PeftConfig):
     def patterns(self) -> dict[str, dict[str, Any]]:
         """``{"r": rank_pattern, ...}``: for every value that varies by layer, its table."""
         return {value: getattr(self, table) for value, table in self.patterned.items()}
+
+    def layer_values(self, path: str, model_type: str | None) -> dict[str, Any]:
+        """What else the method decides by a layer's name; handed to its adapter with the values of `patterns`."""
+        return {}
+
+    def spell_out(self, model_type: str | None) -> None:
+        """Writes what was left to the architecture's default into the config, for files; targets are spelt already."""
 
     def unsupported(self, name: str, why: str = "is not built yet") -> UnsupportedFieldError:
         """The error for a field that asks for something this library does not do."""

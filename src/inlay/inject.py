@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ class Survey:
     adapters: set[str] = field(default_factory=set)
     # A module that stands at several places is seen once; these are the others.
     elsewhere: dict[int, list[tuple[nn.Module, str]]] = field(default_factory=dict)
+
+    @cached_property
+    def model_type(self) -> str | None:
+        """The model's architecture, where it names one."""
+        return model_config(self.model).get("model_type")
 
     def parent(self, path: str) -> tuple[nn.Module, str]:
         """The module that holds ``path`` and the attribute it stands at."""
@@ -246,12 +252,12 @@ def prepare(
     plan = match.plan(found.facts, found.parameters, _targeting(found, config, method, only))
     prepared = Prepared(config, method, found, plan, [], [name for name, _ in plan.saved], [])
     for target in plan.targets:
-        prepared.works += _works_for(found, method, config, target)
+        prepared.works += _works_for(found, config, target)
     by_module: dict[str, list[match.ParameterTarget]] = {}
     for wanted in plan.parameters:
         by_module.setdefault(wanted.module, []).append(wanted)
     for group in by_module.values():
-        prepared.works += _parameter_works(found, method, config, group)
+        prepared.works += _parameter_works(found, config, group)
     if config.ensure_weight_tying:
         _follow_ties(prepared)
     for path in prepared.saved:
@@ -263,7 +269,7 @@ def prepare(
 
 def _follow_ties(prepared: Prepared) -> None:
     """Has layers that share a weight with an adapted or saved one follow it."""
-    found, method, config = prepared.survey, prepared.method, prepared.config
+    found, config = prepared.survey, prepared.config
     planned = {work.path for work in prepared.works} | set(prepared.saved)
     for path in [*prepared.saved, *(work.path for work in prepared.works if isinstance(work.base, nn.Embedding))]:
         W = _unwrapped(found.modules[path])._parameters.get("weight")
@@ -278,7 +284,7 @@ def _follow_ties(prepared: Prepared) -> None:
             layer = _unwrapped(found.modules[other])
             kind = trainable_kind(layer, other)
             values = next(work.target.overrides for work in prepared.works if work.path == path and work.target)
-            adapter = _adapter(method, config, kind, layer, other, values)
+            adapter = _adapter(found, config, kind, layer, other, values)
             prepared.works.append(Work(other, *found.parent(other), kind, adapter, tied=True, source=path))
 
 
@@ -318,7 +324,7 @@ def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Itera
 
 
 def _defaults(found: Survey, method: Method) -> Any:
-    return match.default_targets(model_config(found.model).get("model_type"), method.default_targets, found.facts)
+    return match.default_targets(found.model_type, method.default_targets, found.facts)
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
@@ -333,7 +339,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     return values
 
 
-def _works_for(found: Survey, method: Method, config: AdapterConfig, target: match.Target) -> list[Work]:
+def _works_for(found: Survey, config: AdapterConfig, target: match.Target) -> list[Work]:
     parent, attribute = found.parent(target.name)
     module = found.modules[target.name]
     if isinstance(module, TrainableTokensWrapper | ModulesToSaveWrapper):
@@ -348,7 +354,7 @@ def _works_for(found: Survey, method: Method, config: AdapterConfig, target: mat
         raise UnsupportedLayerError(f"{target.name} ({type(layer).__name__}) cannot be adapted: {why}.")
     if isinstance(kind, ParameterKind):
         raise UnsupportedLayerError(f"{target.name} is adapted through target_parameters already: it cannot be both.")
-    adapter = _adapter(method, config, kind, layer, target.name, target.overrides)
+    adapter = _adapter(found, config, kind, layer, target.name, target.overrides)
     work = Work(target.name, parent, attribute, kind, adapter, found.tied(layer, kind.weight_name), target)
     if not isinstance(layer, nn.MultiheadAttention):
         return [work]
@@ -357,22 +363,25 @@ def _works_for(found: Survey, method: Method, config: AdapterConfig, target: mat
     path = f"{target.name}.base_layer.out_proj"
     # PEFT adds the out-projection's delta twice, in forward and merge alike; adapters in files are trained that way.
     values = {**target.overrides, "gain": 2.0}
-    inner = _adapter(method, config, inner_kind, _unwrapped(layer.out_proj), path, values)
+    inner = _adapter(found, config, inner_kind, _unwrapped(layer.out_proj), path, values)
     return [work, Work(path, layer, "out_proj", inner_kind, inner, target=target, nested=True)]
 
 
 def _adapter(
-    method: Method, config: AdapterConfig, kind: LayerKind, layer: nn.Module, path: str, values: Mapping[str, Any]
+    found: Survey, config: AdapterConfig, kind: LayerKind, layer: nn.Module, path: str, values: Mapping[str, Any]
 ) -> AbstractAdapter:
+    adapter = method_of(config).adapter
     try:
-        return method.adapter(config, kind, layer, values)
+        if not adapter.stacks and (experts := kind.experts(layer)) > 1:
+            raise UnsupportedLayerError(
+                f"its weight stacks {experts} matrices, and {config.method} is defined on one."
+            )
+        return adapter(config, kind, layer, {**values, **config.layer_values(path, found.model_type)})
     except PlanError as error:
         raise type(error)(f"{path}: {error}") from error
 
 
-def _parameter_works(
-    found: Survey, method: Method, config: AdapterConfig, targets: list[match.ParameterTarget]
-) -> list[Work]:
+def _parameter_works(found: Survey, config: AdapterConfig, targets: list[match.ParameterTarget]) -> list[Work]:
     """Work on the parameters of one module: wrappers nest in the order of its parameters, the first inmost."""
     path = targets[0].module
     if not path:
@@ -390,7 +399,7 @@ def _parameter_works(
     works = []
     for target in sorted(targets, key=lambda t: order.index(t.parameter)):
         kind = next((k for k in standing if k.weight_name == target.parameter), ParameterKind(target.parameter))
-        adapter = _adapter(method, config, kind, layer, f"{path}.{target.parameter}", target.overrides)
+        adapter = _adapter(found, config, kind, layer, f"{path}.{target.parameter}", target.overrides)
         key_path = path + ".base_layer" * (len(order) - 1 - order.index(target.parameter))
         works.append(Work(key_path, parent, attribute, kind, adapter, found.tied(layer, target.parameter)))
     return works
@@ -719,3 +728,4 @@ def with_targets(config: AdapterConfig, prepared: Prepared) -> None:
     elif not isinstance(spelt, str) or spelt.lower() == "all-linear":
         paths = [t.name for t in prepared.plan.targets] if isinstance(spelt, str) else sorted(spelt)
         config.target_modules = set(match.shrink(paths, [m.name for m in prepared.survey.facts]))
+    config.spell_out(prepared.survey.model_type)

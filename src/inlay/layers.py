@@ -60,6 +60,10 @@ class LayerKind(ABC):
         """Mixes the output channels of ``h``."""
         return F.linear(h, W_OR)
 
+    def spread(self, layer: nn.Module, down_RI: Tensor) -> Tensor:
+        """A down factor for `apply`: where the layer is grouped, each group sees its own input through it."""
+        return down_RI
+
     def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         """The layer's weight as W_OI; a view where possible."""
         return W
@@ -180,6 +184,11 @@ class _Conv(LayerKind):
         # A factor may see all input channels though the base is grouped (that is how files have it).
         groups = conv.in_channels // W.shape[1]
         return cast(Tensor, self.conv(x, W, None, conv.stride, padding, conv.dilation, groups))
+
+    def spread(self, layer: nn.Module, down_RI: Tensor) -> Tensor:
+        groups = self.groups(layer)
+        grouped = groups > 1 and down_RI.shape[1] == self.shape(layer)[1]  # else the factor sees all channels itself
+        return down_RI.repeat(groups, 1) if grouped else down_RI
 
     def mix(self, layer: nn.Module, h: Tensor, W_OR: Tensor) -> Tensor:
         W = W_OR.reshape(*W_OR.shape[:2], *(1,) * self.dims)

@@ -333,6 +333,8 @@ class PeftModel(nn.Module):
         (44, 102)
     """
 
+    # Whether adapters of several methods may stand in the model.
+    mixed: ClassVar[bool] = False
     # Heads that stay random after loading a base for this task, and are therefore trained beside the adapter.
     heads: ClassVar[tuple[str, ...]] = ()
     special_peft_forward_args: ClassVar[frozenset[str]] = frozenset({"adapter_names", "alora_offsets"})
@@ -367,9 +369,8 @@ class PeftModel(nn.Module):
         return handle
 
     def _inject(self, name: str, config: AdapterConfig, autocast: bool, meta: bool, activate: bool) -> None:
-        method_of(config)
         check_adapter_name(name, FORBIDDEN_NAMES)
-        self._check_bias(name, config)
+        self._check_beside(name, config)
         with self._with_heads(config), replicated(self.base_model.model, self._ranges(config)):
             prepared = prepare(self.base_model.model, config, adapter_name=name)
             for text in prepared.plan.warnings:
@@ -396,7 +397,15 @@ class PeftModel(nn.Module):
             config.modules_to_save = asked
             raise
 
-    def _check_bias(self, name: str, config: AdapterConfig) -> None:
+    def _check_beside(self, name: str, config: AdapterConfig) -> None:
+        """Raises `ConfigError` where the adapter cannot stand beside the model's others."""
+        method = method_of(config)
+        for one, standing in self.peft_config.items():
+            if not self.mixed and method_of(standing) is not method:
+                raise ConfigError(
+                    f"{name!r} is of {config.method} and {one!r} of {standing.method}: a PeftModel holds one method. "
+                    "Make the model with get_peft_model(..., mixed=True), or load it by PeftMixedModel."
+                )
         other = [n for n, c in self.peft_config.items() if n != name and c.bias != "none"]
         if config.bias != "none" and other:
             raise ConfigError(
@@ -569,13 +578,6 @@ class PeftModel(nn.Module):
         """
         if adapter_name in self.peft_config:
             raise DuplicateAdapterError(f"Adapter {adapter_name!r} exists already: choose another name, or delete it.")
-        method_of(peft_config)
-        for name, other in self.peft_config.items():
-            if other.peft_type != peft_config.peft_type:
-                raise ConfigError(
-                    f"{adapter_name!r} is a {peft_config.peft_type} and {name!r} a {other.peft_type}: one PeftModel "
-                    "holds one method."
-                )
         self._inject(
             adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, activate=not self.peft_config
         )
@@ -836,7 +838,7 @@ class PeftModel(nn.Module):
         config.inference_mode = not trainable
         if name in self.peft_config:
             return self._reload(source, name, config, trainable, key_mapping, strict)
-        self._check_bias(name, config)
+        self._check_beside(name, config)
         with self._with_heads(config), replicated(model, self._ranges(config)):
             report, prepared = state.load_into(
                 model,
@@ -918,6 +920,16 @@ class PeftModelForFeatureExtraction(PeftModel):
     """An encoder with adapters."""
 
 
+class PeftMixedModel(PeftModel):
+    """A model with adapters of several methods: any layer method beside any other, on the same layers too.
+
+    Active adapters run in the order of `set_adapter`: what changes a layer's input (OFT) first, then the layer, then
+    what changes its output. Merging gives the same function.
+    """
+
+    mixed = True
+
+
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     "SEQ_CLS": PeftModelForSequenceClassification,
     "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
@@ -943,7 +955,7 @@ def get_peft_model(
         model (`nn.Module`): The model; it is changed in place, and every parameter but the adapter's is frozen.
         peft_config (`AdapterConfig`): The adapter's config, such as `LoraConfig`.
         adapter_name (`str`, *optional*, defaults to `"default"`): Its name.
-        mixed (`bool`, *optional*, defaults to `False`): Several methods in one model: not built yet.
+        mixed (`bool`, *optional*, defaults to `False`): Give a `PeftMixedModel`, which may hold several methods.
         autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): Keep it in fp32 on a 16-bit model.
         revision (`str`, *optional*): Revision of the base model, for the config.
         low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Leave it on the meta device, to be loaded.
@@ -965,8 +977,6 @@ def get_peft_model(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if mixed:
-        raise ConfigError("mixed=True (several methods in one model) is not built yet.")
     if not isinstance(peft_config, AdapterConfig):
         raise ConfigError(
             f"peft_config must be a method's config, such as LoraConfig, got {type(peft_config).__name__}."
@@ -981,6 +991,8 @@ def get_peft_model(
         peft_config.revision = revision
     task = peft_config.task_type
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task.value if isinstance(task, TaskType) else "", PeftModel)
+    if mixed:
+        cls = PeftMixedModel
     handle = cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     peft_config.base_model_name_or_path = new or old
     if beside:

@@ -1,11 +1,12 @@
-"""The table of methods. To add one: a file beside this one, and a row here."""
+"""The table of methods. To add one: a file beside this one, and a row here; or, outside, `register_peft_method`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from inlay.config import AdapterConfig
+from inlay.config import AdapterConfig, PeftType
+from inlay.errors import ConfigError, DuplicateAdapterError
 from inlay.methods._abstract import AbstractAdapter
 from inlay.methods._targets import DEFAULT_TARGETS
 from inlay.methods.lora import LoraAdapter, LoraConfig
@@ -30,10 +31,51 @@ class Method:
     default_targets: Mapping[str, list[str] | str] = field(default_factory=lambda: DEFAULT_TARGETS)
 
 
-_ALL_KINDS = frozenset({"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention"})
+ALL_KINDS = frozenset(
+    {"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention", "Parameter"}
+)
 
 METHODS: dict[str, Method] = {
-    "LORA": Method(LoraConfig, LoraAdapter, "lora_", _ALL_KINDS),
+    "LORA": Method(LoraConfig, LoraAdapter, "lora_", ALL_KINDS),
 }
 
-__all__ = ["METHODS", "Method"]
+
+def register_peft_method(
+    *,
+    name: str,
+    config_cls: type[AdapterConfig],
+    model_cls: type[AbstractAdapter],
+    prefix: str | None = None,
+    is_mixed_compatible: bool = True,
+    kinds: Iterable[str] = ALL_KINDS,
+    default_targets: Mapping[str, list[str] | str] = DEFAULT_TARGETS,
+) -> None:
+    """Adds a method that lives outside this package to the table, for the whole process.
+
+    Args:
+        name (`str`): Its name in lower case; files have it in upper case, as ``peft_type``.
+        config_cls (`type[AdapterConfig]`): Its config, whose ``method`` is that upper-case name.
+        model_cls (`type[AbstractAdapter]`): Its mathematics.
+        prefix (`str`, *optional*): What the names of its slots begin with; ``name + "_"`` if not given.
+        is_mixed_compatible (`bool`, *optional*, defaults to `True`): Accepted; every layer method can be mixed.
+        kinds (`Iterable[str]`, *optional*): Names of the layer kinds it adapts; all if not given.
+        default_targets (`Mapping`, *optional*): Targets by model type, where a config names none.
+
+    Raises:
+        ConfigError: The name is not lower case, ends with an underscore, or is not the config's ``method``.
+        DuplicateAdapterError: A method of this name, or of this prefix, is in the table.
+    """
+    if not name.isidentifier() or name != name.lower() or name.endswith("_"):
+        raise ConfigError(f"A method's name must be a lower-case identifier without '_' at its end, got {name!r}.")
+    key, prefix = name.upper(), prefix or f"{name}_"
+    if config_cls.method != key:
+        raise ConfigError(f"{config_cls.__name__}.method must be {key!r}, got {config_cls.method!r}.")
+    if key in METHODS:
+        raise DuplicateAdapterError(f"A method {name!r} is registered already: choose another name.")
+    if same := [other for other, row in METHODS.items() if row.prefix == prefix]:
+        raise DuplicateAdapterError(f"The prefix {prefix!r} is {same[0]}'s: choose another one.")
+    PeftType.open(key)
+    METHODS[key] = Method(config_cls, model_cls, prefix, frozenset(kinds), default_targets)
+
+
+__all__ = ["ALL_KINDS", "METHODS", "Method", "register_peft_method"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from inlay.errors import PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
+from inlay.ops.low_rank import low_rank
 
 Params = Mapping[str, Tensor]
 
@@ -75,7 +76,12 @@ class AbstractAdapter(ABC):
 
     # Field names whose values stand as `layer.<name>[adapter]`, as users of PEFT read them.
     numbers: ClassVar[tuple[str, ...]] = ()
-    changes_input: ClassVar[bool] = False
+    # Whether weights that stack several matrices (experts) have a meaning for the method.
+    stacks: ClassVar[bool] = False
+    # Whether `into` does anything.
+    changes_input: bool = False
+    # There is no way beside the layer's own call: the layer runs with what `weight` makes, and `out` is not asked.
+    through_weight: bool = False
     # The result is a function of the frozen layer's own output: with several adapters each sees that, and the
     # differences add up, so that order does not matter.
     from_base: bool = False
@@ -99,9 +105,9 @@ class AbstractAdapter(ABC):
         """What the frozen layer receives instead of ``x``."""
         return x
 
-    @abstractmethod
     def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
         """What becomes of the frozen layer's output ``h`` at input ``x``; ``fresh`` allows writing to ``h``."""
+        return h
 
     @abstractmethod
     def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -116,6 +122,10 @@ class AbstractAdapter(ABC):
     def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
         """Raises `NotMergeableError` where no such layer exists."""
 
+    def drops(self) -> bool:
+        """Whether a training forward draws random numbers."""
+        return self.dropout > 0
+
     def factors(self, p: Params) -> tuple[Tensor, Tensor, float | Tensor] | None:
         """(down, up, scale) where the adapter does ``W + scale * up @ down`` and nothing else; else None."""
         return None
@@ -124,12 +134,102 @@ class AbstractAdapter(ABC):
         """The scale that the config gives."""
         return 1.0
 
+    def saved(self, p: Params) -> Params:
+        """The tensors as files hold them, by the same names."""
+        return p
+
     def rescale(self, factor: float, absolute: bool) -> None:
         """Multiplies the scale, or the config's own scale where ``absolute``; methods without one warn."""
         if "scaling" not in self.numbers:
             warnings.warn(f"{type(self).__name__} has no scale: nothing was scaled.", PeftWarning, stacklevel=3)
         else:
             self.scaling = (self.natural_scaling() if absolute else self.scaling) * factor
+
+
+class AbstractDelta(AbstractAdapter):
+    """``W' = W + scaling * delta``, with two kinds of dropout that act on the change as a whole.
+
+    ``module_dropout`` leaves the change out of a training forward, ``rank_dropout`` single output channels of it.
+    """
+
+    rank_dropout: float = 0.0
+    rank_dropout_scale: bool = False
+    module_dropout: float = 0.0
+
+    @abstractmethod
+    def delta(self, p: Params) -> Tensor:
+        """The change O x I, before scaling. Differentiable in ``p``."""
+
+    def change(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
+        """``delta`` applied to ``x``, before scaling; methods with a way that builds no matrix take that."""
+        return layer.operate(as_dtype(x, next(iter(p.values()))), self.delta(p))
+
+    def drops(self) -> bool:
+        return self.rank_dropout > 0 or self.module_dropout > 0
+
+    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
+        if not (layer.training and self.drops()):
+            return self._added(p, x, h, layer, fresh)
+        keep_O = self._drawn(layer, next(iter(p.values())))
+        return h if keep_O is None else self._added(p, x, h, layer, fresh, keep_O)
+
+    def _added(
+        self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool, keep_O: Tensor | None = None
+    ) -> Tensor:
+        factor = self.scaling if keep_O is None else layer.kind.channels(keep_O) * self.scaling
+        return h + as_dtype(self.change(p, x, layer) * factor, h)
+
+    def _drawn(self, layer: Layer, like: Tensor) -> Tensor | None:
+        """What one forward's dropout multiplies each output channel by; None where it leaves the change out."""
+        outs = layer.kind.shape(layer.base_layer)[0]
+        keep_O = (torch.rand(outs, device=like.device) >= self.rank_dropout).to(like.dtype)
+        if self.rank_dropout_scale:
+            keep_O = keep_O / keep_O.mean().clamp(min=1 / outs)
+        if not self.module_dropout:
+            return keep_O
+        kept = torch.rand((), device=like.device) >= self.module_dropout
+        if torch.compiler.is_compiling():  # traced code cannot branch on a draw
+            return keep_O * kept
+        return keep_O if kept else None
+
+    def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return W_OI + self.scaling * self.delta(p), b_O
+
+    def check_dropout(self, kind: LayerKind) -> None:
+        """Raises `UnsupportedLayerError` where dropout has no place: on layers that are adapted through the weight."""
+        if kind.by_weight and (self.rank_dropout or self.module_dropout):
+            raise UnsupportedLayerError(
+                f"{kind.name} is adapted through its weight: rank_dropout and module_dropout must be 0 for it."
+            )
+
+
+class AbstractLowRank(AbstractDelta):
+    """``delta = up @ down``, never built: fused products, stacked rows and merging in place come with it."""
+
+    def pair(self, p: Params) -> tuple[Tensor, Tensor]:
+        """The factors down (R x I) and up (O x R). Differentiable in ``p``."""
+        return p["down"].flatten(1), p["up"].flatten(1)
+
+    def factors(self, p: Params) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        return (*self.pair(p), self.scaling)
+
+    def delta(self, p: Params) -> Tensor:
+        down_RI, up_OR = self.pair(p)
+        return up_OR @ down_RI
+
+    def change(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
+        down_RI, up_OR = self.pair(p)
+        z = layer.operate(as_dtype(x, down_RI), layer.kind.spread(layer.base_layer, down_RI))
+        return layer.kind.mix(layer.base_layer, z, up_OR)
+
+    def _added(
+        self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool, keep_O: Tensor | None = None
+    ) -> Tensor:
+        if not layer.kind.matrix:
+            return super()._added(p, x, h, layer, fresh, keep_O)
+        down_RI, up_OR = self.pair(p)
+        up_OR = up_OR if keep_O is None else up_OR * keep_O[:, None]
+        return low_rank(x, h, down_RI, up_OR, self.scaling, h_is_fresh=fresh and not h.requires_grad)
 
 
 def as_dtype(t: Tensor, like: Tensor) -> Tensor:

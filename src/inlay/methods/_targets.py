@@ -1,4 +1,4 @@
-"""Default targets by `model.config.model_type`: one table for every method."""
+"""Default targets by `model.config.model_type`: one table, and what single methods have otherwise."""
 
 from __future__ import annotations
 
@@ -43,4 +43,50 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
     "stablelm": ["q_proj", "v_proj"],
     "t5": ["q", "v"],
     "xlm-roberta": ["query", "value"],
+}
+
+# AdaLoRA moves its budget between layers, so it starts on more of them.
+ADALORA_TARGETS: dict[str, list[str] | str] = DEFAULT_TARGETS | {
+    "bart": ["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"],
+    "deberta-v2": ["dense", "key_proj", "query_proj", "value_proj"],
+    "mt5": ["k", "o", "q", "v", "wi_0", "wi_1", "wo"],
+    "opt": ["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"],
+    "roberta": ["dense", "key", "query", "value"],
+    "t5": ["k", "o", "q", "v", "wi", "wo"],
+}
+
+# (IA)^3: keys, values, and the feed-forward layer whose input is scaled.
+IA3_TARGETS: dict[str, list[str] | str] = {
+    "RefinedWeb": ["query_key_value", "dense_4h_to_h"],
+    "RefinedWebModel": ["query_key_value", "dense_4h_to_h"],
+    "bart": ["q_proj", "v_proj", "fc2"],
+    "bert": ["key", "value", "output.dense"],
+    "bloom": ["query_key_value", "mlp.dense_4h_to_h"],
+    "deberta": ["in_proj", "output.dense"],
+    "deberta-v2": ["key_proj", "value_proj", "output.dense"],
+    "falcon": ["query_key_value", "dense_4h_to_h"],
+    "gemma": ["q_proj", "v_proj", "down_proj"],
+    "gemma2": ["q_proj", "v_proj", "down_proj"],
+    "gemma3_text": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "gpt_bigcode": ["c_attn", "mlp.c_proj"],
+    "gpt_neo": ["q_proj", "v_proj", "c_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "gptj": ["q_proj", "v_proj", "fc_out"],
+    "llama": ["k_proj", "v_proj", "down_proj"],
+    "llama4": ["q_proj", "v_proj", "down_proj"],
+    "mistral": ["k_proj", "v_proj", "down_proj"],
+    "mixtral": ["k_proj", "v_proj", "w2"],
+    "mt5": ["k", "v", "wi_1"],
+    "opt": ["q_proj", "k_proj", "fc2"],
+    "phi": ["q_proj", "v_proj", "fc2"],
+    "qwen2": ["q_proj", "v_proj", "down_proj"],
+    "qwen3": ["q_proj", "v_proj", "down_proj"],
+    "roberta": ["key", "value", "output.dense"],
+    "t5": ["k", "v", "wo"],
+}
+
+# mt5 has none: the gate of its feed-forward is scaled like a key.
+IA3_FEEDFORWARD: dict[str, list[str]] = {
+    model_type: [] if model_type == "mt5" else list(targets[-1:]) for model_type, targets in IA3_TARGETS.items()
 }

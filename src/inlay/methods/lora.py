@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.config import AdapterConfig, PeftType, runtime_only
+from inlay.config import AdapterConfig, runtime_only
 from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
-from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype, kaiming_, product
+from inlay.methods._abstract import AbstractLowRank, Layer, Params, Slot, as_dtype, kaiming_, product
 from inlay.ops.dora import dora, weight_norm
 from inlay.ops.dropout import apply_mask, draw_mask
 from inlay.ops.low_rank import low_rank
@@ -107,15 +107,13 @@ class LoraConfig(AdapterConfig):
     arrow_config: Any = None
     kasa_config: Any = None
 
+    method: ClassVar[str] = "LORA"
     patterned: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     bias_only: ClassVar[str] = "lora_only"
-    always_written: ClassVar[frozenset[str]] = frozenset(
-        {"target_parameters", "trainable_token_indices", "layer_replication", "ensure_weight_tying"}
-    )
+    always_written: ClassVar[frozenset[str]] = frozenset(f.name for f in fields(AdapterConfig))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.LORA
         for r in (self.r, *self.rank_pattern.values()):
             if not 0 < r <= _LARGEST_RANK:
                 raise ConfigError(f"r and the values of rank_pattern must be 1 to {_LARGEST_RANK}, got {str(r)[:20]}.")
@@ -133,8 +131,10 @@ class LoraConfig(AdapterConfig):
             raise ConfigError("lora_bias and use_dora cannot both be set: DoRA has no place for the bias.")
 
 
-class LoraAdapter(AbstractAdapter):
+class LoraAdapter(AbstractLowRank):
     """LoRA on one layer; see the module's text for the mathematics."""
+
+    stacks = True
 
     numbers = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
 
@@ -218,12 +218,14 @@ class LoraAdapter(AbstractAdapter):
                 p.get("bias"),
                 h_is_fresh=fresh and not h.requires_grad,
             )
-        return h + as_dtype(self._delta(p, F.dropout(x, dropout) if dropout else x, layer), h)
+        return h + as_dtype(self.change(p, F.dropout(x, dropout) if dropout else x, layer) * self.scaling, h)
 
-    def _delta(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
-        z = layer.operate(as_dtype(x, p["down"]), p["down"].flatten(1))
-        delta = layer.kind.mix(layer.base_layer, z, p["up"].flatten(1)) * self.scaling
-        return delta + layer.kind.channels(p["bias"]) * self.scaling if self.lora_bias else delta
+    def change(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
+        change = super().change(p, x, layer)
+        return change + layer.kind.channels(p["bias"]) if self.lora_bias else change
+
+    def drops(self) -> bool:
+        return self.dropout > 0
 
     def _norm(self, p: Params, layer: Layer) -> Tensor:
         down, up = p["down"].flatten(1), p["up"].flatten(1)
@@ -249,7 +251,7 @@ class LoraAdapter(AbstractAdapter):
         gain = kind.channels(p["magnitude"].flatten() / norm_O)
         frozen = dropped if dropped is not None else h if bias is None else h - kind.channels(bias)
         x = x if mask is None else apply_mask(x, mask, dropout)
-        return h + as_dtype((gain - 1) * frozen + gain * self._delta(p, x, layer), h)
+        return h + as_dtype((gain - 1) * frozen + gain * self.scaling * self.change(p, x, layer), h)
 
     def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         W = W_OI + self.scaling * product(p["up"].flatten(1), p["down"].flatten(1), self.experts)
