@@ -17,6 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 NOT_RUN = 'title="not run"'
 # Pages whose Python is not run here: why.
 ELSEWHERE = {
+    "add-a-method.md": "its code is examples/ssf.py, which test_add_a_method.py runs",
     "explain.md": "its doctests are run by test_explanation.py",
     "train.md": "its Python trains on a model from the hub",
 }

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 
 from inlay.config import AdapterConfig, PeftType
 from inlay.errors import ConfigError, DuplicateAdapterError
-from inlay.methods._abstract import AbstractAdapter
+from inlay.methods._abstract import (
+    AbstractAdapter,
+    AbstractDelta,
+    AbstractLowRank,
+    Layer,
+    Params,
+    Slot,
+    as_dtype,
+    kaiming_,
+)
 from inlay.methods._targets import DEFAULT_TARGETS
 from inlay.methods.lora import LoraAdapter, LoraConfig
 
@@ -78,4 +87,17 @@ def register_peft_method(
     METHODS[key] = Method(config_cls, model_cls, prefix, frozenset(kinds), default_targets)
 
 
-__all__ = ["ALL_KINDS", "METHODS", "Method", "register_peft_method"]
+__all__ = [
+    "ALL_KINDS",
+    "METHODS",
+    "AbstractAdapter",
+    "AbstractDelta",
+    "AbstractLowRank",
+    "Layer",
+    "Method",
+    "Params",
+    "Slot",
+    "as_dtype",
+    "kaiming_",
+    "register_peft_method",
+]

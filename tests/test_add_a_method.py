@@ -1,0 +1,98 @@
+"""A method in one file outside the package: the page's example, and the laws run over it unasked."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import laws
+import pytest
+import torch
+from laws import KINDS, LAWS, MERGE_LAWS, STORAGE, Case, Law, Option
+
+import inlay
+from inlay.config import PeftType
+from inlay.errors import ConfigError, DuplicateAdapterError, NotMergeableError, PlanError
+from inlay.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "examples" / "ssf.py"
+_KINDS = [name for name, kind in KINDS.items() if kind.row.startswith(("Linear", "Conv"))]
+_REFUSED = {("SSF", "plain", kind) for kind in ("Linear without bias", "Conv2d dilated")}
+CASES = [Case("SSF", "plain", kind) for kind in _KINDS]
+MERGING = [case for case in CASES if case.key not in _REFUSED]
+CASES += [Case("SSF", "plain", "Linear", storage) for storage in STORAGE if storage != "plain"]
+by_id = {"ids": lambda case: case.id if isinstance(case, Case) else getattr(case, "__name__", str(case))}
+
+
+@pytest.fixture(autouse=True)
+def ssf(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The file imported as its user would, and forgotten again."""
+    spec = importlib.util.spec_from_file_location("ssf_of_the_page", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    option = Option({}, identity=True, additive=False)
+    monkeypatch.setitem(laws.OPTIONS, "SSF", {"plain": option})
+    reason = (NotMergeableError, "there is no bias to write to")
+    for key in _REFUSED:
+        monkeypatch.setitem(laws.UNMERGEABLE, key, reason)
+    yield
+    METHODS.pop("SSF", None)
+    PeftType._member_map_.pop("SSF", None)
+    PeftType._value2member_map_.pop("SSF", None)
+
+
+@pytest.mark.parametrize("case", CASES, **by_id)
+@pytest.mark.parametrize("law", LAWS, **by_id)
+def test_law(law: Law, case: Case) -> None:
+    law(case)
+
+
+@pytest.mark.parametrize("case", MERGING, **by_id)
+@pytest.mark.parametrize("law", MERGE_LAWS, **by_id)
+def test_law_of_merging(law: Law, case: Case) -> None:
+    law(case)
+
+
+def test_page_shows_the_file() -> None:
+    assert f"```python\n{FILE.read_text()}```\n" in (ROOT / "docs" / "add-a-method.md").read_text()
+
+
+def test_beside_a_method_of_the_package() -> None:
+    config_cls = METHODS["SSF"].config
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3)).eval()
+    model = inlay.get_peft_model(net, inlay.LoraConfig(r=2, target_modules=["0"]), adapter_name="a", mixed=True)
+    model.add_adapter("b", config_cls(target_modules=["0"], init_weights=False))  # type: ignore[call-arg]
+    laws.disturb(model)
+    model.set_adapter(["a", "b"])
+    x = torch.randn(2, 4)
+    expected = model(x)
+    model.merge_adapter()
+    laws.close(model(x), expected)
+
+
+def test_kinds_are_checked() -> None:
+    net = torch.nn.Sequential(torch.nn.Embedding(4, 3))
+    with pytest.raises(PlanError, match="Embedding"):
+        inlay.get_peft_model(net, METHODS["SSF"].config(target_modules=["0"]))
+
+
+@pytest.mark.parametrize(
+    ("other", "error"),
+    [
+        ({"name": "Ssf"}, ConfigError),
+        ({"name": "ssf_"}, ConfigError),
+        ({"name": "other"}, ConfigError),
+        ({"name": "ssf"}, DuplicateAdapterError),
+    ],
+)
+def test_registering_what_cannot_be(other: dict[str, str], error: type[Exception]) -> None:
+    row, before = METHODS["SSF"], dict(METHODS)
+    with pytest.raises(error):
+        inlay.register_peft_method(config_cls=row.config, model_cls=row.adapter, **other)
+    assert before == METHODS
