@@ -52,6 +52,7 @@ RANKS = {
     "prepare": 6,
     "state": 7,
     "card": 7,
+    "catalogue": 6,
     "inspect": 7,
     "status": 7,
     # the handle

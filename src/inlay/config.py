@@ -141,8 +141,9 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
-    # The method's name; its own config sets it.
+    # The method's name, and fields that it must be given; its own config sets both.
     method: ClassVar[str] = ""
+    example: ClassVar[dict[str, Any]] = {}
     # Fields that PEFT's config of this method has and the shared block would write only when set.
     always_written: ClassVar[frozenset[str]] = frozenset()
     is_prompt_learning: ClassVar[bool] = False

@@ -17,6 +17,7 @@ from integrations.tiny_runs import TASKS, model_folder, sentences, tree, write_r
 
 import inlay
 from inlay import cli
+from inlay.methods import METHODS
 
 SRC = Path(__file__).parents[2] / "src"
 Result = tuple[int, str, str]
@@ -50,6 +51,19 @@ def config(tmp_path: Path) -> Path:
 def trained(run: Inlay, config: Path, tmp_path: Path) -> Path:
     assert run("train", config)[0] == 0
     return tmp_path / "run"
+
+
+# ---------------------------------------------------------------- methods
+
+
+def test_methods_lists_the_table(run: Inlay) -> None:
+    code, out, err = run("methods", "--outs", "16", "--ins", "32", "--why")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert all(any(line.startswith(f"{name} ") for line in lines) for name in METHODS)
+    lora = next(line for line in lines if line.startswith("LORA "))
+    assert lora.split()[:5] == ["LORA", "output", str(8 * (16 + 32)), "mR", "mr"]
+    assert max(map(len, lines)) <= 100
 
 
 # ---------------------------------------------------------------- train and predict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from inlay.cli import demo, explain, inspect, merge, predict, train
+from inlay.cli import demo, explain, inspect, merge, methods, predict, train
 
 app = typer.Typer(
     add_completion=False,
@@ -16,6 +16,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("explain")(explain.explain)
+app.command("methods")(methods.methods)
 app.command("inspect")(inspect.inspect)
 app.command("merge")(merge.merge)
 app.command("demo")(demo.demo)

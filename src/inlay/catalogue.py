@@ -1,0 +1,117 @@
+"""What the library can do, read off its own tables: a row for each method, found by asking its code."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from inlay.errors import NotMergeableError, PlanError
+from inlay.layers import KINDS, LayerKind
+from inlay.methods import METHODS, Method
+from inlay.methods._abstract import AbstractAdapter
+from inlay.parametrized import ParameterKind
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a method, configured as it is by default, does on one kind of layer.
+
+    Args:
+        kind (`str`): The kind of layer.
+        why_not (`str`, *optional*): Why it cannot be there; `None` where it can.
+        merges (`bool`): Whether it can be written into the weight.
+        rows (`str`): How rows of a batch get adapters of their own: ``"stacked"`` (one product for all), ``"sliced"``
+            (one for each adapter), or ``"no"``.
+    """
+
+    kind: str
+    why_not: str | None = None
+    merges: bool = False
+    rows: str = "no"
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method.
+
+    Args:
+        name (`str`): As in ``peft_type``.
+        config (`str`): Its config's class.
+        paper (`str`): Address of its paper.
+        trained (`int`): Trained parameters of the default config on one linear layer, ``outs`` x ``ins``.
+        acts_on (`str`): ``"input"``, ``"output"`` or ``"weight"``: where it meets that layer.
+        kinds (`tuple[Capability, ...]`): What it does on every kind of layer.
+    """
+
+    name: str
+    config: str
+    paper: str
+    trained: int
+    acts_on: str
+    kinds: tuple[Capability, ...]
+
+
+def methods(outs: int = 1024, ins: int = 1024) -> list[MethodRow]:
+    """The table of methods, one row each, from the code of the methods themselves.
+
+    Args:
+        outs (`int`, *optional*, defaults to 1024), ins (`int`, *optional*, defaults to 1024): Size of the linear layer
+            that trained parameters are counted on.
+
+    Example:
+        >>> row = methods(16, 32)[0]
+        >>> row.name, row.trained, [k.kind for k in row.kinds if k.why_not is None][:2]
+        ('LORA', 384, ['Linear', 'Embedding'])
+    """
+    return [_row(name, method, outs, ins) for name, method in METHODS.items()]
+
+
+def _row(name: str, method: Method, outs: int, ins: int) -> MethodRow:
+    linear = nn.Linear(ins, outs, device="meta")
+    adapter = method.adapter(method.config(**method.config.example), KINDS[0], linear, {})
+    met = "weight" if adapter.through_weight else "input" if adapter.changes_input else "output"
+    text = sys.modules[method.adapter.__module__].__doc__ or ""
+    paper = next((w.strip("(),.;") for w in text.split() if "arxiv.org" in w), "")
+    trained = sum(math.prod(slot.shape) for slot in adapter.slots.values() if slot.trainable)
+    kinds = tuple(_capability(method, kind, layer) for kind, layer in _samples())
+    return MethodRow(name, method.config.__name__, paper, trained, met, kinds)
+
+
+def _samples() -> list[tuple[LayerKind, nn.Module]]:
+    """A layer of every kind; GPT-2's is a linear one turned round, so that transformers is not needed."""
+    made: dict[str, nn.Module] = {
+        "Linear": nn.Linear(64, 64, device="meta"),
+        "Embedding": nn.Embedding(64, 64, device="meta"),
+        "Conv1D": nn.Linear(64, 64, device="meta"),
+        "Conv1d": nn.Conv1d(64, 64, 3, device="meta"),
+        "Conv2d": nn.Conv2d(64, 64, 3, device="meta"),
+        "Conv3d": nn.Conv3d(64, 64, 3, device="meta"),
+        "MultiheadAttention": nn.MultiheadAttention(64, 4, device="meta"),
+    }
+    return [*((kind, made[kind.name]) for kind in KINDS), (ParameterKind("weight"), made["Linear"])]
+
+
+def _capability(method: Method, kind: LayerKind, layer: nn.Module) -> Capability:
+    if kind.name not in method.kinds:
+        return Capability(kind.name, f"{method.config.method} is not defined there")
+    try:
+        adapter = method.adapter(method.config(**method.config.example), kind, layer, {})
+    except PlanError as error:
+        return Capability(kind.name, str(error))
+    try:
+        adapter.check_mergeable(kind, layer)
+        merges = True
+    except NotMergeableError:
+        merges = False
+    return Capability(kind.name, None, merges, _rows(adapter, kind))
+
+
+def _rows(adapter: AbstractAdapter, kind: LayerKind) -> str:
+    if kind.by_weight:
+        return "no"
+    p = {key: torch.empty(slot.shape, device="meta") for key, slot in adapter.slots.items()}
+    return "stacked" if kind.matrix and adapter.factors(p) is not None else "sliced"
