@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from benchmarks import dora, imports, injection, loading, memory, merging, rows, steps
+from benchmarks import dora, imports, injection, loading, memory, merging, methods, rows, steps
 from benchmarks.library import PeftLike, Setting, version_of
 from benchmarks.report import Figure, record, table
 
@@ -31,6 +31,7 @@ GROUPS: dict[str, Callable[[Setting], Iterable[Figure]]] = {
     "rows": rows.measure,
     "dora": dora.measure,
     "merging": merging.measure,
+    "methods": methods.measure,
 }
 VERSIONS = ("torch", "transformers", "safetensors")
 

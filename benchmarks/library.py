@@ -23,6 +23,9 @@ class Library(Protocol):
     def lora(self, **fields: Any) -> Any:
         """Its LoRA config with these fields."""
 
+    def config(self, name: str, **fields: Any) -> Any:
+        """Its config of this name, with these fields."""
+
     def adapt(self, model: nn.Module, config: Any, adapter: str = "default") -> Any:
         """The handle around `model`, with one adapter in it."""
 
@@ -44,7 +47,10 @@ class PeftLike:
         return importlib.import_module(self.name)
 
     def lora(self, **fields: Any) -> Any:
-        return self.module.LoraConfig(**fields)
+        return self.config("LoraConfig", **fields)
+
+    def config(self, name: str, **fields: Any) -> Any:
+        return getattr(self.module, name)(**fields)
 
     def adapt(self, model: nn.Module, config: Any, adapter: str = "default") -> Any:
         return self.module.get_peft_model(model, config, adapter_name=adapter)
