@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from laws import close, close_all, differs, disturb, gradients, same_bits
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import inlay
@@ -514,6 +516,78 @@ def test_a_writer_waits_and_is_not_starved(model: inlay.PeftModel, x: Tensor) ->
     assert merged.is_set()
 
 
+def _slow(model: inlay.PeftModel, seconds: float) -> None:
+    model.base_model.model.lin1.register_forward_pre_hook(lambda *args: time.sleep(seconds))
+
+
+def test_a_writer_is_not_starved_by_calls_longer_than_its_head_start(model: inlay.PeftModel, x: Tensor) -> None:
+    length = 4 * routing.PATIENCE
+    _slow(model, length)
+    crowd = Crowd()
+    waited: list[float] = []
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(x)
+
+    def merge() -> None:
+        time.sleep(length)
+        for write in (model.merge_adapter, model.unmerge_adapter):
+            began = time.monotonic()
+            write()
+            waited.append(time.monotonic() - began)
+
+    def stagger(i: int) -> Callable[[], None]:
+        first = iter([i * length / 6])
+
+        def work() -> None:
+            time.sleep(next(first, 0.0))
+            forward()
+
+        return work
+
+    crowd.run([merge], beside=[stagger(i) for i in range(6)])
+    assert max(waited) < 10 * length  # four times, by right
+
+
+@pytest.mark.parametrize("calls", [1, 8])
+def test_a_forward_that_waits_for_another_threads_while_a_write_waits(
+    model: inlay.PeftModel, x: Tensor, calls: int
+) -> None:
+    """A pipeline: neither the calls nor the write wait for ever."""
+    expected = outputs(model, x)
+    found: list[Tensor] = []
+    inside, writing = threading.Event(), threading.Event()
+    me = threading.get_ident()
+
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as writer:
+
+        def wait_for_others(*args: Any) -> None:
+            if threading.get_ident() == me:
+                inside.set()
+                writing.wait(5)
+                time.sleep(0.05)
+                for _ in range(calls):
+                    found.append(pool.submit(torch.no_grad()(model), x).result(timeout=20))
+
+        hook = model.base_model.model.lin1.register_forward_pre_hook(wait_for_others)
+
+        def merge() -> None:
+            inside.wait(5)
+            writing.set()
+            model.merge_adapter(["b"])
+
+        done = writer.submit(merge)
+        with torch.no_grad():
+            found.append(model(x))
+        done.result(timeout=20)
+        hook.remove()
+    assert len(found) == calls + 1
+    assert all(is_close(out, expected["a"]) for out in found)
+    with torch.no_grad():
+        close(model(x), expected["b"])
+
+
 # ---------------------------------------------------------------- rows
 
 
@@ -776,6 +850,205 @@ def test_lost_routing_is_an_error(model: inlay.PeftModel, x: Tensor) -> None:
         out.sum().backward()
 
 
+Change = Callable[[inlay.PeftModel], Any]
+
+CHANGES: dict[str, Change] = {  # of the default, after a forward
+    "another": lambda m: m.set_adapter("b"),
+    "several": lambda m: m.set_adapter(["b", "a"]),
+    "of the tuner": lambda m: m.base_model.set_adapter("c"),
+    "of a layer": lambda m: next(layer for _, layer in m.base_model.layers()).set_adapter("b"),
+    "off": lambda m: m.base_model.disable_adapter_layers(),
+    "twice": lambda m: (m.set_adapter("b"), m.bind(m), m.base_model.disable_adapter_layers(), m.set_adapter("c")),
+    "there and back": lambda m: (m.set_adapter("b"), m.set_adapter("a")),
+    "more adapters": lambda m: (
+        m.add_adapter("d", inlay.LoraConfig(r=1, target_modules=".*(lin|_proj).*")),
+        m.set_adapter("d"),
+    ),
+}
+
+
+def _gradients_after(model: inlay.PeftModel, out: Tensor, change: Change) -> dict[str, Tensor]:
+    """As `gradients`, with the default changed between forward and backward, and all adapters trained."""
+    change(model)
+    model.set_requires_grad(list(model.peft_config))
+    return gradients(model, out)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("how", CHANGES)
+def test_recomputation_follows_the_default_of_its_forward(
+    mlp: nn.Module, x: Tensor, reentrant: bool, how: str
+) -> None:
+    first = adapted(mlp, target_modules=TARGETS["mlp"]).train()
+    first.set_requires_grad(list(NAMES))
+    first.base_model.model.lin1.set_adapter("c")  # a layer with a default of its own
+    first.set_requires_grad(list(NAMES))
+    x.requires_grad_()
+    for handle in (True, False):
+        stored, again = copy.deepcopy(first), copy.deepcopy(first)
+        functions = [m if handle else m.base_model.model for m in (stored, again)]
+        expected = _gradients_after(stored, functions[0](x), CHANGES[how])
+        out = checkpoint(again.bind(functions[1]), x, use_reentrant=reentrant)
+        close_all(_gradients_after(again, out, CHANGES[how]), expected)
+        assert any(".a." in key for key in expected)
+        assert any("lin1" in key and ".c." in key for key in expected)
+        with torch.no_grad():
+            close(again(x), stored(x))  # and what comes after follows the new one
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("how", CHANGES)
+def test_transformers_recompute_the_default_of_the_forward(
+    tiny: Tiny, tokens_BT: Tensor, reentrant: bool, how: str
+) -> None:
+    def run(recomputing: bool) -> dict[str, Tensor]:
+        torch.manual_seed(5)
+        model = adapted(tiny("llama"), target_modules=TARGETS["llama"]).train()
+        model.set_requires_grad(list(NAMES))
+        if recomputing:
+            recompute(model, reentrant)
+        return _gradients_after(model, _loss(model, tokens_BT), CHANGES[how])
+
+    expected = run(False)
+    close_all(run(True), expected)
+    assert {n for n in "abcd" for key in expected if f".{n}." in key} == {"a"}
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_recomputation_follows_the_default_copy(mlp: nn.Module, x: Tensor, reentrant: bool) -> None:
+    """Of a module that is trained whole."""
+    fields = {"target_modules": ["lin0"], "modules_to_save": ["lin1"], "use_dora": False}
+    again = adapted(mlp, ("a", "b"), **fields).train()
+    stored = copy.deepcopy(again)
+    x.requires_grad_()
+    for change in (CHANGES["another"], CHANGES["off"]):
+        out = checkpoint(again.bind(again), x, use_reentrant=reentrant)
+        expected = _gradients_after(stored, stored(x), change)
+        close_all(_gradients_after(again, out, change), expected)
+        assert any("lin1" in key for key in expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("chosen", [False, True], ids=["default", "chosen"])
+@pytest.mark.parametrize("write", ["delete", "delete and add", "merge", "unmerge"])
+def test_what_cannot_be_computed_again_is_an_error(
+    model: inlay.PeftModel, x: Tensor, reentrant: bool, chosen: bool, write: str
+) -> None:
+    """The adapter of the forward is deleted, merged or unmerged before backward."""
+    model.train()
+    x.requires_grad_()
+    model.set_adapter("b")
+    if write == "unmerge":
+        model.merge_adapter(["b"])
+    with model.use_adapter("b") if chosen else nullcontext():
+        out = checkpoint(model.bind(model), x, use_reentrant=reentrant)
+        bound = model.bind(model)
+    model.set_adapter("a") if write.startswith("delete") else None
+    if write == "merge":
+        model.merge_adapter(["b"])
+    elif write == "unmerge":
+        model.unmerge_adapter()
+    else:
+        model.delete_adapter("b")
+        if write == "delete and add":
+            model.add_adapter("b", inlay.LoraConfig(r=3, target_modules=TARGETS["mlp"]))
+    with pytest.raises(LostRoutingError, match="'b'"):
+        out.sum().backward()
+    if "merge" in write:  # only what is in backward must be as it was
+        with torch.no_grad():
+            close(bound(x), model(x) if not chosen else bound(x))
+
+
+def test_moments_of_the_default_are_forgotten(model: inlay.PeftModel, x: Tensor) -> None:
+    model.train()
+    x.requires_grad_()
+    router = model.base_model.router
+    for name in ("a", "b", "a", "b"):
+        model.set_adapter(name)
+        checkpoint(model.bind(model), x, use_reentrant=False).sum().backward()
+    gc.collect()
+    assert router._moment is None or router._moment() is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_routing_is_lost_only_where_it_was(model: inlay.PeftModel, x: Tensor, reentrant: bool) -> None:
+    """Beside routed graphs and after them, plain checkpoints need no binding; routed ones do, whenever they run."""
+    model.train()
+    model.set_requires_grad(list(NAMES))
+    x.requires_grad_()
+    inner = model.base_model.model
+    expected = gradients(model, inner(x))
+
+    def plain(function: Any = model) -> Tensor:
+        out: Tensor = checkpoint(function, x, use_reentrant=reentrant)
+        return out
+
+    with model.use_adapter("b"):
+        gradients(model, model(x))
+    close_all(gradients(model, plain()), expected)
+    with model.use_adapter("b"), torch.no_grad():
+        model(x)
+    close_all(gradients(model, plain(inner)), expected)
+    with model.use_adapter("b"):
+        stored, bound, lost = model(x), plain(model.bind(inner)), plain(inner)
+    before = plain()
+    with model.disable_adapter():
+        also_lost = plain()
+    rows = model(x, adapter_names=["b", "c", "b", "__base__"])
+    close_all(gradients(model, plain(inner)), expected)
+    close_all(gradients(model, before), expected)
+    for out in (lost, also_lost):
+        with pytest.raises(LostRoutingError, match="bind"):
+            out.sum().backward()
+    close_all(gradients(model, stored), gradients(model, bound))
+    gradients(model, rows)
+    close_all(gradients(model, plain()), expected)
+
+
+def test_many_routed_forwards_do_not_hide_a_lost_one(model: inlay.PeftModel, x: Tensor) -> None:
+    model.train()
+    x.requires_grad_()
+    with model.use_adapter("b"):
+        lost = checkpoint(model, x, use_reentrant=True)
+    for _ in range(600):
+        with model.use_adapter("b"):
+            model(x)
+    assert len(model.base_model.router._routed._closed) < 600
+    with pytest.raises(LostRoutingError, match="bind"):
+        lost.sum().backward()
+    checkpoint(model, x, use_reentrant=True).sum().backward()
+
+
+@pytest.mark.parametrize("handle", [True, False], ids=["the handle", "the model inside"])
+def test_a_choice_carried_to_another_thread_can_be_lost(model: inlay.PeftModel, x: Tensor, handle: bool) -> None:
+    """The times of a thread are not known that did not make the choice."""
+    model.train()
+    x.requires_grad_()
+
+    def run() -> Tensor:
+        function = model if handle else model.base_model.model
+        out: Tensor = checkpoint(function, x, use_reentrant=True)
+        return out
+
+    async def main() -> Tensor:
+        with model.use_adapter("b"):
+            return await asyncio.to_thread(run)
+
+    out = asyncio.run(main())
+    with pytest.raises(LostRoutingError, match="bind"):
+        out.sum().backward()
+
+
+def test_a_backward_in_another_thread_while_the_choice_holds(model: inlay.PeftModel, x: Tensor) -> None:
+    """As on a GPU, whose backward runs in a thread of its own."""
+    model.train()
+    x.requires_grad_()
+    with model.use_adapter("b"), ThreadPoolExecutor(1) as pool:
+        out = checkpoint(model, x, use_reentrant=True)
+        with pytest.raises(LostRoutingError, match="bind"):
+            pool.submit(out.sum().backward).result()
+
+
 def test_without_any_choice_checkpointing_needs_no_binding(model: inlay.PeftModel, x: Tensor) -> None:
     model.train()
     x.requires_grad_()
@@ -809,3 +1082,20 @@ def test_choices_hold_in_compiled_models(model: inlay.PeftModel, x: Tensor) -> N
                 close(compiled(x), expected[name])
                 close(compiled_inner(x), expected[name])
         close(compiled(x), expected["a"])
+
+
+def test_a_bound_default_holds_in_compiled_models(model: inlay.PeftModel, x: Tensor) -> None:
+    torch._dynamo.reset()
+    expected = outputs(model, x)
+    counter = CompileCounter()
+    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(10):
+            bound = model.bind(compiled)
+            close(bound(x), expected["a"])
+        graphs = counter.frame_count
+        assert graphs == 1
+        model.set_adapter("b")
+        close(compiled(x), expected["b"])
+        close(bound(x), expected["a"])
+        close(compiled(x), expected["b"])

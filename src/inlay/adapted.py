@@ -245,7 +245,7 @@ class Adapted(nn.Module):
         elif route.rows is not None:
             return self._forward_rows(route.rows, *args, **kwargs)
         else:
-            run = tuple(n for n in route.names if n in self.methods)
+            run = route.run(self, self._run, self.methods)
         base: Any = self._modules["base_layer"]
         if run == self._merged:  # idle, or merged with just what is asked for
             return base(*args, **kwargs)
@@ -523,6 +523,7 @@ class Adapted(nn.Module):
         self._stacks.clear()
         if adapter_name not in self.methods:
             return
+        self.router.changing(self, self._run, [adapter_name])
         for slot in {s.name for s in self.methods[adapter_name].slots.values()}:
             group = self._modules[slot]
             assert group is not None
@@ -551,7 +552,10 @@ class Adapted(nn.Module):
 
     def _refresh(self) -> None:
         here = tuple(n for n in self._active if n in self.methods)
-        self._run = (self._merged or here) if self._enabled else ()
+        run = (self._merged or here) if self._enabled else ()
+        if run != self._run:
+            self.router.changing(self, self._run)
+        self._run = run
 
     # ------------------------------------------------------------------ merging
 
@@ -583,6 +587,7 @@ class Adapted(nn.Module):
         new = self.check_merge(wanted, safe_merge)
         if not new:
             return
+        self.router.changing(self, self._run, new)
         with torch.no_grad():
             self._write(new, keep_base, aside)
         self._merged += new
@@ -657,6 +662,7 @@ class Adapted(nn.Module):
             warnings.warn(f"{self.path}: nothing is merged, nothing to unmerge.", PeftWarning, stacklevel=2)
             return
         factors = self.check_unmerge()
+        self.router.changing(self, self._run, self._merged)
         with torch.no_grad():
             for f in factors:
                 self._add_product(*f, sign=-1)
@@ -839,7 +845,7 @@ def _resolve(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     route = module.router.route()
     if route is not None and route.rows is not None:
         raise RowsUnreachableError(f"{module.path}'s weight is used whole: adapter_names cannot reach its rows.")
-    run = module._run if route is None else tuple(n for n in route.names if n in module.methods)
+    run = module._run if route is None else route.run(module, module._run, module.methods)
     if run == module._merged:
         return module.base_layer.get_parameter("weight"), module.base_layer._parameters.get("bias")
     return module.effective(run)

@@ -536,9 +536,11 @@ class PeftModel(nn.Module):
     def has_active_enabled_adapter(self) -> bool:
         """Whether a forward would use an adapter."""
         route = self.base_model.router.route()
-        chosen = None if route is None else route.names or (route.rows.names if route.rows is not None else ())
+        if route is not None and route.rows is not None:
+            route = Route(route.rows.names)
         return any(
-            layer._run if chosen is None else set(chosen) & set(layer.methods) for _, layer in self.base_model.layers()
+            layer._run if route is None else route.run(layer, layer._run, layer.methods)
+            for _, layer in self.base_model.layers()
         )
 
     @property

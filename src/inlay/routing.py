@@ -5,16 +5,20 @@ one call through the handle, into a thread-local that compiled code can read: a 
 no choice made, a layer follows its own default and pays one attribute read.
 
 A forward that is computed again in backward (activation checkpointing) must see the routing of its first run, which
-is gone by then: `bind` carries it along, the handle binds the checkpointing functions of models it knows, and a layer
-that finds itself recomputed without routing, after it has been routed, raises instead of training another adapter.
+is gone by then: `bind` carries it along (a choice, or the defaults as they stood), the handle binds the checkpointing
+functions of models it knows, and a layer that finds itself recomputed without the choice that its forward saw raises
+instead of training another adapter.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
@@ -29,6 +33,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 BASE = "__base__"  # in adapter_names: this row runs the frozen model
+PATIENCE = 0.05  # seconds that a call lets a waiting write go first, at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +103,48 @@ class Route:
     names: tuple[str, ...] = ()
     rows: Rows | None = None
 
+    def run(self, layer: object, default: tuple[str, ...], known: Container[str]) -> tuple[str, ...]:
+        """The adapters that ``layer`` runs, of those it has; ``default`` is its own."""
+        return tuple(n for n in self.names if n in known)
 
-# "Each layer's default", chosen on purpose: what a recomputation sees whose forward followed no choice.
-DEFAULT = Route()
+
+@dataclass(frozen=True, eq=False)
+class Defaults(Route):
+    """Each layer's default as it stood at one moment: what has changed since, and nothing else.
+
+    What changes after the next such moment stands in ``later``. Only bound functions hold moments, so what none of
+    them can ask for is gone.
+    """
+
+    before: dict[object, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    lost: set[str] = field(default_factory=set)
+    later: list[Defaults] = field(default_factory=list, repr=False)
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything has changed since."""
+        return bool(self.before or self.lost or self.later)
+
+    def _since(self) -> list[Defaults]:
+        moments = [self]
+        while moments[-1].later:
+            moments += moments[-1].later
+        return moments
+
+    def run(self, layer: object, default: tuple[str, ...], known: Container[str]) -> tuple[str, ...]:
+        """The default of ``layer`` at that moment; ``default`` was read before this call: it may be changing."""
+        run = next((then.before[layer] for then in self._since() if layer in then.before), default)
+        self.check(run, known)
+        return run
+
+    def check(self, names: Sequence[str], known: Container[str]) -> None:
+        """Raises `LostRoutingError` where ``names`` cannot run as they did at that moment."""
+        lost = {n for then in self._since() for n in then.lost} if _in_backward() else set()
+        if gone := [n for n in names if n in lost or n not in known]:
+            raise LostRoutingError(
+                f"A function bound to the adapters {list(names)} is computed again, and meanwhile {gone} were "
+                "deleted, merged or unmerged: do so after the backward."
+            )
 
 
 class _Local(threading.local):
@@ -108,6 +152,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.route: Route | None = None
         self.depth = 0
+        self.choices = 0
 
 
 # {router: route}: the choices of the current task. Never changed in place, so tasks cannot see each other's.
@@ -115,7 +160,48 @@ _CHOSEN: ContextVar[Mapping[Router, Route]] = ContextVar("inlay_routes")
 
 
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _Routed:
+    """When forwards ran under a choice, in the numbers that autograd gives the nodes of its graphs.
+
+    Every thread counts its nodes from 0, and a node does not tell its thread: the times of all threads are one set.
+    """
+
+    def __init__(self) -> None:
+        self.any = self._everywhere = False
+        self._open: dict[object, int] = {}
+        self._closed: deque[tuple[int, int]] = deque()
+
+    @contextmanager
+    def time(self) -> Iterator[None]:
+        """The body runs under a choice."""
+        key, start = object(), torch._C._autograd._get_sequence_nr()
+        if torch.is_grad_enabled():
+            self._open[key], self.any = start, True
+        try:
+            yield
+        finally:
+            self._open.pop(key, None)
+            if (end := torch._C._autograd._get_sequence_nr()) > start:  # else no graph was made
+                self._closed.append((start, end))
+                self.any = True
+            if len(self._closed) > 256:  # the oldest two become one, with what lies between them
+                (a, b), (c, d) = self._closed.popleft(), self._closed.popleft()
+                self._closed.appendleft((min(a, c), max(b, d)))
+
+    def everywhere(self) -> None:
+        """A choice runs in a thread that did not make it: its times there are not known."""
+        self.any = self._everywhere = True
+
+    def now(self) -> bool:
+        """Whether the graph that is in backward now may be of such a time."""
+        node = torch._C._current_autograd_node()
+        if node is None or self._everywhere:
+            return True
+        at = node._sequence_nr()
+        return any(a <= at for a in [*self._open.values()]) or any(a <= at < b for a, b in [*self._closed])
 
 
 class Router:
@@ -124,10 +210,13 @@ class Router:
     def __init__(self) -> None:
         self._local = _Local()
         self._changed = threading.Condition()
-        self._readers = 0
+        self._calls: dict[int, float] = {}  # {thread: when its running call began}, the oldest first
         self._writer: int | None = None
-        self._waiting = 0
-        self._trained_routed = False
+        self._waiting = 0  # writers
+        self._since = 0.0  # when the first of them came
+        self._opened = 0.0  # calls that came until then may pass them
+        self._routed = _Routed()
+        self._moment: weakref.ref[Defaults] | None = None
 
     # Copies and pickles of a model get a router of their own; its layers share it through the memo.
     def __deepcopy__(self, memo: dict[int, Any]) -> Router:
@@ -140,22 +229,28 @@ class Router:
     def route(self) -> Route | None:
         """The choice that holds here, or None for each layer's default."""
         if torch.compiler.is_compiling():
-            route = self._local.route
-        else:
-            chosen = _CHOSEN.get(None)
-            route = None if chosen is None else chosen.get(self)
-        if route is None and self._trained_routed and not torch.compiler.is_compiling() and _in_backward():
-            raise LostRoutingError(
-                "A layer is computed again in backward, and which adapter its forward used is not known here. Wrap "
-                "what is checkpointed: checkpoint(model.bind(function), ...) instead of checkpoint(function, ...)."
-            )
-        return None if route is DEFAULT else route
+            return self._local.route
+        chosen = _CHOSEN.get(None)
+        route = None if chosen is None else chosen.get(self)
+        if route is None:
+            if self._routed.any and _in_backward() and self._routed.now():
+                raise LostRoutingError(
+                    "A layer is computed again in backward, and which adapter its forward used is not known here. "
+                    "Wrap what is checkpointed: checkpoint(model.bind(function), ...), not checkpoint(function, ...)."
+                )
+            return None
+        if not self._local.choices:
+            self._routed.everywhere()
+        return None if isinstance(route, Defaults) and not route.changed else route
 
     def _choice(self) -> Route | None:
         if torch.compiler.is_compiling():
             return self._local.route
         chosen = _CHOSEN.get(None)
-        return None if chosen is None else chosen.get(self)
+        route = None if chosen is None else chosen.get(self)
+        if route is not None and not self._local.choices:
+            self._routed.everywhere()
+        return route
 
     @contextmanager
     def _choosing(self, route: Route | None, traced: bool) -> Iterator[None]:
@@ -164,13 +259,14 @@ class Router:
         outer = local.route
         token = _CHOSEN.set({**_CHOSEN.get({}), self: route}) if route is not None else None
         if traced:
-            local.route = route
-        if route is not None and torch.is_grad_enabled():
-            self._trained_routed = True
+            local.route = None if isinstance(route, Defaults) and not route.changed else route
+        local.choices += token is not None
         try:
-            yield
+            with self._routed.time() if token is not None and not isinstance(route, Defaults) else nullcontext():
+                yield
         finally:
             local.route = outer
+            local.choices -= token is not None
             if token is not None:
                 _CHOSEN.reset(token)
 
@@ -205,6 +301,9 @@ class Router:
     def writing(self) -> Iterator[None]:
         """A merge, swap, delete or load: alone with the model.
 
+        It waits for the running calls, and calls that come meanwhile wait for it, but not for ever: the running ones
+        may be waiting for them. However many come, it waits no longer than four times the longest call.
+
         Raises:
             BusyError: The calling thread is inside a forward of this model.
         """
@@ -216,9 +315,11 @@ class Router:
         with self._changed:
             nested = self._writer == me
             if not nested:
+                if not self._waiting:
+                    self._since = self._opened = time.monotonic()
                 self._waiting += 1
                 try:
-                    self._changed.wait_for(lambda: self._writer is None and self._readers == 0)
+                    self._changed.wait_for(lambda: self._writer is None and not self._calls)
                 finally:
                     self._waiting -= 1
                 self._writer = me
@@ -231,28 +332,68 @@ class Router:
                     self._changed.notify_all()
 
     def _enter_read(self) -> None:
-        me = threading.get_ident()
+        me, came = threading.get_ident(), time.monotonic()
         with self._changed:
-            # Writers come first, else a busy server would never merge; a writer's own forwards pass.
-            self._changed.wait_for(lambda: self._writer in (None, me) and (not self._waiting or self._writer == me))
-            self._readers += 1
+            while self._writer not in (None, me) or (self._writer is None and self._waiting and came > self._opened):
+                if self._writer is not None:
+                    self._changed.wait()
+                elif (left := self._opened + self._patience() - time.monotonic()) > 0:
+                    self._changed.wait(left)
+                else:
+                    self._opened = time.monotonic()
+                    self._changed.notify_all()
+            self._calls[me] = time.monotonic()
+
+    def _patience(self) -> float:
+        """How long calls let writers go first before they pass them, all that wait at once.
+
+        A running call may itself be waiting for one of these, so none waits for ever. While a call runs that is older
+        than the writer, they pass soon. Later, with only calls running that passed the writer, patience grows with its
+        age; once it exceeds the longest call, the running ones end before others pass, and it is the writer's turn.
+        """
+        oldest = next(iter(self._calls.values()), self._since)
+        return max(PATIENCE, oldest - self._since)
 
     def _leave_read(self) -> None:
         with self._changed:
-            self._readers -= 1
-            if not self._readers:
+            del self._calls[threading.get_ident()]
+            if not self._calls:
                 self._changed.notify_all()
 
     def bind(self, function: Callable[P, T]) -> Callable[P, T]:
         """``function`` with the routing of this moment, wherever and whenever it runs."""
-        route = self._choice() or DEFAULT
+        if torch.compiler.is_compiling():  # one graph has both runs
+            return function
+        moment = self._now()
+        route = self._choice() or moment
+        names = route.names if route.rows is None else route.rows.names
 
         @wraps(function)
         def bound(*args: P.args, **kwargs: P.kwargs) -> T:
+            moment.check(names, names)
             with self._choosing(route, traced=True):
                 return function(*args, **kwargs)
 
         return bound
+
+    def _now(self) -> Defaults:
+        """This moment's defaults."""
+        with self._changed:
+            last = self._moment() if self._moment is not None else None
+            if last is not None and not last.changed:
+                return last
+            now = Defaults()
+            if last is not None:
+                last.later.append(now)
+            self._moment = weakref.ref(now)
+            return now
+
+    def changing(self, layer: object, default: tuple[str, ...], lost: Iterable[str] = ()) -> None:
+        """A layer's ``default`` is about to be another, and adapters are about to be ``lost`` to what ran before."""
+        with self._changed:
+            if self._moment is not None and (now := self._moment()) is not None:
+                now.before.setdefault(layer, default)
+                now.lost.update(lost)
 
 
 class Bound:

@@ -38,6 +38,7 @@ class ModulesToSaveWrapper(nn.Module):
         self.training = module.training
         self._active: tuple[str, ...] = ()
         self._enabled = True
+        self._run: tuple[str, ...] = ()
 
     @staticmethod
     def check(module: nn.Module, path: str) -> None:
@@ -54,13 +55,14 @@ class ModulesToSaveWrapper(nn.Module):
         own = copy.deepcopy(self.original_module)
         own.requires_grad_(False)
         self.modules_to_save[name] = own
+        self._refresh()
 
     def _serving(self) -> tuple[nn.Module, Rows | None]:
         route = self.router.route()
         if route is not None and route.rows is not None:
             return self.original_module, route.rows
-        names = (self._active if self._enabled else ()) if route is None else route.names
-        return self._copy_for(names), None
+        run = self._run if route is None else route.run(self, self._run, self.modules_to_save._modules)
+        return self._copy_for(run), None
 
     def _copy_for(self, names: Iterable[str]) -> nn.Module:
         mine = [n for n in names if n in self.modules_to_save]
@@ -93,6 +95,13 @@ class ModulesToSaveWrapper(nn.Module):
         self.set_requires_grad([n for n in self._active if n not in names], False)
         self.set_requires_grad(names, not inference_mode)
         self._active = names
+        self._refresh()
+
+    def _refresh(self) -> None:
+        run = tuple(n for n in self._active if n in self.modules_to_save) if self._enabled else ()
+        if run != self._run:
+            self.router.changing(self, self._run)
+        self._run = run
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Trains or freezes copies."""
@@ -105,12 +114,15 @@ class ModulesToSaveWrapper(nn.Module):
         """Switches to the original module or back, for all threads."""
         self._enabled = enabled
         self.set_requires_grad(self._active, enabled)
+        self._refresh()
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
         """Removes an adapter's copy; one that is not here is passed over."""
         if adapter_name in self.modules_to_save:
+            self.router.changing(self, self._run, [adapter_name])
             del self.modules_to_save[adapter_name]
             self._active = tuple(n for n in self._active if n != adapter_name)
+            self._refresh()
         if new_active_adapters:
             self.set_adapter([n for n in new_active_adapters if n in self.modules_to_save][:1])
 
