@@ -37,7 +37,33 @@ from inlay.storage import Storage, storage_of
 _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Leaf(nn.Module):
+class _Late:
+    """A container of nn.Module's own (for hooks, mostly) that is made when it is first asked for."""
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self.name, self.make = name, make
+
+    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+        # In one step, so that threads which ask at once are given the same one.
+        return self if module is None else module.__dict__.setdefault(self.name, self.make())
+
+
+class _Light(nn.Module):
+    """A module without nn.Module's dozen empty containers: a model with adapters has thousands of modules of ours."""
+
+    def __init__(self, training: bool = True) -> None:
+        self.__dict__.update(_SET_AT_ONCE, training=training, _parameters={}, _buffers={}, _modules={})
+
+
+_SET_AT_ONCE: dict[str, Any] = {}
+for _name, _value in vars(nn.Module()).items():
+    if not isinstance(_value, dict | set):
+        _SET_AT_ONCE[_name] = _value
+    elif _name not in ("_parameters", "_buffers", "_modules"):
+        setattr(_Light, _name, _Late(_name, type(_value)))
+
+
+class Leaf(_Light):
     """One adapter's tensors of one slot: ``layer.lora_A.default``, with ``weight`` and perhaps ``bias``."""
 
     def forward(self, x: Tensor | str) -> Tensor:
@@ -50,7 +76,7 @@ class Leaf(nn.Module):
         return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self._parameters.items() if v is not None)
 
 
-class Group(nn.Module):
+class Group(_Light):
     """One slot of all adapters: ``layer.lora_A``. Reads like a dict from adapter name to leaf or tensor."""
 
     def _all(self) -> dict[str, Any]:
@@ -187,7 +213,7 @@ class Stack:
         return all(method.scaling is scale for method, scale in self._scales)
 
 
-class Adapted(nn.Module):
+class Adapted(_Light):
     """A frozen layer with adapters.
 
     Args:
@@ -215,7 +241,7 @@ class Adapted(nn.Module):
     _stacks: dict[tuple[tuple[str, ...], bool], Stack]
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, router: Router, path: str, tied: bool = False) -> None:
-        super().__init__()
+        super().__init__(base_layer.training)
         self._modules["base_layer"] = base_layer
         # Past nn.Module.__setattr__, which looks for parameters and modules in each of these.
         self.__dict__.update(
@@ -223,7 +249,6 @@ class Adapted(nn.Module):
             router=router,
             path=path,
             tied=tied,
-            training=base_layer.training,
             methods={},
             _places={},
             _active=(),
@@ -444,15 +469,12 @@ class Adapted(nn.Module):
         for slot in method.slots.values():
             group = self._modules.get(slot.name)
             if group is None:
-                group = Group()
-                group.training = self.training
-                self._modules[slot.name] = group
+                group = self._modules[slot.name] = Group(self.training)
             owner = group
             if slot.leaf:
                 leaf = group._modules.get(name)
                 if leaf is None:
-                    leaf = group._modules[name] = Leaf()
-                    leaf.training = self.training
+                    leaf = group._modules[name] = Leaf(self.training)
                 owner = leaf
             t = torch.empty(slot.shape, device=device, dtype=dtype)
             owner._parameters[slot.leaf or name] = nn.Parameter(t, requires_grad=trained and slot.trainable)
@@ -460,7 +482,7 @@ class Adapted(nn.Module):
         self.methods[name] = method
         self._stacks.clear()
         if active:
-            self._active = (name,)
+            self.__dict__["_active"] = (name,)
         self._refresh()
 
     def tensors(self, name: str) -> Iterator[tuple[Slot, nn.Module, str]]:
@@ -529,8 +551,8 @@ class Adapted(nn.Module):
                 del self._modules[slot]
 
     def _refresh(self) -> None:
-        here = tuple(n for n in self._active if n in self.methods)
-        self._run = (self._merged or here) if self._enabled else ()
+        here = tuple([n for n in self._active if n in self.methods])
+        self.__dict__["_run"] = (self._merged or here) if self._enabled else ()
 
     # ------------------------------------------------------------------ merging
 
@@ -726,7 +748,7 @@ class Adapted(nn.Module):
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer, through nested wrappers."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         return base.get_base_layer() if isinstance(base, Adapted) else base
 
     def get_delta_weight(self, adapter: str) -> Tensor:
