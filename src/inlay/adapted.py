@@ -121,15 +121,16 @@ class Group(_Light):
 class _Numbers(MutableMapping[str, Any]):
     """``layer.scaling``: one number of every adapter on a layer, read and written where the adapter keeps it."""
 
-    def __init__(self, methods: Mapping[str, AbstractAdapter], field: str) -> None:
+    def __init__(self, methods: Mapping[str, AbstractAdapter], field: str, changed: Callable[[], None]) -> None:
         self._holders = {name: m for name, m in methods.items() if field in m.numbers}
-        self._field = field
+        self._field, self._changed = field, changed
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self._holders[name], self._field)
 
     def __setitem__(self, name: str, value: Any) -> None:
         setattr(self._holders[name], self._field, value)
+        self._changed()
 
     def __delitem__(self, name: str) -> None:
         raise TypeError(f"{self._field} belongs to the adapter {name!r}: delete the adapter instead.")
@@ -179,6 +180,8 @@ class _Memo:
 class Stack:
     """The factors of several adapters, each kind in one tensor, and the marks by which a change of any is seen.
 
+    Scales have no marks: the layer, through which they are changed, drops its stacks then.
+
     Args:
         parts (`dict`): For each adapter its method, its tensors, and where these are kept.
         apart (`tuple[str, ...]`): Adapters that must run by themselves.
@@ -189,7 +192,6 @@ class Stack:
         self.trained = torch.is_grad_enabled() and any(
             t.requires_grad for _, p, _ in parts.values() for t in p.values()
         )
-        self._scales = [(method, method.scaling) for method, _, _ in parts.values()]
         tensors = [(d, k, d[k]) for _, _, owners in parts.values() for d, k in owners if d.get(k) is not None]
         self._marks = [(d, k, t, t._version, t.data_ptr()) for d, k, t in tensors]
         if parts:
@@ -210,7 +212,7 @@ class Stack:
         for d, k, t, version, pointer in self._marks:
             if d.get(k) is not t or t._version != version or t.data_ptr() != pointer or (wanted and t.requires_grad):
                 return False
-        return all(method.scaling is scale for method, scale in self._scales)
+        return True
 
 
 class Adapted(_Light):
@@ -760,17 +762,20 @@ class Adapted(_Light):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scales an adapter relative to its config; one that is not here is passed over."""
+        self._stacks.clear()
         if adapter in self.methods:
             self.methods[adapter].rescale(scale, absolute=True)
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scale of the active adapters."""
+        self._stacks.clear()
         if scale != 1:
             for name in self._run:
                 self.methods[name].rescale(scale, absolute=False)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides it, or gives the config's scale back."""
+        self._stacks.clear()
         for name in self._run:
             if scale is None:
                 self.methods[name].rescale(1.0, absolute=True)
@@ -785,7 +790,7 @@ class Adapted(_Light):
         except AttributeError:
             methods = self.__dict__.get("methods", {})
             if any(name in m.numbers for m in methods.values()):
-                return _Numbers(methods, name)
+                return _Numbers(methods, name, self._stacks.clear)
             if name == "base_layer" or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_layer, name)
