@@ -561,6 +561,22 @@ def test_hooks_on_the_frozen_layer_run(model: inlay.PeftModel, x: Tensor) -> Non
     assert seen == ["base", "wrapper"]
 
 
+def test_modules_of_ours_are_modules_like_any_other(model: inlay.PeftModel) -> None:
+    """They leave out nn.Module's containers until these are asked for."""
+    layer = model.base_model.model.lin0
+    leaf = layer.lora_A.a
+    for module in (layer, layer.lora_A, leaf):
+        assert set(vars(nn.Module())) <= set(dir(module))
+    seen: list[str] = []
+    leaf.register_forward_hook(lambda *args: seen.append("leaf"))
+    leaf.register_buffer("extra", torch.zeros(1), persistent=False)
+    copied = copy.deepcopy(leaf)
+    for each in (leaf, copied):
+        each(torch.zeros(1, leaf.weight.shape[1]))
+        assert list(each.state_dict()) == ["weight"]
+    assert seen == ["leaf", "leaf"]
+
+
 def test_few_frames_per_layer(model: inlay.PeftModel, x: Tensor) -> None:
     """What the wrapper costs at one token is Python frames: at most 8 of ours."""
     layer = model.base_model.model.lin0

@@ -637,6 +637,12 @@ def test_rows_after_an_adapter_changed(model: inlay.PeftModel, x: Tensor) -> Non
     check()
     layer.set_scale("a", 3.0)
     check()
+    layer.scaling["b"] = 0.25
+    check()
+    layer.scale_layer(2.0)
+    check()
+    layer.unscale_layer()
+    check()
     layer.lora_B.b.weight = nn.Parameter(torch.randn(20, 3))
     check()
     model.delete_adapter("b")

@@ -37,7 +37,33 @@ from inlay.storage import Storage, storage_of
 _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Leaf(nn.Module):
+class _Late:
+    """A container of nn.Module's own (for hooks, mostly) that is made when it is first asked for."""
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self.name, self.make = name, make
+
+    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+        # In one step, so that threads which ask at once are given the same one.
+        return self if module is None else module.__dict__.setdefault(self.name, self.make())
+
+
+class _Light(nn.Module):
+    """A module without nn.Module's dozen empty containers: a model with adapters has thousands of modules of ours."""
+
+    def __init__(self, training: bool = True) -> None:
+        self.__dict__.update(_SET_AT_ONCE, training=training, _parameters={}, _buffers={}, _modules={})
+
+
+_SET_AT_ONCE: dict[str, Any] = {}
+for _name, _value in vars(nn.Module()).items():
+    if not isinstance(_value, dict | set):
+        _SET_AT_ONCE[_name] = _value
+    elif _name not in ("_parameters", "_buffers", "_modules"):
+        setattr(_Light, _name, _Late(_name, type(_value)))
+
+
+class Leaf(_Light):
     """One adapter's tensors of one slot: ``layer.lora_A.default``, with ``weight`` and perhaps ``bias``."""
 
     def forward(self, x: Tensor | str) -> Tensor:
@@ -50,7 +76,7 @@ class Leaf(nn.Module):
         return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self._parameters.items() if v is not None)
 
 
-class Group(nn.Module):
+class Group(_Light):
     """One slot of all adapters: ``layer.lora_A``. Reads like a dict from adapter name to leaf or tensor."""
 
     def _all(self) -> dict[str, Any]:
@@ -95,15 +121,16 @@ class Group(nn.Module):
 class _Numbers(MutableMapping[str, Any]):
     """``layer.scaling``: one number of every adapter on a layer, read and written where the adapter keeps it."""
 
-    def __init__(self, methods: Mapping[str, AbstractAdapter], field: str) -> None:
+    def __init__(self, methods: Mapping[str, AbstractAdapter], field: str, changed: Callable[[], None]) -> None:
         self._holders = {name: m for name, m in methods.items() if field in m.numbers}
-        self._field = field
+        self._field, self._changed = field, changed
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self._holders[name], self._field)
 
     def __setitem__(self, name: str, value: Any) -> None:
         setattr(self._holders[name], self._field, value)
+        self._changed()
 
     def __delitem__(self, name: str) -> None:
         raise TypeError(f"{self._field} belongs to the adapter {name!r}: delete the adapter instead.")
@@ -153,6 +180,8 @@ class _Memo:
 class Stack:
     """The factors of several adapters, each kind in one tensor, and the marks by which a change of any is seen.
 
+    Scales have no marks: the layer, through which they are changed, drops its stacks then.
+
     Args:
         parts (`dict`): For each adapter its method, its tensors, and where these are kept.
         apart (`tuple[str, ...]`): Adapters that must run by themselves.
@@ -163,7 +192,6 @@ class Stack:
         self.trained = torch.is_grad_enabled() and any(
             t.requires_grad for _, p, _ in parts.values() for t in p.values()
         )
-        self._scales = [(method, method.scaling) for method, _, _ in parts.values()]
         tensors = [(d, k, d[k]) for _, _, owners in parts.values() for d, k in owners if d.get(k) is not None]
         self._marks = [(d, k, t, t._version, t.data_ptr()) for d, k, t in tensors]
         if parts:
@@ -184,10 +212,10 @@ class Stack:
         for d, k, t, version, pointer in self._marks:
             if d.get(k) is not t or t._version != version or t.data_ptr() != pointer or (wanted and t.requires_grad):
                 return False
-        return all(method.scaling is scale for method, scale in self._scales)
+        return True
 
 
-class Adapted(nn.Module):
+class Adapted(_Light):
     """A frozen layer with adapters.
 
     Args:
@@ -215,7 +243,7 @@ class Adapted(nn.Module):
     _stacks: dict[tuple[tuple[str, ...], bool], Stack]
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, router: Router, path: str, tied: bool = False) -> None:
-        super().__init__()
+        super().__init__(base_layer.training)
         self._modules["base_layer"] = base_layer
         # Past nn.Module.__setattr__, which looks for parameters and modules in each of these.
         self.__dict__.update(
@@ -223,7 +251,6 @@ class Adapted(nn.Module):
             router=router,
             path=path,
             tied=tied,
-            training=base_layer.training,
             methods={},
             _places={},
             _active=(),
@@ -465,15 +492,12 @@ class Adapted(nn.Module):
         for slot in method.slots.values():
             group = self._modules.get(slot.name)
             if group is None:
-                group = Group()
-                group.training = self.training
-                self._modules[slot.name] = group
+                group = self._modules[slot.name] = Group(self.training)
             owner = group
             if slot.leaf:
                 leaf = group._modules.get(name)
                 if leaf is None:
-                    leaf = group._modules[name] = Leaf()
-                    leaf.training = self.training
+                    leaf = group._modules[name] = Leaf(self.training)
                 owner = leaf
             t = torch.empty(slot.shape, device=device, dtype=dtype)
             owner._parameters[slot.leaf or name] = nn.Parameter(t, requires_grad=trained and slot.trainable)
@@ -481,7 +505,7 @@ class Adapted(nn.Module):
         self.methods[name] = method
         self._stacks.clear()
         if active:
-            self._active = (name,)
+            self.__dict__["_active"] = (name,)
         self._refresh()
 
     def tensors(self, name: str) -> Iterator[tuple[Slot, nn.Module, str]]:
@@ -551,11 +575,11 @@ class Adapted(nn.Module):
                 del self._modules[slot]
 
     def _refresh(self) -> None:
-        here = tuple(n for n in self._active if n in self.methods)
+        here = tuple([n for n in self._active if n in self.methods])
         run = (self._merged or here) if self._enabled else ()
         if run != self._run:
             self.router.changing(self, self._run)
-        self._run = run
+        self.__dict__["_run"] = run
 
     # ------------------------------------------------------------------ merging
 
@@ -753,7 +777,7 @@ class Adapted(nn.Module):
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer, through nested wrappers."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         return base.get_base_layer() if isinstance(base, Adapted) else base
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -765,17 +789,20 @@ class Adapted(nn.Module):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scales an adapter relative to its config; one that is not here is passed over."""
+        self._stacks.clear()
         if adapter in self.methods:
             self.methods[adapter].rescale(scale, absolute=True)
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scale of the active adapters."""
+        self._stacks.clear()
         if scale != 1:
             for name in self._run:
                 self.methods[name].rescale(scale, absolute=False)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides it, or gives the config's scale back."""
+        self._stacks.clear()
         for name in self._run:
             if scale is None:
                 self.methods[name].rescale(1.0, absolute=True)
@@ -790,7 +817,7 @@ class Adapted(nn.Module):
         except AttributeError:
             methods = self.__dict__.get("methods", {})
             if any(name in m.numbers for m in methods.values()):
-                return _Numbers(methods, name)
+                return _Numbers(methods, name, self._stacks.clear)
             if name == "base_layer" or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_layer, name)

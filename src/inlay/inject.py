@@ -39,6 +39,8 @@ from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper, tr
 
 # An adapter's name becomes an attribute of every slot, so it may not be one already.
 FORBIDDEN_NAMES = frozenset(dir(Group())) | frozenset(dir(nn.ModuleDict())) | {"base_layer", "__base__"}
+_WRAPPERS = (Adapted, ModulesToSaveWrapper, TrainableTokensWrapper)
+_FUSING = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 _NARROW = {torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
@@ -84,7 +86,7 @@ def survey(model: nn.Module, head: nn.Module | None = None, parameters: bool = F
             continue
         seen.add(id(module))
         layer = module
-        if isinstance(module, Adapted | ModulesToSaveWrapper | TrainableTokensWrapper):
+        if isinstance(module, _WRAPPERS):
             _note_wrapper(found, module)
             layer = _unwrapped(module)
         kind = kind_of(layer)
@@ -151,6 +153,22 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Adapted | ModulesToSaveWra
 
 
 # ---------------------------------------------------------------------- prepare
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection inside: it would walk the growing model again and again (three times the time)."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            if not gc.get_freeze_count():
+                # What was just made is here to stay: into the oldest generation with it, unvisited.
+                gc.freeze()
+                gc.unfreeze()
+            gc.enable()
 
 
 @dataclass
@@ -226,6 +244,7 @@ def method_of(config: AdapterConfig) -> Method:
     return METHODS[PeftType(config.peft_type).value]
 
 
+@collector_paused()
 def prepare(
     model: nn.Module, config: AdapterConfig, only: Iterable[str] | None = None, adapter_name: str | None = None
 ) -> Prepared:
@@ -463,22 +482,6 @@ def _token_work(found: Survey, config: AdapterConfig, path: str, tokens: list[in
 # ---------------------------------------------------------------------- apply
 
 
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """No garbage collection inside: it would walk the growing model again and again (three times the time)."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            if not gc.get_freeze_count():
-                # What was just made is here to stay: into the oldest generation with it, unvisited.
-                gc.freeze()
-                gc.unfreeze()
-            gc.enable()
-
-
 @dataclass
 class _Done:
     """What is being applied, and what has been so far, for undoing."""
@@ -527,7 +530,8 @@ def apply(
     first = found.router is None
     router = found.router or Router()
     done = _Done(name, meta, autocast, activate, activate and trainable)
-    grads = [p for p in found.model.parameters() if p.requires_grad] if first else []
+    modules = (found.model, *found.modules.values()) if first else ()
+    grads = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
     try:
         with collector_paused(), router.writing():
             for parameter in grads:
@@ -550,19 +554,20 @@ def apply(
 
 
 def _place(work: Work, found: Survey, router: Router, done: _Done) -> None:
-    layer = _existing(work)
+    base = work.base
+    layer = _existing(work, base)
     if layer is None:
         if isinstance(work.kind, ParameterKind):
             _check_order(work)
         if work.source is not None:
-            layer = Tied(work.base, work.kind, router, work.path, getattr(*found.parent(work.source)))
+            layer = Tied(base, work.kind, router, work.path, getattr(*found.parent(work.source)))
         else:
-            layer = Adapted(work.base, work.kind, router, work.path, work.tied)
-        if isinstance(work.parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+            layer = Adapted(base, work.kind, router, work.path, work.tied)
+        if isinstance(work.parent, _FUSING):
             # In eval torch's encoder layer hands its layers' weights to one fused call, past every adapter, unless a
             # hook stands in the way.
             layer.register_forward_pre_hook(_in_the_way)
-        for parent, attribute in [(work.parent, work.attribute), *found.elsewhere.get(id(work.base), ())]:
+        for parent, attribute in [(work.parent, work.attribute), *found.elsewhere.get(id(base), ())]:
             done.replace(parent, attribute, layer)
         _bar_nesting(found, work, done)
     _add(layer, work.adapter, done)
@@ -571,7 +576,7 @@ def _place(work: Work, found: Survey, router: Router, done: _Done) -> None:
 def _bar_nesting(found: Survey, work: Work, done: _Done) -> None:
     """Has torch's encoder pack no ragged batches, which only its fused layers can read."""
     path = work.path
-    while path and isinstance(work.parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+    while path and isinstance(work.parent, _FUSING):
         path = path.rpartition(".")[0]
         encoder = found.modules.get(path, found.model if not path else None)
         if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
@@ -592,9 +597,9 @@ def _check_order(work: Work) -> None:
         )
 
 
-def _existing(work: Work) -> Adapted | None:
+def _existing(work: Work, base: nn.Module) -> Adapted | None:
     wanted = (work.kind.name, work.kind.weight_name)
-    for wrapper in _chain(work.base):
+    for wrapper in _chain(base):
         if isinstance(wrapper, Adapted) and (wrapper.kind.name, wrapper.kind.weight_name) == wanted:
             return wrapper
     return None
@@ -609,7 +614,7 @@ def _add(layer: Adapted, adapter: AbstractAdapter, done: _Done) -> None:
     if done.autocast and dtype in _NARROW:
         dtype = torch.float32
     if done.active:
-        layer.set_requires_grad(layer.active_adapters, False)
+        layer.set_requires_grad(layer._active, False)
     layer.add(done.name, adapter, "meta" if done.meta else device, dtype, done.active, done.trained)
     if not done.meta and device.type != "meta":
         adapter.initialise(layer.params(done.name), layer)
@@ -704,7 +709,7 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     while stack:
         parent = stack.pop()
         for attribute, module in parent._modules.items():
-            if isinstance(module, Adapted | ModulesToSaveWrapper | TrainableTokensWrapper):
+            if isinstance(module, _WRAPPERS):
                 yield parent, attribute, module
                 if not isinstance(module, ModulesToSaveWrapper):
                     stack.append(_unwrapped(module))

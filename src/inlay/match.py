@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 from inlay.errors import (
     ConfigError,
@@ -32,8 +33,7 @@ _USUAL_HEADS = frozenset({"classifier", "score", "qa_outputs"})
 _REGEX_CHARACTERS = re.compile(r"[\\*+?()\[\]|^$]")
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(NamedTuple):
     """One module of the model.
 
     Args:
@@ -50,8 +50,7 @@ class Module:
     inside: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A module that gets an adapter.
 
     Args:
@@ -338,7 +337,7 @@ class _Planner:
         self.saves = _Matcher("modules_to_save", targeting.modules_to_save)
         self.parameters = _Matcher("target_parameters", targeting.target_parameters)
         self.layers = _Layers(targeting.layers_to_transform, targeting.layers_pattern)
-        self.overrides = {name: KeyTable(table) for name, table in targeting.patterns.items()}
+        self.overrides = {name: KeyTable(table) for name, table in targeting.patterns.items() if table}
         # Layers that the method adapts come first.
         self.hints = _Hints(m.name for m in sorted(modules, key=lambda m: m.kind not in targeting.supported))
         self.saved: dict[str, str] = {}
@@ -383,7 +382,7 @@ class _Planner:
         name = module.name
         if hits := self.excluded.hits(name):
             return "exclude_modules", f"{hits[0]!r} in exclude_modules"
-        if outer := _first_in(self.saved, (name, *_ancestors(name))):
+        if self.saved and (outer := _first_in(self.saved, (name, *_ancestors(name)))):
             return "modules_to_save", f"{self.saved[outer]!r} in modules_to_save trains it whole"
         if self.targets.linear and module.output_head:
             return _HEADS, "the output head, which 'all-linear' leaves out; name it to adapt it"

@@ -71,15 +71,15 @@ class Rows:
         Raises:
             RowsError: ``size`` is neither the number of rows nor that times a known number of beams.
         """
-        B = len(self.ids_B)
+        B = self.ids_B.shape[0]
+        if size == B and device == self.ids_B.device:
+            return self
         times = size // B if B else 1
         if times not in self.repeats or times * B != size:
             raise RowsError(
                 f"adapter_names has {B} rows and {module} got a batch of {size}: its rows are not the batch's (some "
                 "models fold tokens or windows into the first dimension). Use one adapter for the whole batch there."
             )
-        if times == 1 and device == self.ids_B.device:
-            return self
         key = (device, times)
         if key not in self._moved:
             self._moved[key] = Rows._from_ids(self.names, self.ids_B.to(device).repeat_interleave(times), (1,))

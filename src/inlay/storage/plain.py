@@ -35,5 +35,5 @@ class Plain(Storage):
         self.write(layer, kept, parameter)
 
     def facts(self, layer: nn.Module, parameter: str = "weight") -> tuple[torch.dtype, torch.device]:
-        W = layer.get_parameter(parameter)
+        W: Tensor = getattr(layer, parameter)
         return (W.dtype if W.is_floating_point() else torch.get_default_dtype()), W.device
