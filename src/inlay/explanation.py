@@ -353,13 +353,13 @@ def _rows(prepared: inject.Prepared, autocast: bool, optimizer: str) -> Iterator
             filed += W.nbytes  # files hold an adapted embedding's own weight too
         row = _work_row(work, prepared.config, parameters)
         yield _sized(row, optimizer, tensors if work.source is None else [], filed)
-    patterns = dict(prepared.plan.saved)
+    patterns, names = dict(prepared.plan.saved), {fact.name: fact.names for fact in found.facts if fact.also}
     for path in prepared.saved:
         module, source = inject._unwrapped(found.modules[path]), prepared.ties.get(path)
         own = [p for name, p in module.named_parameters() if source is None or name != "weight"]
         tensors = [_empty(p.shape, p.dtype, trained and p.is_floating_point()) for p in own]
         filed = _nbytes(t for t in module.state_dict().values() if isinstance(t, Tensor))
-        row = _saved_row(path, module, patterns.get(path, ""), source)
+        row = _saved_row(names.get(path, (path,)), module, patterns.get(path, ""), source)
         yield _sized(row, optimizer, tensors, filed, module.buffers())
     for name, bias in _biases(prepared):
         row = Row(name, "bias", "Parameter", tuple(bias.shape), f"bias={prepared.config.bias!r}")
@@ -445,11 +445,11 @@ def _work_row(
     return Row(name, "adapter", work.kind.name, shape, reason, pattern, values)
 
 
-def _saved_row(path: str, module: nn.Module, pattern: str, source: str | None) -> Row:
+def _saved_row(names: tuple[str, ...], module: nn.Module, pattern: str, source: str | None) -> Row:
     kind = kind_of(module)
     name, shape = (type(module).__name__, ()) if kind is None else (kind.name, _shape(kind, module))
-    reason = f"tied to {source!r}" if source else why(path, pattern, "modules_to_save")
-    return Row(path, "saved", name, shape, f"trained whole: {reason}", pattern)
+    reason = f"tied to {source!r}" if source else why(names, pattern, "modules_to_save")
+    return Row(names[0], "saved", name, shape, f"trained whole: {reason}", pattern)
 
 
 def _biases(prepared: inject.Prepared) -> Iterator[tuple[str, nn.Parameter]]:

@@ -42,12 +42,19 @@ class Module:
         output_head (`bool`, *optional*, defaults to `False`): Whether "all-linear" leaves it out as the output head.
         inside (`str`, *optional*): The module around it that reads its weight without calling it: an adapter on it
             would have no effect.
+        also (`tuple[str, ...]`, *optional*): Its further names, where it stands at several places of the model.
     """
 
     name: str
     kind: str | None
     output_head: bool = False
     inside: str | None = None
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All its names, the first one first."""
+        return (self.name, *self.also)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,15 +240,16 @@ class _Matcher:
         self.names = frozenset() if isinstance(entries, str) else frozenset(self.entries)
         self.counts: Counter[str] = Counter()
 
-    def hits(self, name: str, kind: str | None = None) -> tuple[str, ...]:
-        """The entries that name this module, longest first."""
+    def hits(self, names: Iterable[str], kind: str | None = None) -> tuple[str, ...]:
+        """The entries that name a module of these names, longest first for each of them."""
         if self.names:
-            found = tuple(end for end in _suffixes(name) if end in self.names)
+            found = tuple([end for name in names for end in _suffixes(name) if end in self.names])
         elif self.linear:
             found = self.entries if kind in self.linear else ()
         else:
-            found = self.entries if self.regex is not None and self.regex.fullmatch(name) else ()
+            found = self.entries if self.regex is not None and any(map(self.regex.fullmatch, names)) else ()
         if found:
+            found = tuple(dict.fromkeys(found))
             self.counts.update(found)
         return found
 
@@ -340,7 +348,8 @@ class _Planner:
         self.layers = _Layers(targeting.layers_to_transform, targeting.layers_pattern)
         self.overrides = {name: KeyTable(table) for name, table in targeting.patterns.items()}
         # Layers that the method adapts come first.
-        self.hints = _Hints(m.name for m in sorted(modules, key=lambda m: m.kind not in targeting.supported))
+        likely = sorted(modules, key=lambda m: m.kind not in targeting.supported)
+        self.hints = _Hints(name for m in likely for name in m.names)
         self.saved: dict[str, str] = {}
         self.chosen: dict[str, tuple[Module, str]] = {}
         self.chosen_parameters: list[ParameterTarget] = []
@@ -351,7 +360,7 @@ class _Planner:
         self.parameters_seen = 0
 
     def choose_saved(self) -> None:
-        named = {m.name: hits[0] for m in self.modules if (hits := self.saves.hits(m.name))}
+        named = {m.name: hits[0] for m in self.modules if (hits := self.saves.hits(m.names))}
         for name, entry in named.items():
             if outer := _first_in(named, _ancestors(name)):
                 self.skipped.append(Skip(name, f"inside {outer!r}, which modules_to_save trains whole"))
@@ -360,7 +369,7 @@ class _Planner:
 
     def choose_targets(self) -> None:
         for module in self.modules:
-            if hits := self.targets.hits(module.name, module.kind):
+            if hits := self.targets.hits(module.names, module.kind):
                 rule, reason = self._rejected(module)
                 if rule:
                     self._leave_out(module.name, rule, reason)
@@ -381,14 +390,15 @@ class _Planner:
     def _rejected(self, module: Module) -> tuple[str, str]:
         """Which rule leaves out a module that ``target_modules`` names, and in words."""
         name = module.name
-        if hits := self.excluded.hits(name):
+        if hits := self.excluded.hits(module.names):
             return "exclude_modules", f"{hits[0]!r} in exclude_modules"
         if outer := _first_in(self.saved, (name, *_ancestors(name))):
             return "modules_to_save", f"{self.saved[outer]!r} in modules_to_save trains it whole"
         if self.targets.linear and module.output_head:
             return _HEADS, "the output head, which 'all-linear' leaves out; name it to adapt it"
-        if name not in self.targets.names and (reason := self.layers.reject(name)):
-            return "layers_to_transform", reason
+        reasons = [self.layers.reject(n) for n in module.names]
+        if all(reasons) and self.targets.names.isdisjoint(module.names):
+            return "layers_to_transform", reasons[0]
         if module.inside is not None:
             return _NOT_CALLED, f"{module.inside!r} reads its weight without calling it; target {module.inside!r}"
         return "", ""
@@ -412,17 +422,19 @@ class _Planner:
     def choose_parameters(self, parameters: Sequence[tuple[str, str]]) -> None:
         self.parameters_seen = len(parameters)
         order = {module: i for i, (module, _) in reversed(list(enumerate(parameters)))}
+        several = {m.name: m.names for m in self.modules if m.also}
         for module, parameter in sorted(parameters, key=lambda p: (order[p[0]], p[1])):
-            full = f"{module}.{parameter}" if module else parameter
-            hits = self.parameters.hits(full)
+            names = [f"{m}.{parameter}" if m else parameter for m in several.get(module, (module,))]
+            full = names[0]
+            hits = self.parameters.hits(names)
             if not hits:
                 continue
             if _first_in(self.saved, _ancestors(full)):
                 self._leave_out(full, "modules_to_save", "modules_to_save trains its module whole")
                 continue
             self._refuse_parameter(full, module, hits[0])
-            reason = why(full, hits[0], "target_parameters")
-            self.chosen_parameters.append(ParameterTarget(module, parameter, hits[0], self._overrides(full), reason))
+            reason = why(names, hits[0], "target_parameters")
+            self.chosen_parameters.append(ParameterTarget(module, parameter, hits[0], self._overrides(names), reason))
 
     def _refuse_parameter(self, full: str, module: str, entry: str) -> None:
         if not module:
@@ -436,8 +448,8 @@ class _Planner:
                 "adapted in one way only. Leave out one of the two, as with target_modules=[]."
             )
 
-    def _overrides(self, name: str) -> dict[str, object]:
-        rows = ((label, table.find(name)) for label, table in self.overrides.items())
+    def _overrides(self, names: Sequence[str]) -> dict[str, object]:
+        rows = ((label, table.find(n)) for label, table in self.overrides.items() for n in reversed(names))
         return {label: row[1] for label, row in rows if row is not None}
 
     def finish(self) -> Plan:
@@ -447,7 +459,7 @@ class _Planner:
         if not self.chosen and not self.chosen_parameters and not self.asked.optional:
             raise NoMatchingPeftModuleError(" ".join([self._why_nothing(), *missing]))
         targets = tuple(
-            Target(name, entry, self._overrides(name), self._reason(module, entry))
+            Target(name, entry, self._overrides(module.names), self._reason(module, entry))
             for name, (module, entry) in self.chosen.items()
         )
         self.warnings += missing
@@ -471,7 +483,7 @@ class _Planner:
             return f"{module.kind} layer, and target_modules is 'all-linear'"
         if self.targets.regex is not None:
             return "its name matches the regular expression in target_modules"
-        return why(module.name, entry, "target_modules")
+        return why(module.names, entry, "target_modules")
 
     # -- complaints
 
@@ -513,7 +525,7 @@ class _Planner:
         idle = self.excluded.unmatched()
         for entry in idle[:_MAX_HINTS]:
             alone = _Matcher("", entry if self.excluded.regex else [entry])
-            known = {m.name for m in self.modules if alone.hits(m.name)}
+            known = {m.name for m in self.modules if alone.hits(m.names)}
             if any(_first_in(known, _ancestors(name)) for name in self.chosen):
                 whole = rf"(.*\.)?{re.escape(entry)}\..*"
                 text = (
@@ -543,9 +555,11 @@ class _Planner:
                 )
 
 
-def why(name: str, entry: str, field_name: str) -> str:
-    """In which way an entry of a list names ``name``, for people."""
-    return f"{'named' if entry == name else f'ends with {entry!r}'} in {field_name}"
+def why(names: Sequence[str], entry: str, field_name: str) -> str:
+    """In which way an entry of a list names a module of these names, for people."""
+    name = next(n for n in names if n == entry or n.endswith(f".{entry}"))
+    known = "named" if entry == name else f"ends with {entry!r}"
+    return f"{known if name == names[0] else f'its other name {name!r} is {known}'} in {field_name}"
 
 
 # ------------------------------------------------------------------------------------------------- lists of targets
