@@ -55,64 +55,39 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing that is trained.
+    """One thing that is trained."""
 
-    Args:
-        name (`str`): The module (or parameter) in the model as it is now.
-        role (`str`): ``"adapter"``, ``"saved"`` (trained whole), ``"tokens"`` or ``"bias"``.
-        kind (`str`): The kind of layer.
-        shape (`tuple[int, ...]`): The adapted weight's (out, in), with experts first; the tensor's own for a bias.
-        reason (`str`): Why it is here.
-        pattern (`str`): The entry of the config that named it; "" where none did.
-        values (`dict`): What the config gives it after patterns: ``{"r": 16, "lora_alpha": 32}``.
-        parameters (`int`): Trainable parameters.
-        gradient_bytes (`int`): Bytes of their gradients.
-        optimizer_bytes (`int`): Bytes of what the optimiser keeps for them.
-        added (`int`): Parameters that it adds to the model, trainable or not.
-        nbytes (`int`): Bytes that it adds to the model.
-        file_bytes (`int`): Bytes of its tensors in ``adapter_model.safetensors``.
-    """
-
-    name: str
+    name: str  # the module (or parameter) in the model as it is now
+    # ``"adapter"``, ``"saved"`` (trained whole), ``"tokens"`` or ``"bias"``.
     role: Literal["adapter", "saved", "tokens", "bias"]
-    kind: str
-    shape: tuple[int, ...]
-    reason: str
-    pattern: str = ""
+    kind: str  # the kind of layer
+    shape: tuple[int, ...]  # the adapted weight's (out, in), with experts first; the tensor's own for a bias
+    reason: str  # why it is here
+    pattern: str = ""  # the entry of the config that named it; "" where none did
+    # What the config gives it after patterns: ``{"r": 16, "lora_alpha": 32}``.
     values: Mapping[str, Any] = field(default_factory=dict)
-    parameters: int = 0
-    gradient_bytes: int = 0
-    optimizer_bytes: int = 0
-    added: int = 0
-    nbytes: int = 0
-    file_bytes: int = 0
+    parameters: int = 0  # trainable parameters
+    gradient_bytes: int = 0  # bytes of their gradients
+    optimizer_bytes: int = 0  # bytes of what the optimiser keeps for them
+    added: int = 0  # parameters that it adds to the model, trainable or not
+    nbytes: int = 0  # bytes that it adds to the model
+    file_bytes: int = 0  # bytes of its tensors in ``adapter_model.safetensors``
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over the model; bytes unless said otherwise.
+    """Sums over the model; bytes unless said otherwise."""
 
-    Args:
-        trainable (`int`): Trainable parameters, as `PeftModel.get_nb_trainable_parameters` will count them.
-        parameters (`int`): All parameters, likewise.
-        frozen_bytes (`int`): The model as it is, buffers included.
-        adapter_bytes (`int`): What is added to it: adapters, copies of modules, rows of tokens.
-        gradient_bytes (`int`): Gradients of what is trained.
-        optimizer_bytes (`int`): The optimiser's states.
-        file_bytes (`int`): Tensors in ``adapter_model.safetensors``; the file's header comes on top.
-        activation_bytes (`int`, *optional*): What one forward keeps for backward, the loss not included.
-        added_activation_bytes (`int`, *optional*): What the adapted model keeps above the frozen one where gradients
-            pass through both, which in training is everywhere behind the first adapted layer.
-    """
-
-    trainable: int = 0
-    parameters: int = 0
-    frozen_bytes: int = 0
-    adapter_bytes: int = 0
-    gradient_bytes: int = 0
-    optimizer_bytes: int = 0
-    file_bytes: int = 0
-    activation_bytes: int | None = None
+    trainable: int = 0  # trainable parameters, as `PeftModel.get_nb_trainable_parameters` will count them
+    parameters: int = 0  # all parameters, likewise
+    frozen_bytes: int = 0  # the model as it is, buffers included
+    adapter_bytes: int = 0  # what is added to it: adapters, copies of modules, rows of tokens
+    gradient_bytes: int = 0  # gradients of what is trained
+    optimizer_bytes: int = 0  # the optimiser's states
+    file_bytes: int = 0  # tensors in ``adapter_model.safetensors``; the file's header comes on top
+    activation_bytes: int | None = None  # what one forward keeps for backward, the loss not included
+    # What the adapted model keeps above the frozen one where gradients pass through both, which in training is
+    # everywhere behind the first adapted layer.
     added_activation_bytes: int | None = None
 
     @property

@@ -30,65 +30,38 @@ OTHER_SLOTS = (".lora_B.bias", ".lora_magnitude_vector")
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of an adapter.
+    """One layer of an adapter."""
 
-    Args:
-        module (`str`): Its name in the base model.
-        shape (`tuple[int, ...]`): (out, in) of the change, kernels folded into "in"; stacked experts in front.
-        rank (`int`): Rows of A, per expert.
-        scaling (`float`): What the product is multiplied by.
-        norm (`float`): Frobenius norm of the change.
-        effective_rank (`float`): In how many directions it goes, the mean over experts; 0 where the change is zero.
-        largest (`float`): The largest singular value, how much an input can be moved.
-        parameters (`int`): Trained numbers, magnitudes and biases included.
-        dtype (`str`): As stored.
-    """
-
-    module: str
-    shape: tuple[int, ...]
-    rank: int
-    scaling: float
-    norm: float
-    effective_rank: float
-    largest: float
-    parameters: int
-    dtype: str
+    module: str  # its name in the base model
+    shape: tuple[int, ...]  # (out, in) of the change, kernels folded into "in"; stacked experts in front
+    rank: int  # rows of A, per expert
+    scaling: float  # what the product is multiplied by
+    norm: float  # frobenius norm of the change
+    effective_rank: float  # in how many directions it goes, the mean over experts; 0 where the change is zero
+    largest: float  # the largest singular value, how much an input can be moved
+    parameters: int  # trained numbers, magnitudes and biases included
+    dtype: str  # as stored
 
 
 @dataclass(frozen=True)
 class WholeRow:
-    """A tensor that the adapter holds whole, such as a trained head.
+    """A tensor that the adapter holds whole, such as a trained head."""
 
-    Args:
-        name (`str`): Its name in the base model.
-        shape (`tuple[int, ...]`): Its shape.
-        norm (`float`): Its Frobenius norm: of the tensor, not of a change, which needs the base.
-        dtype (`str`): As stored.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    norm: float
-    dtype: str
+    name: str  # its name in the base model
+    shape: tuple[int, ...]  # its shape
+    norm: float  # its Frobenius norm: of the tensor, not of a change, which needs the base
+    dtype: str  # as stored
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `inspect_adapter` found.
+    """What `inspect_adapter` found."""
 
-    Args:
-        path (`Path`): The adapter's folder.
-        config (`dict[str, Any]`): ``adapter_config.json`` as it stands.
-        rows (`list[LayerRow]`): One per adapted layer, in the file's order.
-        whole (`list[WholeRow]`): Tensors held whole.
-        file_bytes (`int`): Size of all tensors in the file.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    rows: list[LayerRow]
-    whole: list[WholeRow] = field(default_factory=list)
-    file_bytes: int = 0
+    path: Path  # the adapter's folder
+    config: dict[str, Any]  # ``adapter_config.json`` as it stands
+    rows: list[LayerRow]  # one per adapted layer, in the file's order
+    whole: list[WholeRow] = field(default_factory=list)  # tensors held whole
+    file_bytes: int = 0  # size of all tensors in the file
 
     @property
     def parameters(self) -> int:

@@ -34,22 +34,14 @@ _REGEX_CHARACTERS = re.compile(r"[\\*+?()\[\]|^$]")
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One module of the model.
+    """One module of the model."""
 
-    Args:
-        name (`str`): Its dotted name.
-        kind (`str`, *optional*): Name of its row in the table of layer kinds; `None` for anything else.
-        output_head (`bool`, *optional*, defaults to `False`): Whether "all-linear" leaves it out as the output head.
-        inside (`str`, *optional*): The module around it that reads its weight without calling it: an adapter on it
-            would have no effect.
-        also (`tuple[str, ...]`, *optional*): Its further names, where it stands at several places of the model.
-    """
-
-    name: str
-    kind: str | None
-    output_head: bool = False
+    name: str  # its dotted name
+    kind: str | None  # name of its row in the table of layer kinds; `None` for anything else
+    output_head: bool = False  # whether "all-linear" leaves it out as the output head
+    # The module around it that reads its weight without calling it: an adapter on it would have no effect.
     inside: str | None = None
-    also: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()  # its further names, where it stands at several places of the model
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,19 +51,12 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A module that gets an adapter.
+    """A module that gets an adapter."""
 
-    Args:
-        name (`str`): The module.
-        pattern (`str`): The entry of ``target_modules`` that named it; the longest, where several do.
-        overrides (`Mapping[str, object]`): Field and value, where a table such as ``rank_pattern`` has one for it.
-        reason (`str`): Why it is a target, for people.
-    """
-
-    name: str
-    pattern: str
-    overrides: Mapping[str, object]
-    reason: str
+    name: str  # the module
+    pattern: str  # the entry of ``target_modules`` that named it; the longest, where several do
+    overrides: Mapping[str, object]  # field and value, where a table such as ``rank_pattern`` has one for it
+    reason: str  # why it is a target, for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,40 +80,21 @@ class Skip:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a config does to a model.
+    """What a config does to a model."""
 
-    Args:
-        targets (`tuple[Target, ...]`): Modules that get an adapter, in the order of the model.
-        parameters (`tuple[ParameterTarget, ...]`): Bare parameters that get one, by module, then by name.
-        saved (`tuple[tuple[str, str], ...]`): Modules trained whole, each with its entry of ``modules_to_save``.
-        matched (`Mapping[str, int]`): How many modules or parameters each pattern named, before any was left out.
-        unmatched (`tuple[tuple[str, str], ...]`): Patterns that named nothing, each with a hint such as
-            ``"; closest: q_proj"`` or ``""``.
-        skipped (`tuple[Skip, ...]`): What a pattern named and the plan leaves alone.
-        warnings (`tuple[str, ...]`): What looks like a mistake and is none for certain.
-    """
-
-    targets: tuple[Target, ...]
-    parameters: tuple[ParameterTarget, ...]
-    saved: tuple[tuple[str, str], ...]
-    matched: Mapping[str, int]
+    targets: tuple[Target, ...]  # modules that get an adapter, in the order of the model
+    parameters: tuple[ParameterTarget, ...]  # bare parameters that get one, by module, then by name
+    saved: tuple[tuple[str, str], ...]  # modules trained whole, each with its entry of ``modules_to_save``
+    matched: Mapping[str, int]  # how many modules or parameters each pattern named, before any was left out
+    # Patterns that named nothing, each with a hint such as ``"; closest: q_proj"`` or ``""``.
     unmatched: tuple[tuple[str, str], ...]
-    skipped: tuple[Skip, ...]
-    warnings: tuple[str, ...]
+    skipped: tuple[Skip, ...]  # what a pattern named and the plan leaves alone
+    warnings: tuple[str, ...]  # what looks like a mistake and is none for certain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targeting:
-    """What a config says about where its method goes: the fields of the config, and of the method.
-
-    Args:
-        patterns (`Mapping[str, Mapping[str, object]]`, *optional*): For every field that varies by layer its table:
-            ``{"r": rank_pattern}``.
-        supported (`frozenset[str]`): Kinds of layer that the method adapts.
-        method (`str`, *optional*, defaults to ``"LoRA"``): The method, for messages.
-        optional (`bool`, *optional*, defaults to `False`): Whether a plan without any target is fine, because
-            something else is trained.
-    """
+    """What a config says about where its method goes: the fields of the config, and of the method."""
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -136,10 +102,11 @@ class Targeting:
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | set[str] | None = None
     target_parameters: list[str] | set[str] | None = None
+    # For every field that varies by layer its table: ``{"r": rank_pattern}``.
     patterns: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    supported: frozenset[str]
-    method: str = "LoRA"
-    optional: bool = False
+    supported: frozenset[str]  # kinds of layer that the method adapts
+    method: str = "LoRA"  # the method, for messages
+    optional: bool = False  # whether a plan without any target is fine, because something else is trained
 
 
 def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targeting: Targeting) -> Plan:

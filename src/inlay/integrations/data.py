@@ -25,19 +25,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """What there is to learn from and to be judged on.
+    """What there is to learn from and to be judged on."""
 
-    Args:
-        train (`list[Example]`): The training part.
-        held_out (`list[Example]`): The part that is never trained on.
-        labels (`list[str]`): All classes, sorted; empty for language modelling.
-        repeated (`int`): Held-out rows whose input also stands in the training part (0 for a split made here).
-    """
-
-    train: list[Example]
-    held_out: list[Example]
-    labels: list[str]
-    repeated: int
+    train: list[Example]  # the training part
+    held_out: list[Example]  # the part that is never trained on
+    labels: list[str]  # all classes, sorted; empty for language modelling
+    repeated: int  # held-out rows whose input also stands in the training part (0 for a split made here)
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:

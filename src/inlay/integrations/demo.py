@@ -43,51 +43,30 @@ STEPS_TIMED = 10  # before that, a step's time says little
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the predictions of a second model compare with the live one's.
+    """How the predictions of a second model compare with the live one's."""
 
-    Args:
-        rows (`int`): Held-out rows.
-        equal (`int`): Those of them with the same predicted class.
-        difference (`float`): The largest difference between two probabilities of a predicted class.
-        accuracy (`float`): The second model's own.
-    """
-
-    rows: int
-    equal: int
-    difference: float
-    accuracy: float
+    rows: int  # held-out rows
+    equal: int  # those of them with the same predicted class
+    difference: float  # the largest difference between two probabilities of a predicted class
+    accuracy: float  # the second model's own
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Everything that the demonstration measured.
+    """Everything that the demonstration measured."""
 
-    Args:
-        found (`int`): Distinct docstrings of the chosen packages.
-        rows (`int`): How many of them it took, for the time there was.
-        passes (`float`): How often training went over its part of them in the end.
-        classes (`dict[str, tuple[int, int]]`): Package -> held-out docstrings, and how many of them were told rightly.
-        majority (`float`): Accuracy of always naming the commonest package.
-        frozen_pooled (`float`): Accuracy of a head trained on the frozen encoder's own pooled vector, as the adapted
-            model's head sees it.
-        frozen_mean (`float`): The same on the mean of the token vectors, which this encoder was made for.
-        train (`TrainReport`): The adapted model's.
-        reloaded (`Agreement`): The adapter loaded again in a fresh process.
-        merged (`Agreement`): The adapter merged into the base in another one.
-        seconds (`float`): All of it, from the start of the process.
-    """
-
-    found: int
-    rows: int
-    passes: float
-    classes: dict[str, tuple[int, int]]
-    majority: float
+    found: int  # distinct docstrings of the chosen packages
+    rows: int  # how many of them it took, for the time there was
+    passes: float  # how often training went over its part of them in the end
+    classes: dict[str, tuple[int, int]]  # package -> held-out docstrings, and how many of them were told rightly
+    majority: float  # accuracy of always naming the commonest package
+    # Accuracy of a head trained on the frozen encoder's own pooled vector, as the adapted model's head sees it.
     frozen_pooled: float
-    frozen_mean: float
-    train: TrainReport
-    reloaded: Agreement
-    merged: Agreement
-    seconds: float
+    frozen_mean: float  # the same on the mean of the token vectors, which this encoder was made for
+    train: TrainReport  # the adapted model's
+    reloaded: Agreement  # the adapter loaded again in a fresh process
+    merged: Agreement  # the adapter merged into the base in another one
+    seconds: float  # all of it, from the start of the process
 
 
 def encoder_folder() -> Path:
@@ -293,17 +272,11 @@ class FrozenEncoder:
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier over D features.
-
-    Args:
-        weight_CD (`Tensor`): Weights.
-        bias_C (`Tensor`): Biases.
-        accuracy (`float`, *optional*): On the held-out part, where it was judged.
-    """
+    """A linear classifier over D features."""
 
     weight_CD: Tensor
     bias_C: Tensor
-    accuracy: float = math.nan
+    accuracy: float = math.nan  # on the held-out part, where it was judged
 
     def judged(self, x_ND: Tensor, y_N: Tensor) -> Head:
         """The same head with its accuracy on ``x_ND``."""

@@ -55,15 +55,11 @@ def load_model_config(model: ModelSection, labels: Sequence[str] = ()) -> Any:
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained model, and what of it is not pretrained.
+    """A pretrained model, and what of it is not pretrained."""
 
-    Args:
-        model (`PreTrainedModel`): On the CPU, in evaluation mode.
-        new (`list[str]`): Modules that the checkpoint has no weights for, such as a new head: they start at random,
-            and an adapter that does not bring them along is worthless.
-    """
-
-    model: Any
+    model: Any  # on the CPU, in evaluation mode
+    # Modules that the checkpoint has no weights for, such as a new head: they start at random, and an adapter that
+    # does not bring them along is worthless.
     new: list[str]
 
 

@@ -26,45 +26,25 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What came out of a run; every figure was measured by it.
+    """What came out of a run; every figure was measured by it."""
 
-    Args:
-        task (`str`): As in the config.
-        metric (`str`): The name of the figure that the task is judged by.
-        higher_is_better (`bool`): Which way that figure is better.
-        before (`dict[str, float]`): Scores on the held-out part with the fresh adapter, which is the frozen base.
-        after (`dict[str, float]`): The same with the trained adapter.
-        train_rows (`int`): Rows trained on.
-        held_out_rows (`int`): Rows judged on.
-        repeated_rows (`int`): Held-out rows whose input also stands in the training part.
-        labels (`list[str]`): The classes.
-        trainable (`int`): Trained parameters.
-        parameters (`int`): All parameters, the adapter's included.
-        adapter_bytes (`int`): Size of the adapter's weights on disk.
-        base_bytes (`int`): Size of the base model's weights in memory.
-        steps (`int`): Optimiser steps in all.
-        resumed_at (`int`): The step that this process began at.
-        seconds (`float`): Time spent training, in this process.
-        output (`str`): The folder with everything.
-    """
-
-    task: str
-    metric: str
-    higher_is_better: bool
-    before: dict[str, float]
-    after: dict[str, float]
-    train_rows: int
-    held_out_rows: int
-    repeated_rows: int
-    labels: list[str]
-    trainable: int
-    parameters: int
-    adapter_bytes: int
-    base_bytes: int
-    steps: int
-    resumed_at: int
-    seconds: float
-    output: str
+    task: str  # as in the config
+    metric: str  # the name of the figure that the task is judged by
+    higher_is_better: bool  # which way that figure is better
+    before: dict[str, float]  # scores on the held-out part with the fresh adapter, which is the frozen base
+    after: dict[str, float]  # the same with the trained adapter
+    train_rows: int  # rows trained on
+    held_out_rows: int  # rows judged on
+    repeated_rows: int  # held-out rows whose input also stands in the training part
+    labels: list[str]  # the classes
+    trainable: int  # trained parameters
+    parameters: int  # all parameters, the adapter's included
+    adapter_bytes: int  # size of the adapter's weights on disk
+    base_bytes: int  # size of the base model's weights in memory
+    steps: int  # optimiser steps in all
+    resumed_at: int  # the step that this process began at
+    seconds: float  # time spent training, in this process
+    output: str  # the folder with everything
 
 
 @dataclass(frozen=True)
