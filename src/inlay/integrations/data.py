@@ -39,55 +39,34 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ConfigError(
-                    f"{path}, line {number}: not valid JSON ({error.msg}); expected one object a line"
-                ) from error
+                raise ConfigError(f"{where}: not valid JSON ({error.msg}); expected one object a line") from error
             if not isinstance(row, dict):
-                raise ConfigError(
-                    f"{path}, line {number}: found a {type(row).__name__}; expected an object like {{...}}"
-                )
+                raise ConfigError(f"{where}: found a {type(row).__name__}; expected an object like {{...}}")
             rows.append(row)
     return rows
 
 
-def _records(frame: Any) -> list[dict[str, Any]]:
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    import pandas
+
+    if path.suffix.lower() == ".parquet":
+        frame = pandas.read_parquet(path)
+    else:
+        # Everything stays text: a class called "NA" or "007" must not become a missing value or a 7.
+        separator = "," if path.suffix.lower() == ".csv" else "\t"
+        frame = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
     return cast(list[dict[str, Any]], frame.to_dict(orient="records"))
 
 
-def _read_separated(path: Path, separator: str) -> list[dict[str, Any]]:
-    import pandas
-
-    # Everything stays text: a class called "NA" or "007" must not become a missing value or a 7.
-    return _records(pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False))
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pandas
-
-    return _records(pandas.read_parquet(path))
-
-
-READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
-    ".jsonl": _read_json_lines,
-    ".csv": lambda path: _read_separated(path, ","),
-    ".tsv": lambda path: _read_separated(path, "\t"),
-    ".parquet": _read_parquet,
-}
+READERS = {".jsonl": _read_json_lines, ".csv": _read_table, ".tsv": _read_table, ".parquet": _read_table}
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """All rows of a file, by its ending.
-
-    Args:
-        path (`str` or `Path`): A .jsonl, .csv, .tsv or .parquet file.
-
-    Raises:
-        MissingFileError: There is no such file.
-        ConfigError: Its ending is not known, or its content is not what the ending says.
-    """
+    """All rows of a .jsonl, .csv, .tsv or .parquet file; a `ConfigError` where it is not what its ending says."""
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"no data file {path}; expected a local file ({', '.join(READERS)})")
@@ -135,12 +114,7 @@ def words(value: Any) -> list[str]:
 
 
 def load_examples(config: TrainConfig) -> Examples:
-    """Read, check and split what ``config.data`` names.
-
-    Raises:
-        MissingFileError: A file is not there.
-        ConfigError: With every complaint about columns and rows at once.
-    """
+    """Read, check and split what ``config.data`` names; a `ConfigError` has every complaint about rows at once."""
     data, task = config.data, config.task
     rows = read_examples(data.path)
     others = read_examples(data.held_out_path) if data.held_out_path else []
@@ -172,10 +146,7 @@ def load_examples(config: TrainConfig) -> Examples:
 def split(
     rows: list[Example], key: Callable[[Example], str], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Hold out about ``fraction`` of the rows; rows with equal keys fall on the same side.
-
-    Returns:
-        `tuple[list[Example], list[Example]]`: The training part and the held-out part, each in the order of the file.
+    """Hold out about ``fraction`` of the rows; those with equal keys fall on one side, both in the file's order.
 
     Example:
         >>> rows = [Example(i, {"text": t}) for i, t in enumerate("aabbccdd")]
@@ -217,12 +188,7 @@ def _input(task: str, data: DataSection, row: Example) -> str:
 
 
 def load_inputs(task: str, data: DataSection, path: str | Path) -> list[Example]:
-    """The rows of another file, to predict on; its answers may be there or not.
-
-    Raises:
-        MissingFileError: The file is not there.
-        ConfigError: With every complaint about columns and rows at once.
-    """
+    """The rows of another file, to predict on; its answers may be there or not. Complaints as in `load_examples`."""
     rows = read_examples(path)
     wanted = {key: name for key, name in columns(task, data).items() if key in INPUTS}
     raise_all(list(_complaints(wanted, str(path), rows)))

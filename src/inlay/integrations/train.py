@@ -62,13 +62,7 @@ def is_main_process() -> bool:
 
 
 def adapter_config(config: TrainConfig) -> Any:
-    """The method's own config from the ``adapter`` section.
-
-    Raises:
-        UnknownMethodError: There is no such method.
-        UnknownFieldError: Its config has no such field.
-        ConfigError: A value does not fit.
-    """
+    """The method's own config from the ``adapter`` section, or a `ConfigError`."""
     name = config.adapter.method
     method = METHODS.get(name.upper())
     if method is None:
@@ -81,11 +75,7 @@ def adapter_config(config: TrainConfig) -> Any:
 
 
 def prepare(config: TrainConfig) -> tuple[Examples, Any]:
-    """The examples and the method's config, everything checked and no model loaded.
-
-    Raises:
-        ConfigError: With every complaint at once.
-    """
+    """The examples and the method's config, no model loaded, or a `ConfigError` with every complaint at once."""
     complaints = []
     if not config.model.name:
         complaints.append("model.name: missing; expected a local folder or the id of a model on the hub")
