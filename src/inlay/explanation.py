@@ -203,10 +203,10 @@ def _totals_as_text(t: Totals, optimizer: str) -> list[str]:
     rows |= {"in training": t.training_bytes, "file": t.file_bytes}
     share = 100 * t.trainable / max(1, t.parameters)
     head = f"  trainable: {t.trainable:,} of {t.parameters:,} parameters ({share:.4g} %)"
-    return [head, *(f"  {label:<{max(map(len, rows))}}  {_size(n):>8}" for label, n in rows.items())]
+    return [head, *(f"  {label:<{max(map(len, rows))}}  {size(n):>8}" for label, n in rows.items())]
 
 
-def _size(n: float) -> str:
+def size(n: float) -> str:
     """Bytes with three digits and a decimal unit: "512 B", "16.8 MB"."""
     if n < 1000:
         return f"{n} B"
