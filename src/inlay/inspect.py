@@ -72,16 +72,8 @@ class AdapterReport:
 def inspect_adapter(path: str | Path) -> AdapterReport:
     """Read an adapter's files and measure what each layer's change amounts to.
 
-    Args:
-        path (`str` or `Path`): The adapter's folder.
-
-    Returns:
-        `AdapterReport`: Rows for low-rank factors; tensors of other kinds are listed whole.
-
-    Raises:
-        MissingFileError: A file is not there.
-        CorruptFileError: A file is not what it should be.
-        TornPairError: The two files were not written by one save.
+    Low-rank factors give rows, tensors of other kinds are listed whole. Raises the `FileError` of what is wrong with
+    the files.
     """
     path = Path(path)
     config, weights = files.read_pair(path)
@@ -90,19 +82,13 @@ def inspect_adapter(path: str | Path) -> AdapterReport:
     scaling = _Scaling(config)
     rows, used = [], set[str]()
     for key, down in tensors.items():
-        slot = next((slot for slot in FACTORS if key.endswith(slot)), None)
-        if slot is None:
-            continue
+        slot = next((slot for slot in FACTORS if key.endswith(slot)), "")
         stem = key.removesuffix(slot)
-        mine = {
-            name for name in (key, stem + FACTORS[slot], *(stem + other for other in OTHER_SLOTS)) if name in tensors
-        }
-        up = tensors.get(stem + FACTORS[slot])
-        if up is None:
+        if not slot or (up := tensors.get(stem + FACTORS[slot])) is None:
             continue
+        mine = {key, *(stem + other for other in (FACTORS[slot], *OTHER_SLOTS))} & tensors.keys()
         used |= mine
-        module = stem.removeprefix(PREFIX)
-        rows.append(_layer(module, down, up, scaling, sum(tensors[name].numel() for name in mine)))
+        rows.append(_layer(stem.removeprefix(PREFIX), down, up, scaling, sum(tensors[name].numel() for name in mine)))
     whole = [
         WholeRow(key.removeprefix(PREFIX), tuple(tensor.shape), float(_double(tensor).norm()), _dtype(tensor))
         for key, tensor in tensors.items()
@@ -188,15 +174,7 @@ def effective_rank(sigma_R: Tensor) -> float:
 
 
 def plot(report: AdapterReport, file: str | Path) -> Path:
-    """Draw the norms and effective ranks over the depth of the model, one line per kind of projection.
-
-    Args:
-        report (`AdapterReport`): From `inspect_adapter`.
-        file (`str` or `Path`): The PNG to write.
-
-    Returns:
-        `Path`: ``file``.
-    """
+    """Draw norms and effective ranks over the depth of the model into a PNG, one line per kind of projection."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

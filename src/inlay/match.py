@@ -110,12 +110,7 @@ class Targeting:
 
 
 def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targeting: Targeting) -> Plan:
-    """Decides what happens to every module and parameter that a config names.
-
-    Args:
-        modules (`Sequence[Module]`): Every module but the root, in the order of the model.
-        parameters (`Sequence[tuple[str, str]]`): Every parameter as (module, parameter name).
-        targeting (`Targeting`): What the config says.
+    """Decides what happens to every module and parameter that a config names, all given in the order of the model.
 
     Raises:
         ConfigError: ``layers_to_transform`` with a regular expression, or ``layers_pattern`` alone.
@@ -170,19 +165,15 @@ def _is_all_linear(entries: Iterable[str] | str | None) -> bool:
 
 def _suffixes(name: str) -> Iterator[str]:
     """The name and every end of it after a dot, longest first."""
-    yield name
-    dot = name.find(".")
-    while dot >= 0:
-        yield name[dot + 1 :]
-        dot = name.find(".", dot + 1)
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def _ancestors(name: str) -> Iterator[str]:
     """The names of the modules around ``name``, innermost first."""
-    dot = name.rfind(".")
-    while dot > 0:
-        yield name[:dot]
-        dot = name.rfind(".", 0, dot)
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def _first_in(known: Container[str], names: Iterable[str]) -> str | None:
@@ -533,11 +524,7 @@ def why(names: Sequence[str], entry: str, field_name: str) -> str:
 
 
 def shrink(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
-    """The shortest list of suffixes that selects the same modules as a long list of names.
-
-    Args:
-        names (`Sequence[str]`): Names or dotted suffixes; fewer than 20 are returned as they are.
-        all_names (`Sequence[str]`): The name of every module of the model.
+    """The shortest list of suffixes that selects the same of ``all_names`` as a list of 20 or more names or suffixes.
 
     Example:
         >>> names = [f"layers.{i}.{leaf}" for i in range(12) for leaf in ("q_proj", "v_proj")]
@@ -563,12 +550,7 @@ def shrink(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
 def default_targets(
     model_type: str | None, table: Mapping[str, Sequence[str] | str], modules: Sequence[Module]
 ) -> list[str] | str:
-    """The architecture's row of a method's table of default targets, to use as ``target_modules``.
-
-    Args:
-        model_type (`str`, *optional*): The architecture, as transformers names it in ``config.model_type``.
-        table (`Mapping[str, Sequence[str] | str]`): Targets by architecture.
-        modules (`Sequence[Module]`): The modules of the model, for the hint.
+    """The row of a method's table of default targets for an architecture as transformers names it.
 
     Raises:
         UnknownArchitectureError: There is no such row; the message lists the model's linear layers by frequency.

@@ -164,7 +164,11 @@ class _Run:
         for callback in callbacks:
             trainer.add_callback(callback)
         before = self._before(trainer, features)
-        seconds = self._train(trainer)
+        resumed = f", from {self.checkpoint.name}" if self.checkpoint else ""
+        self.say(f"training on {len(train_features)} rows{resumed}")
+        clock = time.perf_counter()
+        trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        seconds = time.perf_counter() - clock
         self.say(f"predicting {len(features)} held-out rows")
         lines, after = trainer.describe(self.examples.held_out, features)
         trainer.save_model(str(self.folder.adapter))
@@ -185,13 +189,6 @@ class _Run:
             if is_main_process():
                 self.folder.write("before", scores)
         return scores
-
-    def _train(self, trainer: AdapterTrainer) -> float:
-        rows = len(self.examples.train)
-        self.say(f"training on {rows} rows" + (f", from {self.checkpoint.name}" if self.checkpoint else ""))
-        clock = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
-        return time.perf_counter() - clock
 
     def _report(self, before: dict[str, float], after: dict[str, float], seconds: float, steps: int) -> TrainReport:
         trainable, parameters = self.model.get_nb_trainable_parameters()
