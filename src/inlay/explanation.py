@@ -99,37 +99,22 @@ class Totals:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A plan, readable with ``print``.
+    """A plan, readable with ``print``."""
 
-    Args:
-        title (`str`): Method and model.
-        error (`PeftError`, *optional*): What `get_peft_model` would raise; then nothing else is known.
-        rows (`tuple[Row, ...]`): Everything that is trained, in the order of the model.
-        modules (`int`): How many modules the model has.
-        patterns (`dict[str, int]`): How many modules or parameters each entry of the config names, before any is left
-            out.
-        unmatched (`tuple[tuple[str, str], ...]`): Entries that name nothing, each with a hint such as
-            ``"; closest: q_proj"``.
-        skipped (`tuple[Skip, ...]`): What an entry names and the plan leaves alone: ``name`` and ``reason``.
-        warnings (`tuple[str, ...]`): What looks like a mistake.
-        totals (`Totals`): Parameters and bytes.
-        optimizer (`str`): Whose states `totals` counts.
-        activations_method (`str`, *optional*): ``"traced"`` (counted in a forward on the meta device) or `None`.
-        notes (`tuple[str, ...]`): How the activations were come by, or why they are not known.
-    """
-
-    title: str
-    error: PeftError | None = None
-    rows: tuple[Row, ...] = ()
-    modules: int = 0
+    title: str  # method and model
+    error: PeftError | None = None  # what `get_peft_model` would raise; then nothing else is known
+    rows: tuple[Row, ...] = ()  # everything that is trained, in the order of the model
+    modules: int = 0  # how many modules the model has
+    # How many modules or parameters each entry of the config names, before any is left out.
     patterns: Mapping[str, int] = field(default_factory=dict)
+    # Entries that name nothing, each with a hint such as ``"; closest: q_proj"``.
     unmatched: tuple[tuple[str, str], ...] = ()
-    skipped: tuple[Skip, ...] = ()
-    warnings: tuple[str, ...] = ()
-    totals: Totals = Totals()
-    optimizer: str = "adamw"
-    activations_method: str | None = None
-    notes: tuple[str, ...] = ()
+    skipped: tuple[Skip, ...] = ()  # what an entry names and the plan leaves alone: ``name`` and ``reason``
+    warnings: tuple[str, ...] = ()  # what looks like a mistake
+    totals: Totals = Totals()  # parameters and bytes
+    optimizer: str = "adamw"  # whose states `totals` counts
+    activations_method: str | None = None  # ``"traced"`` (counted in a forward on the meta device) or `None`
+    notes: tuple[str, ...] = ()  # how the activations were come by, or why they are not known
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as values that JSON can hold; the error as its name and message."""

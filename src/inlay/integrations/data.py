@@ -168,15 +168,13 @@ def split(
     return [r for r in rows if r.index not in held_out], [r for r in rows if r.index in held_out]
 
 
-def labels_of(task: str, data: DataSection, row: Example) -> list[str]:
-    """The classes that one row names; none for language modelling."""
-    if task == "sequence-classification":
-        return [str(row.values[data.label])]
-    return words(row.values[data.tags]) if task == "token-classification" else []
-
-
 def _labels(task: str, data: DataSection, rows: Iterable[Example]) -> list[str]:
-    found = {label for row in rows for label in labels_of(task, data, row)}
+    """The classes that the rows name; none for language modelling."""
+    found: set[str] = set()
+    if task == "sequence-classification":
+        found = {str(row.values[data.label]) for row in rows}
+    elif task == "token-classification":
+        found = {tag for row in rows for tag in words(row.values[data.tags])}
     # Classes that are numbers keep their order: 2 before 10.
     return sorted(found, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label))
 

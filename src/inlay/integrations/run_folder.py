@@ -17,6 +17,7 @@ from typing import Any, cast
 import yaml
 
 from inlay.errors import ConfigError, MissingFileError
+from inlay.formats import files
 from inlay.integrations.train_config import TrainConfig, differences, parse, read_tree
 
 # What may change between a run and its continuation: how far, how often, where; nothing that the weights depend on.
@@ -58,9 +59,7 @@ class RunFolder:
 
     def write(self, name: str, value: Any) -> None:
         """``value`` as ``name``.json, which appears whole or not at all."""
-        partial = self.path / f".{name}.json.partial"
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(self.path / f"{name}.json")
+        files.save_text(self.path / f"{name}.json", json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def read(self, name: str) -> Any:
         """What `write` wrote, or None where there is nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,7 +108,12 @@ def _plain(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def build_trainer(
-    model: Any, task: AbstractTask, config: TrainConfig, folder: Path, train: list[Features]
+    model: Any,
+    task: AbstractTask,
+    config: TrainConfig,
+    folder: Path,
+    train: list[Features],
+    callbacks: Iterable[transformers.TrainerCallback] = (),
 ) -> AdapterTrainer:
     """A silent trainer for an adapted model, or for a plain one to predict with; then ``train`` is empty."""
     if config.training.gradient_checkpointing:
@@ -118,6 +123,7 @@ def build_trainer(
         args=_arguments(config, task, folder),
         data_collator=task.collate,
         train_dataset=cast(Any, train),
+        callbacks=list(callbacks),
         compute_metrics=lambda output: task.scores(output.predictions, output.label_ids),
         preprocess_logits_for_metrics=None if task.generates else cast(Any, task.reduce),
     )
