@@ -522,6 +522,16 @@ def test_why_each_layer(llama: nn.Module) -> None:
     assert by_name["lm_head"].parameters == 64 * 32
 
 
+def test_why_by_another_name() -> None:
+    model = nn.Sequential()
+    model.first = nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    model.layers = nn.ModuleList([model.first])
+    fields = {"target_modules": ["0.fc"], "modules_to_save": ["layers.0.norm"]}
+    by_name = {row.name: row.reason for row in explain(model, LoraConfig(**fields)).rows}
+    assert by_name["first.fc"] == "ends with '0.fc' in target_modules, as 'layers.0.fc'"
+    assert by_name["first.norm"] == "trained whole: named in modules_to_save, as 'layers.0.norm'"
+
+
 def test_why_each_parameter_and_part() -> None:
     told = explain(Mixed(), LoraConfig(target_modules=["attention"], target_parameters=["stack_EOI", "gate_OI"]))
     by_name = {row.name: row for row in told.rows}

@@ -517,7 +517,7 @@ def why(names: Sequence[str], entry: str, field_name: str) -> str:
     """In which way an entry of a list names a module of these names, for people."""
     name = next(n for n in names if n == entry or n.endswith(f".{entry}"))
     known = "named" if entry == name else f"ends with {entry!r}"
-    return f"{known if name == names[0] else f'its other name {name!r} is {known}'} in {field_name}"
+    return f"{known} in {field_name}{'' if name == names[0] else f', as {name!r}'}"
 
 
 # ------------------------------------------------------------------------------------------------- lists of targets
