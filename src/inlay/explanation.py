@@ -58,9 +58,8 @@ class Row:
     """One thing that is trained."""
 
     name: str  # the module (or parameter) in the model as it is now
-    # ``"adapter"``, ``"saved"`` (trained whole), ``"tokens"`` or ``"bias"``.
     role: Literal["adapter", "saved", "tokens", "bias"]
-    kind: str  # the kind of layer
+    kind: str
     shape: tuple[int, ...]  # the adapted weight's (out, in), with experts first; the tensor's own for a bias
     reason: str  # why it is here
     pattern: str = ""  # the entry of the config that named it; "" where none did
@@ -111,7 +110,7 @@ class Explanation:
     unmatched: tuple[tuple[str, str], ...] = ()
     skipped: tuple[Skip, ...] = ()  # what an entry names and the plan leaves alone: ``name`` and ``reason``
     warnings: tuple[str, ...] = ()  # what looks like a mistake
-    totals: Totals = Totals()  # parameters and bytes
+    totals: Totals = Totals()
     optimizer: str = "adamw"  # whose states `totals` counts
     activations_method: str | None = None  # ``"traced"`` (counted in a forward on the meta device) or `None`
     notes: tuple[str, ...] = ()  # how the activations were come by, or why they are not known

@@ -36,7 +36,7 @@ class LayerRow:
     shape: tuple[int, ...]  # (out, in) of the change, kernels folded into "in"; stacked experts in front
     rank: int  # rows of A, per expert
     scaling: float  # what the product is multiplied by
-    norm: float  # frobenius norm of the change
+    norm: float  # Frobenius norm of the change
     effective_rank: float  # in how many directions it goes, the mean over experts; 0 where the change is zero
     largest: float  # the largest singular value, how much an input can be moved
     parameters: int  # trained numbers, magnitudes and biases included
@@ -48,7 +48,7 @@ class WholeRow:
     """A tensor that the adapter holds whole, such as a trained head."""
 
     name: str  # its name in the base model
-    shape: tuple[int, ...]  # its shape
+    shape: tuple[int, ...]
     norm: float  # its Frobenius norm: of the tensor, not of a change, which needs the base
     dtype: str  # as stored
 

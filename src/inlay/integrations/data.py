@@ -27,7 +27,7 @@ class Example:
 class Examples:
     """What there is to learn from and to be judged on."""
 
-    train: list[Example]  # the training part
+    train: list[Example]
     held_out: list[Example]  # the part that is never trained on
     labels: list[str]  # all classes, sorted; empty for language modelling
     repeated: int  # held-out rows whose input also stands in the training part (0 for a split made here)

@@ -36,7 +36,7 @@ class TrainReport:
     train_rows: int  # rows trained on
     held_out_rows: int  # rows judged on
     repeated_rows: int  # held-out rows whose input also stands in the training part
-    labels: list[str]  # the classes
+    labels: list[str]
     trainable: int  # trained parameters
     parameters: int  # all parameters, the adapter's included
     adapter_bytes: int  # size of the adapter's weights on disk

@@ -103,7 +103,7 @@ class TrainingSection:
 class TrainConfig:
     """Everything ``inlay train`` needs to know."""
 
-    task: TaskName = "causal-lm"  # "causal-lm", "seq2seq", "sequence-classification" or "token-classification"
+    task: TaskName = "causal-lm"
     output: str = "runs/train"  # the folder that receives everything
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
