@@ -122,6 +122,9 @@ KINDS: dict[str, Kind] = {
     "Embedding": Kind("Embedding", lambda: nn.Embedding(11, 6), _indices(4)),
     "Embedding with padding": Kind("Embedding", lambda: nn.Embedding(11, 6, padding_idx=0), _indices(4)),
     "MultiheadAttention": Kind("MultiheadAttention", _attention, _floats(3, 6), net=SelfAttention, rows=False),
+    "MultiheadAttention without bias": Kind(
+        "MultiheadAttention", lambda: nn.MultiheadAttention(6, 2, bias=False), _floats(6), SelfAttention, rows=False
+    ),
     "Parameter": Kind("Parameter", lambda: Fused(6, 5), _floats(5), rows=False),
     "Parameter of experts": Kind("Parameter", lambda: Fused(3, 6, 5), _floats(5), rows=False),
 }
@@ -178,9 +181,11 @@ UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
     ("LORA", "dora with dropout", "Conv2d grouped"): (UnsupportedLayerError, "as without dropout"),
     ("LORA", "bias", "Embedding"): (UnsupportedLayerError, "an embedding has no bias"),
     ("LORA", "bias", "Embedding with padding"): (UnsupportedLayerError, "an embedding has no bias"),
+    ("LORA", "bias", "MultiheadAttention without bias"): (UnsupportedLayerError, "there is no bias to add to"),
     **{
-        ("LORA", option, "MultiheadAttention"): _ATTENTION_ONLY_WEIGHT
-        for option in ("dora", "bias", "dora with dropout")
+        ("LORA", option, kind): _ATTENTION_ONLY_WEIGHT
+        for option in ("dora", "dora with dropout")
+        for kind in ("MultiheadAttention", "MultiheadAttention without bias")
     },
     **{
         ("LORA", option, kind): _PARAMETER_ONLY_WEIGHT

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from inlay import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from inlay.errors import ConfigError, NoMatchingPeftModuleError, PlanError, UnsupportedLayerError
-from inlay.explanation import Explanation, explain
+from inlay.explanation import OPTIMIZERS, Explanation, explain
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -84,6 +84,7 @@ PLANS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
     ("tied", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
     ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    ("llama", {"target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 2)], "modules_to_save": ["norm"]}),
     ("gpt2", {}),
     ("gpt2", {"target_modules": ["c_attn"], "bias": "lora_only"}),
     ("gpt2", {"target_modules": ["c_attn", "c_fc"], "bias": "all"}),
@@ -256,6 +257,7 @@ OPTIONS: list[dict[str, Any]] = [
 MORE: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     ("llama", {"target_modules": ["embed_tokens", "v_proj"]}),
+    ("llama", {"target_modules": ["q_proj"], "layer_replication": [(0, 2), (0, 2)]}),
     ("experts", {"target_modules": ["q_proj", "v_proj"]}),
     ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5], "modules_to_save": ["lm_head"]}),
     ("bert", {"task_type": "SEQ_CLS", "bias": "all"}),
@@ -296,6 +298,8 @@ def test_activations_are_what_a_run_keeps(tiny: Tiny, name: str, fields: dict[st
     assert told.totals.activation_bytes == pytest.approx(kept(adapted, args, kwargs), rel=0.02, abs=32)
     leading = tuple(t.clone().requires_grad_() for t in args)
     tables = TABLES.get(name, ())
+    if "layer_replication" in fields:
+        model = get_peft_model(model, LoraConfig(**fields)).unload().train()
     above = kept(adapted, leading, kwargs, tables) - kept(model.requires_grad_(False), leading, kwargs, tables)
     assert told.totals.added_activation_bytes == pytest.approx(above, rel=0.02)
 
@@ -396,22 +400,43 @@ def test_without_sizes_nothing_is_traced(llama: nn.Module) -> None:
 # ---------------------------------------------------------------- optimisers
 
 
-@pytest.mark.parametrize(("name", "states"), [("adamw", 2.0), ("adam", 2.0), ("sgd", 0.0)])
-def test_states_of_the_optimiser(mlp: nn.Module, name: str, states: float) -> None:
-    told = explain(mlp, LoraConfig(target_modules=["lin1"]), optimizer=name)
-    assert told.totals.optimizer_bytes == states * told.totals.gradient_bytes
+# explain's name -> the Trainer's
+TRAINERS = {"adamw": "adamw_torch", "adam": "adamw_torch", "sgd_momentum": "sgd", "lion": "lion_32bit"}
 
 
-@pytest.mark.parametrize(("name", "make"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
-def test_states_are_what_a_step_makes(mlp: nn.Module, name: str, make: Any) -> None:
-    fields = {"target_modules": ["lin0", "lin1"], "modules_to_save": ["head"]}
-    told = explain(mlp, LoraConfig(**fields), optimizer=name)
-    adapted = get_peft_model(mlp, LoraConfig(**fields))
-    optimizer = make([p for p in adapted.parameters() if p.requires_grad])
-    adapted(torch.randn(3, 10)).sum().backward()
+@pytest.mark.filterwarnings("ignore:The embeddings are adapted")
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.bnb if "lion" in n or "8bit" in n else ()) for n in OPTIMIZERS]
+)
+def test_states_are_what_a_step_of_the_trainer_makes(llama: nn.Module, name: str, dtype: Any, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = llama.to(dtype)
+    fields = {
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {"down_proj": 100},  # 6,400 numbers, enough for 8 bits
+        "modules_to_save": ["norm", "embed_tokens"],
+    }
+    told = explain(model, LoraConfig(**fields), optimizer=name, autocast_adapter_dtype=False)
+    adapted = get_peft_model(model, LoraConfig(**fields), autocast_adapter_dtype=False)
+    args = TrainingArguments(tmp_path, optim=TRAINERS.get(name, name), use_cpu=True, report_to=[])
+    optimizer = Trainer(adapted, args).create_optimizer()
+    if name == "sgd_momentum":
+        for group in optimizer.param_groups:
+            group["momentum"] = 0.9
+    for p in adapted.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
     optimizer.step()
-    states = (t for s in optimizer.state.values() for k, t in s.items() if k != "step")
-    assert told.totals.optimizer_bytes == sum(t.nbytes for t in states)
+    tensors = [t for s in optimizer.state.values() for k, t in s.items() if isinstance(t, Tensor) and "qmap" not in k]
+    assert told.totals.optimizer_bytes == sum(t.nbytes for t in tensors if t.dim())
+
+
+def test_states_of_adapters_of_before(mlp: nn.Module) -> None:
+    fields = {"target_modules": ["lin0", "lin1"]}
+    alone = explain(mlp, LoraConfig(**fields), optimizer="adafactor").totals.optimizer_bytes
+    inject_adapter_in_model(LoraConfig(**fields), mlp, "first")
+    assert explain(mlp, LoraConfig(**fields), optimizer="adafactor").totals.optimizer_bytes == 2 * alone
 
 
 # ---------------------------------------------------------------- what it says
@@ -495,6 +520,16 @@ def test_why_each_layer(llama: nn.Module) -> None:
     assert by_name["model.layers.0.mlp.up_proj"].values["lora_alpha"] == 5
     assert by_name["lm_head"].role == "saved"
     assert by_name["lm_head"].parameters == 64 * 32
+
+
+def test_why_by_another_name() -> None:
+    model = nn.Sequential()
+    model.first = nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    model.layers = nn.ModuleList([model.first])
+    fields = {"target_modules": ["0.fc"], "modules_to_save": ["layers.0.norm"]}
+    by_name = {row.name: row.reason for row in explain(model, LoraConfig(**fields)).rows}
+    assert by_name["first.fc"] == "ends with '0.fc' in target_modules, as 'layers.0.fc'"
+    assert by_name["first.norm"] == "trained whole: named in modules_to_save, as 'layers.0.norm'"
 
 
 def test_why_each_parameter_and_part() -> None:

@@ -27,7 +27,6 @@ from inlay.errors import (
     ConfigError,
     LoadError,
     MergeError,
-    NoMatchingPeftModuleError,
     NonFiniteError,
     NotMergeableError,
     PlanError,
@@ -37,6 +36,7 @@ from inlay.errors import (
 )
 from inlay.formats.files import reseal
 from inlay.inject import wrappers
+from inlay.trained import ModulesToSaveWrapper
 
 Tiny = Callable[[str], nn.Module]
 
@@ -437,10 +437,103 @@ def test_one_module_in_two_places() -> None:
     same_bits(base(x).detach(), plain)
 
 
-def test_the_second_place_of_a_module_is_no_name_of_it() -> None:
-    base = Shared()
-    with raises_and_leaves(base, NoMatchingPeftModuleError):
-        inlay.get_peft_model(base, config("b"))
+class SharedBlock(nn.Module):
+    """One block in two places, with an embedding and a norm inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleDict({"table": nn.Embedding(9, 4), "fc": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+        self.layers = nn.ModuleList([nn.Identity(), self.first])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h: Tensor = self.first["table"](ids)
+        for block in (self.first, self.layers[1]):
+            h = block["norm"](block["fc"](h)) + block["table"](ids)
+        return h
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["b"]},
+        {"target_modules": ["b", "a"]},
+        {"target_modules": "b", "rank_pattern": {"b": 3}},
+    ],
+    ids=str,
+)
+def test_any_name_of_a_module_in_two_places(fields: dict[str, Any], tmp_path: Path) -> None:
+    base: Any = Shared()
+    x = torch.randn(2, 4)
+    model = inlay.get_peft_model(base, inlay.LoraConfig(**fields))
+    disturb(model)
+    wanted = model(x)
+    assert base.a is base.b
+    assert base.a.r["default"] == (3 if "rank_pattern" in fields else 8)
+    assert [n for n, _ in model.named_parameters() if "lora_A" in n] == ["base_model.model.a.lora_A.default.weight"]
+    model.save_pretrained(tmp_path)
+    other = Shared()
+    other.load_state_dict(model.unload().state_dict())
+    close(inlay.PeftModel.from_pretrained(other, tmp_path)(x).detach(), wanted.detach())
+
+
+FIELDS_OF_A_BLOCK: list[tuple[dict[str, Any], list[str]]] = [
+    ({"target_modules": ["layers.1.fc"]}, ["first.fc"]),
+    ({"target_modules": r"layers\..*fc"}, ["first.fc"]),
+    ({"target_modules": ["fc"], "layers_to_transform": [1]}, ["first.fc"]),
+    ({"target_modules": ["fc", "table"], "exclude_modules": ["layers.1.table"]}, ["first.fc"]),
+    ({"target_modules": ["fc"], "modules_to_save": ["layers.1.norm"]}, ["first.fc", "first.norm"]),
+    ({"target_modules": [], "target_parameters": ["layers.1.fc.weight"]}, ["first.fc"]),
+    ({"target_modules": [], "trainable_token_indices": {"layers.1.table": [2, 5]}}, ["first.table"]),
+]
+
+
+@pytest.mark.parametrize(("fields", "names"), FIELDS_OF_A_BLOCK, ids=str)
+def test_any_name_inside_a_module_in_two_places(fields: dict[str, Any], names: list[str], tmp_path: Path) -> None:
+    base: Any = SharedBlock()
+    layers, ids = dict(base.first.items()), torch.arange(9)
+    plain = base(ids).detach()
+    told = inlay.explain(base, inlay.LoraConfig(**fields))
+    assert {row.name.removesuffix(".weight") for row in told.rows} == set(names)
+    assert not told.warnings
+    model = inlay.get_peft_model(base, inlay.LoraConfig(**fields))
+    assert base.layers[1] is base.first
+    disturb(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 if p.requires_grad else 0)
+    wanted = model(ids).detach()
+    apart(wanted, plain)
+    model.save_pretrained(tmp_path)
+    model.unload()
+    assert all(base.layers[1][k] is layer is base.first[k] for k, layer in layers.items())
+    same_bits(base(ids).detach(), plain)
+    close(inlay.PeftModel.from_pretrained(base, tmp_path)(ids).detach(), wanted)
+
+
+class SavedShared(Shared):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Linear(4, 4)
+        self.d = self.c
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.d(super().forward(x)) + self.c(x)
+        return h
+
+
+def test_a_module_in_two_places_is_trained_whole_at_both() -> None:
+    base: Any = SavedShared()
+    x = torch.randn(2, 4)
+    model = inlay.get_peft_model(base, inlay.LoraConfig(target_modules=["b"], modules_to_save=["d"]))
+    assert base.c is base.d
+    assert isinstance(base.c, ModulesToSaveWrapper)
+    disturb(model)
+    with torch.no_grad():
+        base.c.modules_to_save["default"].weight.add_(1)
+    wanted = model(x)
+    merged: Any = model.merge_and_unload()
+    assert merged.c is merged.d
+    close(merged(x), wanted)
 
 
 def test_one_module_in_two_places_merged_for_good() -> None:
@@ -505,8 +598,19 @@ def test_nested_tensors_of_an_encoder(targets: list[str] | str) -> None:
             outs.append(model(x, src_key_padding_mask=mask)[~mask])
             close(model.train()(x, src_key_padding_mask=mask)[~mask], outs[-1])
             model.eval()
+            assert not base.use_nested_tensor
+            assert model.unload() is base
+            assert base.use_nested_tensor is (base is nested)
     apart(outs[0], before[~mask])
     close(*outs)
+
+
+def test_nested_tensors_of_an_encoder_are_back_after_merging() -> None:
+    encoder = nn.Sequential(nn.TransformerEncoder(_layer(), 2))
+    model = inlay.get_peft_model(encoder, inlay.LoraConfig(target_modules="all-linear"))
+    assert not encoder[0].use_nested_tensor
+    model.merge_and_unload()
+    assert encoder[0].use_nested_tensor is True
 
 
 @pytest.mark.parametrize("targets", ENCODER_TARGETS, ids=str)

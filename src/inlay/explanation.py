@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from inlay.errors import ConfigError, PeftError, PlanError, nearest
 from inlay.layers import LayerKind, kind_of
 from inlay.match import ParameterTarget, Skip, why
 from inlay.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from inlay.replicate import replicated
 from inlay.state import EMBEDDING_NAMES, embedding_weights
 from inlay.storage import storage_of
 
@@ -38,68 +40,53 @@ _Kept = tuple[int | None, int | None, tuple[str, ...]]
 _SHOWN = 5
 
 
-# Bytes that an optimiser keeps for each byte of a gradient; sgd without momentum.
-OPTIMIZERS = {"adamw": 2, "adam": 2, "sgd": 0}
+# Optimisers as transformers' Trainer has them, and how many numbers each keeps for a parameter; see `_states`.
+OPTIMIZERS = {
+    "adamw": 2,
+    "adam": 2,
+    "sgd": 0,
+    "sgd_momentum": 1,
+    "adafactor": 1,
+    "adamw_8bit": 2,
+    "lion": 1,
+    "lion_8bit": 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing that is trained.
+    """One thing that is trained."""
 
-    Args:
-        name (`str`): The module (or parameter) in the model as it is now.
-        role (`str`): ``"adapter"``, ``"saved"`` (trained whole), ``"tokens"`` or ``"bias"``.
-        kind (`str`): The kind of layer.
-        shape (`tuple[int, ...]`): The adapted weight's (out, in), with experts first; the tensor's own for a bias.
-        reason (`str`): Why it is here.
-        pattern (`str`): The entry of the config that named it; "" where none did.
-        values (`dict`): What the config gives it after patterns: ``{"r": 16, "lora_alpha": 32}``.
-        parameters (`int`): Trainable parameters.
-        gradient_bytes (`int`): Bytes of their gradients.
-        added (`int`): Parameters that it adds to the model, trainable or not.
-        nbytes (`int`): Bytes that it adds to the model.
-        file_bytes (`int`): Bytes of its tensors in ``adapter_model.safetensors``.
-    """
-
-    name: str
+    name: str  # the module (or parameter) in the model as it is now
     role: Literal["adapter", "saved", "tokens", "bias"]
     kind: str
-    shape: tuple[int, ...]
-    reason: str
-    pattern: str = ""
+    shape: tuple[int, ...]  # the adapted weight's (out, in), with experts first; the tensor's own for a bias
+    reason: str  # why it is here
+    pattern: str = ""  # the entry of the config that named it; "" where none did
+    # What the config gives it after patterns: ``{"r": 16, "lora_alpha": 32}``.
     values: Mapping[str, Any] = field(default_factory=dict)
-    parameters: int = 0
-    gradient_bytes: int = 0
-    added: int = 0
-    nbytes: int = 0
-    file_bytes: int = 0
+    parameters: int = 0  # trainable parameters
+    gradient_bytes: int = 0  # bytes of their gradients
+    optimizer_bytes: int = 0  # bytes of what the optimiser keeps for them
+    added: int = 0  # parameters that it adds to the model, trainable or not
+    nbytes: int = 0  # bytes that it adds to the model
+    file_bytes: int = 0  # bytes of its tensors in ``adapter_model.safetensors``
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over the model; bytes unless said otherwise.
+    """Sums over the model; bytes unless said otherwise."""
 
-    Args:
-        trainable (`int`): Trainable parameters, as `PeftModel.get_nb_trainable_parameters` will count them.
-        parameters (`int`): All parameters, likewise.
-        frozen_bytes (`int`): The model as it is, buffers included.
-        adapter_bytes (`int`): What is added to it: adapters, copies of modules, rows of tokens.
-        gradient_bytes (`int`): Gradients of what is trained.
-        optimizer_bytes (`int`): The optimiser's states.
-        file_bytes (`int`): Tensors in ``adapter_model.safetensors``; the file's header comes on top.
-        activation_bytes (`int`, *optional*): What one forward keeps for backward, the loss not included.
-        added_activation_bytes (`int`, *optional*): What the adapted model keeps above the frozen one where gradients
-            pass through both, which in training is everywhere behind the first adapted layer.
-    """
-
-    trainable: int = 0
-    parameters: int = 0
-    frozen_bytes: int = 0
-    adapter_bytes: int = 0
-    gradient_bytes: int = 0
-    optimizer_bytes: int = 0
-    file_bytes: int = 0
-    activation_bytes: int | None = None
+    trainable: int = 0  # trainable parameters, as `PeftModel.get_nb_trainable_parameters` will count them
+    parameters: int = 0  # all parameters, likewise
+    frozen_bytes: int = 0  # the model as it is, buffers included
+    adapter_bytes: int = 0  # what is added to it: adapters, copies of modules, rows of tokens
+    gradient_bytes: int = 0  # gradients of what is trained
+    optimizer_bytes: int = 0  # the optimiser's states
+    file_bytes: int = 0  # tensors in ``adapter_model.safetensors``; the file's header comes on top
+    activation_bytes: int | None = None  # what one forward keeps for backward, the loss not included
+    # What the adapted model keeps above the frozen one where gradients pass through both, which in training is
+    # everywhere behind the first adapted layer.
     added_activation_bytes: int | None = None
 
     @property
@@ -111,37 +98,22 @@ class Totals:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A plan, readable with ``print``.
+    """A plan, readable with ``print``."""
 
-    Args:
-        title (`str`): Method and model.
-        error (`PeftError`, *optional*): What `get_peft_model` would raise; then nothing else is known.
-        rows (`tuple[Row, ...]`): Everything that is trained, in the order of the model.
-        modules (`int`): How many modules the model has.
-        patterns (`dict[str, int]`): How many modules or parameters each entry of the config names, before any is left
-            out.
-        unmatched (`tuple[tuple[str, str], ...]`): Entries that name nothing, each with a hint such as
-            ``"; closest: q_proj"``.
-        skipped (`tuple[Skip, ...]`): What an entry names and the plan leaves alone: ``name`` and ``reason``.
-        warnings (`tuple[str, ...]`): What looks like a mistake.
-        totals (`Totals`): Parameters and bytes.
-        optimizer (`str`): Whose states `totals` counts.
-        activations_method (`str`, *optional*): ``"traced"`` (counted in a forward on the meta device) or `None`.
-        notes (`tuple[str, ...]`): How the activations were come by, or why they are not known.
-    """
-
-    title: str
-    error: PeftError | None = None
-    rows: tuple[Row, ...] = ()
-    modules: int = 0
+    title: str  # method and model
+    error: PeftError | None = None  # what `get_peft_model` would raise; then nothing else is known
+    rows: tuple[Row, ...] = ()  # everything that is trained, in the order of the model
+    modules: int = 0  # how many modules the model has
+    # How many modules or parameters each entry of the config names, before any is left out.
     patterns: Mapping[str, int] = field(default_factory=dict)
+    # Entries that name nothing, each with a hint such as ``"; closest: q_proj"``.
     unmatched: tuple[tuple[str, str], ...] = ()
-    skipped: tuple[Skip, ...] = ()
-    warnings: tuple[str, ...] = ()
+    skipped: tuple[Skip, ...] = ()  # what an entry names and the plan leaves alone: ``name`` and ``reason``
+    warnings: tuple[str, ...] = ()  # what looks like a mistake
     totals: Totals = Totals()
-    optimizer: str = "adamw"
-    activations_method: str | None = None
-    notes: tuple[str, ...] = ()
+    optimizer: str = "adamw"  # whose states `totals` counts
+    activations_method: str | None = None  # ``"traced"`` (counted in a forward on the meta device) or `None`
+    notes: tuple[str, ...] = ()  # how the activations were come by, or why they are not known
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as values that JSON can hold; the error as its name and message."""
@@ -215,10 +187,10 @@ def _totals_as_text(t: Totals, optimizer: str) -> list[str]:
     rows |= {"in training": t.training_bytes, "file": t.file_bytes}
     share = 100 * t.trainable / max(1, t.parameters)
     head = f"  trainable: {t.trainable:,} of {t.parameters:,} parameters ({share:.4g} %)"
-    return [head, *(f"  {label:<{max(map(len, rows))}}  {_size(n):>8}" for label, n in rows.items())]
+    return [head, *(f"  {label:<{max(map(len, rows))}}  {size(n):>8}" for label, n in rows.items())]
 
 
-def _size(n: float) -> str:
+def size(n: float) -> str:
     """Bytes with three digits and a decimal unit: "512 B", "16.8 MB"."""
     if n < 1000:
         return f"{n} B"
@@ -249,7 +221,7 @@ def explain(
         config (`AdapterConfig`): What to put into it.
         batch (`int`, *optional*): Rows of a training batch: with it, activations are told too.
         tokens (`int`, *optional*): Length of each row, for models that read sequences.
-        optimizer (`str`, *optional*, defaults to `"adamw"`): ``"adamw"``, ``"adam"`` or ``"sgd"`` (without momentum).
+        optimizer (`str`, *optional*, defaults to `"adamw"`): A key of `OPTIMIZERS`.
         example (`Any`, *optional*): An input instead of ``batch`` and ``tokens``, where these do not tell what the
             model reads: a tensor, a tuple of positional arguments, a dict of keywords, or ``(tuple, dict)``. Only
             shapes and dtypes count. With labels in it, the loss is counted too.
@@ -276,10 +248,12 @@ def explain(
     try:
         if isinstance(model, PeftModel):
             raise PlanError("The model is a PeftModel already: explain what its get_base_model() gives.")
+        if config.layer_replication:
+            model = _copied(model, lambda t: t)
         _add_heads(model, config)
-        with inject.collector_paused():
+        with replicated(model, config.layer_replication), inject.collector_paused():
             prepared = inject.prepare(model, config)
-            rows = tuple(_rows(prepared, autocast_adapter_dtype))
+            rows = tuple(_rows(prepared, autocast_adapter_dtype, optimizer))
     except (PlanError, ConfigError) as error:
         return Explanation(title, error.with_traceback(None), optimizer=optimizer)
     kept, added, notes = _activations(prepared, call, autocast_adapter_dtype)
@@ -325,7 +299,7 @@ def _add_heads(model: nn.Module, config: AdapterConfig) -> None:
 # ---------------------------------------------------------------------- rows and sums
 
 
-def _rows(prepared: inject.Prepared, autocast: bool) -> Iterator[Row]:
+def _rows(prepared: inject.Prepared, autocast: bool, optimizer: str) -> Iterator[Row]:
     found, trained = prepared.survey, not prepared.config.inference_mode
     parameters = {f"{p.module}.{p.parameter}": p for p in prepared.plan.parameters}
     embeddings = {id(W) for _, W in embedding_weights(found.model)} if not prepared.tokens else set()
@@ -336,30 +310,48 @@ def _rows(prepared: inject.Prepared, autocast: bool) -> Iterator[Row]:
         W = _layer(work)._parameters.get("weight")
         if W is not None and id(W) in embeddings and work.path.rpartition(".")[2] in EMBEDDING_NAMES:
             filed += W.nbytes  # files hold an adapted embedding's own weight too
-        yield _sized(_work_row(work, prepared.config, parameters), tensors if work.source is None else [], filed)
-    patterns = dict(prepared.plan.saved)
+        row = _work_row(work, prepared.config, parameters)
+        yield _sized(row, optimizer, tensors if work.source is None else [], filed)
+    patterns, names = dict(prepared.plan.saved), {fact.name: fact.names for fact in found.facts if fact.also}
     for path in prepared.saved:
         module, source = inject._unwrapped(found.modules[path]), prepared.ties.get(path)
         own = [p for name, p in module.named_parameters() if source is None or name != "weight"]
         tensors = [_empty(p.shape, p.dtype, trained and p.is_floating_point()) for p in own]
         filed = _nbytes(t for t in module.state_dict().values() if isinstance(t, Tensor))
-        yield _sized(_saved_row(path, module, patterns.get(path, ""), source), tensors, filed, module.buffers())
+        row = _saved_row(names.get(path, (path,)), module, patterns.get(path, ""), source)
+        yield _sized(row, optimizer, tensors, filed, module.buffers())
     for name, bias in _biases(prepared):
         row = Row(name, "bias", "Parameter", tuple(bias.shape), f"bias={prepared.config.bias!r}")
-        yield _sized(row, [_empty(bias.shape, bias.dtype, trained)], bias.nbytes)
+        yield _sized(row, optimizer, [_empty(bias.shape, bias.dtype, trained)], bias.nbytes)
 
 
-def _sized(row: Row, tensors: list[Tensor], filed: int, buffers: Iterable[Tensor] = ()) -> Row:
+def _sized(row: Row, optimizer: str, tensors: list[Tensor], filed: int, buffers: Iterable[Tensor] = ()) -> Row:
     new = [] if row.role == "bias" else tensors
     trained = [t for t in tensors if t.requires_grad]
+    table = row.role == "saved" and row.kind == "Embedding"
     return dataclasses.replace(
         row,
         parameters=_numel(trained),
         gradient_bytes=_nbytes(trained),
+        optimizer_bytes=sum(_states(optimizer, t, table) for t in trained),
         added=_numel(new),
         nbytes=_nbytes(new) + _nbytes(buffers),
         file_bytes=filed,
     )
+
+
+def _states(optimizer: str, t: Tensor, table: bool = False) -> int:
+    """Bytes that an optimiser keeps for one parameter, as the Trainer makes them; single numbers are not counted.
+
+    Adafactor keeps a row and a column of each matrix. Lion and those of 8 bits are bitsandbytes': in fp32, or in bytes
+    with a scale for every 256 of them, where there are 4,096 or more; the ``table`` of an embedding stays in fp32.
+    """
+    states, n = OPTIMIZERS[optimizer], t.numel()
+    if optimizer == "adafactor":
+        return 4 * (n if t.dim() < 2 else n // t.shape[-1] + n // t.shape[-2])
+    if optimizer.endswith("_8bit") and n >= 4096 and not table:
+        return states * (n + 4 * math.ceil(n / 256))
+    return states * (t.nbytes if optimizer in ("adamw", "adam", "sgd", "sgd_momentum") else 4 * n)
 
 
 def _numel(tensors: Iterable[Tensor]) -> int:
@@ -412,11 +404,11 @@ def _work_row(
     return Row(name, "adapter", work.kind.name, shape, reason, pattern, values)
 
 
-def _saved_row(path: str, module: nn.Module, pattern: str, source: str | None) -> Row:
+def _saved_row(names: tuple[str, ...], module: nn.Module, pattern: str, source: str | None) -> Row:
     kind = kind_of(module)
     name, shape = (type(module).__name__, ()) if kind is None else (kind.name, _shape(kind, module))
-    reason = f"tied to {source!r}" if source else why(path, pattern, "modules_to_save")
-    return Row(path, "saved", name, shape, f"trained whole: {reason}", pattern)
+    reason = f"tied to {source!r}" if source else why(names, pattern, "modules_to_save")
+    return Row(names[0], "saved", name, shape, f"trained whole: {reason}", pattern)
 
 
 def _biases(prepared: inject.Prepared) -> Iterator[tuple[str, nn.Parameter]]:
@@ -448,7 +440,7 @@ def _sums(
         frozen_bytes=_nbytes(model.parameters()) + _nbytes(model.buffers()),
         adapter_bytes=sum(row.nbytes for row in rows),
         gradient_bytes=gradients,
-        optimizer_bytes=OPTIMIZERS[optimizer] * gradients,
+        optimizer_bytes=sum(row.optimizer_bytes for row in rows) + sum(_states(optimizer, p) for p in old),
         file_bytes=sum(row.file_bytes for row in rows),
         activation_bytes=kept,
         added_activation_bytes=added,
@@ -532,17 +524,26 @@ def _require_grad(table: nn.Module, args: Any, out: Tensor) -> None:
 
 def _copy_on_meta(model: nn.Module) -> nn.Module:
     """A copy in training mode, without checkpointing, that shares nothing with ``model`` and holds no numbers."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for t in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-            if isinstance(t, Tensor) and id(t) not in memo:
-                empty = torch.empty_like(t, device="meta", requires_grad=False)
-                memo[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
-    copied = copy.deepcopy(model, memo).train()
+
+    def without_numbers(t: Tensor) -> Tensor:
+        empty = torch.empty_like(t, device="meta", requires_grad=False)
+        return nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+
+    copied = _copied(model, without_numbers).train()
     for module in copied.modules():
         if "gradient_checkpointing" in module.__dict__:
             module.__dict__["gradient_checkpointing"] = False
     return copied
+
+
+def _copied(model: nn.Module, made: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of the model's modules, with ``made(t)`` for each of its tensors."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for t in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+            if isinstance(t, Tensor) and id(t) not in memo:
+                memo[id(t)] = made(t)
+    return copy.deepcopy(model, memo)
 
 
 def _kept_by(model: nn.Module, call: _Call, mode: _OnMeta) -> int:

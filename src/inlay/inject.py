@@ -10,7 +10,7 @@ import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -103,7 +103,21 @@ def survey(model: nn.Module, head: nn.Module | None = None, parameters: bool = F
         within = name if kind is not None and kind.by_weight else inside
         prefix = f"{name}." if name else ""
         stack.extend((prefix + k, m, within, layer) for k, m in reversed(layer._modules.items()) if m is not None)
+    if found.elsewhere:
+        others = _other_names(found)
+        found.facts = [replace(fact, also=tuple(others.get(fact.name, ()))) for fact in found.facts]
     return found
+
+
+def _other_names(found: Survey) -> dict[str, list[str]]:
+    """The further names of modules that stand at several places, and of what is inside these."""
+    first = {id(module): name for name, module in found.modules.items()}
+    others: dict[str, list[str]] = {}
+    for name, module in found.model.named_modules(remove_duplicate=False):
+        name, known = name.replace(".base_layer", ""), first.get(id(module))
+        if known not in (None, name):
+            others.setdefault(known, []).append(name)
+    return others
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -432,7 +446,7 @@ def _token_works(found: Survey, config: AdapterConfig) -> list[TokenWork]:
         wanted = {_embedding_path(found): wanted}
     works = []
     for suffix, tokens in wanted.items():
-        paths = [n for n in found.modules if n == suffix or n.endswith(f".{suffix}")]
+        paths = [f.name for f in found.facts if any(n == suffix or n.endswith(f".{suffix}") for n in f.names)]
         if not paths:
             raise PlanError(f"trainable_token_indices names {suffix!r}, which is no module of the model.")
         for path in paths:
@@ -494,9 +508,14 @@ class _Done:
     replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     added: list[Adapted | ModulesToSaveWrapper] = field(default_factory=list)
 
-    def replace(self, parent: nn.Module, attribute: str, wrapper: nn.Module) -> None:
+    def replace(self, parent: nn.Module, attribute: str, wrapper: nn.Module | None) -> None:
         self.replaced.append((parent, attribute, getattr(parent, attribute)))
         setattr(parent, attribute, wrapper)
+
+    def replace_everywhere(self, found: Survey, parent: nn.Module, attribute: str, wrapper: nn.Module) -> None:
+        """Replaces the module there, and wherever else it stands."""
+        for where, at in [(parent, attribute), *found.elsewhere.get(id(getattr(parent, attribute)), ())]:
+            self.replace(where, at, wrapper)
 
     def undo(self) -> None:
         for wrapper in reversed(self.added):
@@ -543,7 +562,7 @@ def apply(
                 if path in prepared.ties:
                     source: Any = getattr(*found.parent(prepared.ties[path]))
                     saved.modules_to_save[name].weight = source.modules_to_save[name].weight
-            _place_tokens(prepared.tokens, router, done)
+            _place_tokens(prepared.tokens, found, router, done)
             if activate:
                 _train_biases(prepared, trainable)
     except BaseException:
@@ -567,8 +586,7 @@ def _place(work: Work, found: Survey, router: Router, done: _Done) -> None:
             # In eval torch's encoder layer hands its layers' weights to one fused call, past every adapter, unless a
             # hook stands in the way.
             layer.register_forward_pre_hook(_in_the_way)
-        for parent, attribute in [(work.parent, work.attribute), *found.elsewhere.get(id(base), ())]:
-            done.replace(parent, attribute, layer)
+        done.replace_everywhere(found, work.parent, work.attribute, layer)
         _bar_nesting(found, work, done)
     _add(layer, work.adapter, done)
 
@@ -580,7 +598,8 @@ def _bar_nesting(found: Survey, work: Work, done: _Done) -> None:
         path = path.rpartition(".")[0]
         encoder = found.modules.get(path, found.model if not path else None)
         if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
-            done.replace(encoder, "use_nested_tensor", False)  # type: ignore[arg-type]  # undone like a wrapper
+            # None is as good as False to torch, and tells `remove` that it was True.
+            done.replace(encoder, "use_nested_tensor", None)  # undone like a wrapper
 
 
 def _in_the_way(module: nn.Module, args: Any) -> None:
@@ -625,7 +644,7 @@ def _place_saved(found: Survey, path: str, router: Router, done: _Done) -> Modul
     module = getattr(parent, attribute)
     if not isinstance(module, ModulesToSaveWrapper):
         module = ModulesToSaveWrapper(module, router, path)
-        done.replace(parent, attribute, module)
+        done.replace_everywhere(found, parent, attribute, module)
     done.added.append(module)
     module.add(done.name)
     if done.active:
@@ -633,7 +652,7 @@ def _place_saved(found: Survey, path: str, router: Router, done: _Done) -> Modul
     return module
 
 
-def _place_tokens(works: list[TokenWork], router: Router, done: _Done) -> None:
+def _place_tokens(works: list[TokenWork], found: Survey, router: Router, done: _Done) -> None:
     placed: dict[str, Adapted] = {}
     for work in works:
         module = getattr(work.parent, work.attribute)
@@ -644,7 +663,7 @@ def _place_tokens(works: list[TokenWork], router: Router, done: _Done) -> None:
                 layer = Adapted(module, work.kind, router, work.path, tied=True)
             else:
                 layer = Tied(module, work.kind, router, work.path, placed[work.source])
-            done.replace(work.parent, work.attribute, TrainableTokensWrapper(layer))
+            done.replace_everywhere(found, work.parent, work.attribute, TrainableTokensWrapper(layer))
         placed[work.path] = layer
         _add(layer, work.adapter, done)
 
@@ -702,6 +721,9 @@ def remove(model: nn.Module, merge: bool, safe_merge: bool = False, adapter_name
             wrapper.unmerge()
     for parent, attribute, module in list(_places(model)):
         setattr(parent, attribute, _replacement(module, merge, adapter_names))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and module.__dict__.get("use_nested_tensor", False) is None:
+            module.use_nested_tensor = True
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -732,5 +754,7 @@ def with_targets(config: AdapterConfig, prepared: Prepared) -> None:
             config.target_modules = defaults if isinstance(defaults, str) else set(defaults)
     elif not isinstance(spelt, str) or spelt.lower() == "all-linear":
         paths = [t.name for t in prepared.plan.targets] if isinstance(spelt, str) else sorted(spelt)
-        config.target_modules = set(match.shrink(paths, [m.name for m in prepared.survey.facts]))
+        # The shortest suffixes are sought among first names: a module with several keeps what was written.
+        alone = not prepared.survey.elsewhere
+        config.target_modules = set(match.shrink(paths, [m.name for m in prepared.survey.facts]) if alone else paths)
     config.spell_out(prepared.survey.model_type)

@@ -30,65 +30,38 @@ OTHER_SLOTS = (".lora_B.bias", ".lora_magnitude_vector")
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of an adapter.
+    """One layer of an adapter."""
 
-    Args:
-        module (`str`): Its name in the base model.
-        shape (`tuple[int, ...]`): (out, in) of the change, kernels folded into "in"; stacked experts in front.
-        rank (`int`): Rows of A, per expert.
-        scaling (`float`): What the product is multiplied by.
-        norm (`float`): Frobenius norm of the change.
-        effective_rank (`float`): In how many directions it goes, the mean over experts; 0 where the change is zero.
-        largest (`float`): The largest singular value, how much an input can be moved.
-        parameters (`int`): Trained numbers, magnitudes and biases included.
-        dtype (`str`): As stored.
-    """
-
-    module: str
-    shape: tuple[int, ...]
-    rank: int
-    scaling: float
-    norm: float
-    effective_rank: float
-    largest: float
-    parameters: int
-    dtype: str
+    module: str  # its name in the base model
+    shape: tuple[int, ...]  # (out, in) of the change, kernels folded into "in"; stacked experts in front
+    rank: int  # rows of A, per expert
+    scaling: float  # what the product is multiplied by
+    norm: float  # Frobenius norm of the change
+    effective_rank: float  # in how many directions it goes, the mean over experts; 0 where the change is zero
+    largest: float  # the largest singular value, how much an input can be moved
+    parameters: int  # trained numbers, magnitudes and biases included
+    dtype: str  # as stored
 
 
 @dataclass(frozen=True)
 class WholeRow:
-    """A tensor that the adapter holds whole, such as a trained head.
+    """A tensor that the adapter holds whole, such as a trained head."""
 
-    Args:
-        name (`str`): Its name in the base model.
-        shape (`tuple[int, ...]`): Its shape.
-        norm (`float`): Its Frobenius norm: of the tensor, not of a change, which needs the base.
-        dtype (`str`): As stored.
-    """
-
-    name: str
+    name: str  # its name in the base model
     shape: tuple[int, ...]
-    norm: float
-    dtype: str
+    norm: float  # its Frobenius norm: of the tensor, not of a change, which needs the base
+    dtype: str  # as stored
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `inspect_adapter` found.
+    """What `inspect_adapter` found."""
 
-    Args:
-        path (`Path`): The adapter's folder.
-        config (`dict[str, Any]`): ``adapter_config.json`` as it stands.
-        rows (`list[LayerRow]`): One per adapted layer, in the file's order.
-        whole (`list[WholeRow]`): Tensors held whole.
-        file_bytes (`int`): Size of all tensors in the file.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    rows: list[LayerRow]
-    whole: list[WholeRow] = field(default_factory=list)
-    file_bytes: int = 0
+    path: Path  # the adapter's folder
+    config: dict[str, Any]  # ``adapter_config.json`` as it stands
+    rows: list[LayerRow]  # one per adapted layer, in the file's order
+    whole: list[WholeRow] = field(default_factory=list)  # tensors held whole
+    file_bytes: int = 0  # size of all tensors in the file
 
     @property
     def parameters(self) -> int:
@@ -99,16 +72,8 @@ class AdapterReport:
 def inspect_adapter(path: str | Path) -> AdapterReport:
     """Read an adapter's files and measure what each layer's change amounts to.
 
-    Args:
-        path (`str` or `Path`): The adapter's folder.
-
-    Returns:
-        `AdapterReport`: Rows for low-rank factors; tensors of other kinds are listed whole.
-
-    Raises:
-        MissingFileError: A file is not there.
-        CorruptFileError: A file is not what it should be.
-        TornPairError: The two files were not written by one save.
+    Low-rank factors give rows, tensors of other kinds are listed whole. Raises the `FileError` of what is wrong with
+    the files.
     """
     path = Path(path)
     config, weights = files.read_pair(path)
@@ -117,19 +82,13 @@ def inspect_adapter(path: str | Path) -> AdapterReport:
     scaling = _Scaling(config)
     rows, used = [], set[str]()
     for key, down in tensors.items():
-        slot = next((slot for slot in FACTORS if key.endswith(slot)), None)
-        if slot is None:
-            continue
+        slot = next((slot for slot in FACTORS if key.endswith(slot)), "")
         stem = key.removesuffix(slot)
-        mine = {
-            name for name in (key, stem + FACTORS[slot], *(stem + other for other in OTHER_SLOTS)) if name in tensors
-        }
-        up = tensors.get(stem + FACTORS[slot])
-        if up is None:
+        if not slot or (up := tensors.get(stem + FACTORS[slot])) is None:
             continue
+        mine = {key, *(stem + other for other in (FACTORS[slot], *OTHER_SLOTS))} & tensors.keys()
         used |= mine
-        module = stem.removeprefix(PREFIX)
-        rows.append(_layer(module, down, up, scaling, sum(tensors[name].numel() for name in mine)))
+        rows.append(_layer(stem.removeprefix(PREFIX), down, up, scaling, sum(tensors[name].numel() for name in mine)))
     whole = [
         WholeRow(key.removeprefix(PREFIX), tuple(tensor.shape), float(_double(tensor).norm()), _dtype(tensor))
         for key, tensor in tensors.items()
@@ -215,15 +174,7 @@ def effective_rank(sigma_R: Tensor) -> float:
 
 
 def plot(report: AdapterReport, file: str | Path) -> Path:
-    """Draw the norms and effective ranks over the depth of the model, one line per kind of projection.
-
-    Args:
-        report (`AdapterReport`): From `inspect_adapter`.
-        file (`str` or `Path`): The PNG to write.
-
-    Returns:
-        `Path`: ``file``.
-    """
+    """Draw norms and effective ranks over the depth of the model into a PNG, one line per kind of projection."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -34,36 +34,28 @@ _REGEX_CHARACTERS = re.compile(r"[\\*+?()\[\]|^$]")
 
 
 class Module(NamedTuple):
-    """One module of the model.
+    """One module of the model."""
 
-    Args:
-        name (`str`): Its dotted name.
-        kind (`str`, *optional*): Name of its row in the table of layer kinds; `None` for anything else.
-        output_head (`bool`, *optional*, defaults to `False`): Whether "all-linear" leaves it out as the output head.
-        inside (`str`, *optional*): The module around it that reads its weight without calling it: an adapter on it
-            would have no effect.
-    """
-
-    name: str
-    kind: str | None
-    output_head: bool = False
+    name: str  # its dotted name
+    kind: str | None  # name of its row in the table of layer kinds; `None` for anything else
+    output_head: bool = False  # whether "all-linear" leaves it out as the output head
+    # The module around it that reads its weight without calling it: an adapter on it would have no effect.
     inside: str | None = None
+    also: tuple[str, ...] = ()  # its further names, where it stands at several places of the model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All its names, the first one first."""
+        return (self.name, *self.also)
 
 
 class Target(NamedTuple):
-    """A module that gets an adapter.
+    """A module that gets an adapter."""
 
-    Args:
-        name (`str`): The module.
-        pattern (`str`): The entry of ``target_modules`` that named it; the longest, where several do.
-        overrides (`Mapping[str, object]`): Field and value, where a table such as ``rank_pattern`` has one for it.
-        reason (`str`): Why it is a target, for people.
-    """
-
-    name: str
-    pattern: str
-    overrides: Mapping[str, object]
-    reason: str
+    name: str  # the module
+    pattern: str  # the entry of ``target_modules`` that named it; the longest, where several do
+    overrides: Mapping[str, object]  # field and value, where a table such as ``rank_pattern`` has one for it
+    reason: str  # why it is a target, for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,40 +79,21 @@ class Skip:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a config does to a model.
+    """What a config does to a model."""
 
-    Args:
-        targets (`tuple[Target, ...]`): Modules that get an adapter, in the order of the model.
-        parameters (`tuple[ParameterTarget, ...]`): Bare parameters that get one, by module, then by name.
-        saved (`tuple[tuple[str, str], ...]`): Modules trained whole, each with its entry of ``modules_to_save``.
-        matched (`Mapping[str, int]`): How many modules or parameters each pattern named, before any was left out.
-        unmatched (`tuple[tuple[str, str], ...]`): Patterns that named nothing, each with a hint such as
-            ``"; closest: q_proj"`` or ``""``.
-        skipped (`tuple[Skip, ...]`): What a pattern named and the plan leaves alone.
-        warnings (`tuple[str, ...]`): What looks like a mistake and is none for certain.
-    """
-
-    targets: tuple[Target, ...]
-    parameters: tuple[ParameterTarget, ...]
-    saved: tuple[tuple[str, str], ...]
-    matched: Mapping[str, int]
+    targets: tuple[Target, ...]  # modules that get an adapter, in the order of the model
+    parameters: tuple[ParameterTarget, ...]  # bare parameters that get one, by module, then by name
+    saved: tuple[tuple[str, str], ...]  # modules trained whole, each with its entry of ``modules_to_save``
+    matched: Mapping[str, int]  # how many modules or parameters each pattern named, before any was left out
+    # Patterns that named nothing, each with a hint such as ``"; closest: q_proj"`` or ``""``.
     unmatched: tuple[tuple[str, str], ...]
-    skipped: tuple[Skip, ...]
-    warnings: tuple[str, ...]
+    skipped: tuple[Skip, ...]  # what a pattern named and the plan leaves alone
+    warnings: tuple[str, ...]  # what looks like a mistake and is none for certain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targeting:
-    """What a config says about where its method goes: the fields of the config, and of the method.
-
-    Args:
-        patterns (`Mapping[str, Mapping[str, object]]`, *optional*): For every field that varies by layer its table:
-            ``{"r": rank_pattern}``.
-        supported (`frozenset[str]`): Kinds of layer that the method adapts.
-        method (`str`, *optional*, defaults to ``"LoRA"``): The method, for messages.
-        optional (`bool`, *optional*, defaults to `False`): Whether a plan without any target is fine, because
-            something else is trained.
-    """
+    """What a config says about where its method goes: the fields of the config, and of the method."""
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -128,19 +101,15 @@ class Targeting:
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | set[str] | None = None
     target_parameters: list[str] | set[str] | None = None
+    # For every field that varies by layer its table: ``{"r": rank_pattern}``.
     patterns: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    supported: frozenset[str]
-    method: str = "LoRA"
-    optional: bool = False
+    supported: frozenset[str]  # kinds of layer that the method adapts
+    method: str = "LoRA"  # the method, for messages
+    optional: bool = False  # whether a plan without any target is fine, because something else is trained
 
 
 def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targeting: Targeting) -> Plan:
-    """Decides what happens to every module and parameter that a config names.
-
-    Args:
-        modules (`Sequence[Module]`): Every module but the root, in the order of the model.
-        parameters (`Sequence[tuple[str, str]]`): Every parameter as (module, parameter name).
-        targeting (`Targeting`): What the config says.
+    """Decides what happens to every module and parameter that a config names, all given in the order of the model.
 
     Raises:
         ConfigError: ``layers_to_transform`` with a regular expression, or ``layers_pattern`` alone.
@@ -195,19 +164,15 @@ def _is_all_linear(entries: Iterable[str] | str | None) -> bool:
 
 def _suffixes(name: str) -> Iterator[str]:
     """The name and every end of it after a dot, longest first."""
-    yield name
-    dot = name.find(".")
-    while dot >= 0:
-        yield name[dot + 1 :]
-        dot = name.find(".", dot + 1)
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def _ancestors(name: str) -> Iterator[str]:
     """The names of the modules around ``name``, innermost first."""
-    dot = name.rfind(".")
-    while dot > 0:
-        yield name[:dot]
-        dot = name.rfind(".", 0, dot)
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def _first_in(known: Container[str], names: Iterable[str]) -> str | None:
@@ -232,15 +197,16 @@ class _Matcher:
         self.names = frozenset() if isinstance(entries, str) else frozenset(self.entries)
         self.counts: Counter[str] = Counter()
 
-    def hits(self, name: str, kind: str | None = None) -> tuple[str, ...]:
-        """The entries that name this module, longest first."""
+    def hits(self, names: Iterable[str], kind: str | None = None) -> tuple[str, ...]:
+        """The entries that name a module of these names, longest first for each of them."""
         if self.names:
-            found = tuple(end for end in _suffixes(name) if end in self.names)
+            found = tuple([end for name in names for end in _suffixes(name) if end in self.names])
         elif self.linear:
             found = self.entries if kind in self.linear else ()
         else:
-            found = self.entries if self.regex is not None and self.regex.fullmatch(name) else ()
+            found = self.entries if self.regex is not None and any(map(self.regex.fullmatch, names)) else ()
         if found:
+            found = tuple(dict.fromkeys(found))
             self.counts.update(found)
         return found
 
@@ -339,7 +305,8 @@ class _Planner:
         self.layers = _Layers(targeting.layers_to_transform, targeting.layers_pattern)
         self.overrides = {name: KeyTable(table) for name, table in targeting.patterns.items() if table}
         # Layers that the method adapts come first.
-        self.hints = _Hints(m.name for m in sorted(modules, key=lambda m: m.kind not in targeting.supported))
+        likely = sorted(modules, key=lambda m: m.kind not in targeting.supported)
+        self.hints = _Hints(name for m in likely for name in m.names)
         self.saved: dict[str, str] = {}
         self.chosen: dict[str, tuple[Module, str]] = {}
         self.chosen_parameters: list[ParameterTarget] = []
@@ -350,7 +317,7 @@ class _Planner:
         self.parameters_seen = 0
 
     def choose_saved(self) -> None:
-        named = {m.name: hits[0] for m in self.modules if (hits := self.saves.hits(m.name))}
+        named = {m.name: hits[0] for m in self.modules if (hits := self.saves.hits(m.names))}
         for name, entry in named.items():
             if outer := _first_in(named, _ancestors(name)):
                 self.skipped.append(Skip(name, f"inside {outer!r}, which modules_to_save trains whole"))
@@ -359,7 +326,7 @@ class _Planner:
 
     def choose_targets(self) -> None:
         for module in self.modules:
-            if hits := self.targets.hits(module.name, module.kind):
+            if hits := self.targets.hits(module.names, module.kind):
                 rule, reason = self._rejected(module)
                 if rule:
                     self._leave_out(module.name, rule, reason)
@@ -380,14 +347,15 @@ class _Planner:
     def _rejected(self, module: Module) -> tuple[str, str]:
         """Which rule leaves out a module that ``target_modules`` names, and in words."""
         name = module.name
-        if hits := self.excluded.hits(name):
+        if hits := self.excluded.hits(module.names):
             return "exclude_modules", f"{hits[0]!r} in exclude_modules"
         if self.saved and (outer := _first_in(self.saved, (name, *_ancestors(name)))):
             return "modules_to_save", f"{self.saved[outer]!r} in modules_to_save trains it whole"
         if self.targets.linear and module.output_head:
             return _HEADS, "the output head, which 'all-linear' leaves out; name it to adapt it"
-        if name not in self.targets.names and (reason := self.layers.reject(name)):
-            return "layers_to_transform", reason
+        reasons = [self.layers.reject(n) for n in module.names]
+        if all(reasons) and self.targets.names.isdisjoint(module.names):
+            return "layers_to_transform", reasons[0]
         if module.inside is not None:
             return _NOT_CALLED, f"{module.inside!r} reads its weight without calling it; target {module.inside!r}"
         return "", ""
@@ -411,17 +379,19 @@ class _Planner:
     def choose_parameters(self, parameters: Sequence[tuple[str, str]]) -> None:
         self.parameters_seen = len(parameters)
         order = {module: i for i, (module, _) in reversed(list(enumerate(parameters)))}
+        several = {m.name: m.names for m in self.modules if m.also}
         for module, parameter in sorted(parameters, key=lambda p: (order[p[0]], p[1])):
-            full = f"{module}.{parameter}" if module else parameter
-            hits = self.parameters.hits(full)
+            names = [f"{m}.{parameter}" if m else parameter for m in several.get(module, (module,))]
+            full = names[0]
+            hits = self.parameters.hits(names)
             if not hits:
                 continue
             if _first_in(self.saved, _ancestors(full)):
                 self._leave_out(full, "modules_to_save", "modules_to_save trains its module whole")
                 continue
             self._refuse_parameter(full, module, hits[0])
-            reason = why(full, hits[0], "target_parameters")
-            self.chosen_parameters.append(ParameterTarget(module, parameter, hits[0], self._overrides(full), reason))
+            reason = why(names, hits[0], "target_parameters")
+            self.chosen_parameters.append(ParameterTarget(module, parameter, hits[0], self._overrides(names), reason))
 
     def _refuse_parameter(self, full: str, module: str, entry: str) -> None:
         if not module:
@@ -435,8 +405,8 @@ class _Planner:
                 "adapted in one way only. Leave out one of the two, as with target_modules=[]."
             )
 
-    def _overrides(self, name: str) -> dict[str, object]:
-        rows = ((label, table.find(name)) for label, table in self.overrides.items())
+    def _overrides(self, names: Sequence[str]) -> dict[str, object]:
+        rows = ((label, table.find(n)) for label, table in self.overrides.items() for n in reversed(names))
         return {label: row[1] for label, row in rows if row is not None}
 
     def finish(self) -> Plan:
@@ -446,7 +416,7 @@ class _Planner:
         if not self.chosen and not self.chosen_parameters and not self.asked.optional:
             raise NoMatchingPeftModuleError(" ".join([self._why_nothing(), *missing]))
         targets = tuple(
-            Target(name, entry, self._overrides(name), self._reason(module, entry))
+            Target(name, entry, self._overrides(module.names), self._reason(module, entry))
             for name, (module, entry) in self.chosen.items()
         )
         self.warnings += missing
@@ -470,7 +440,7 @@ class _Planner:
             return f"{module.kind} layer, and target_modules is 'all-linear'"
         if self.targets.regex is not None:
             return "its name matches the regular expression in target_modules"
-        return why(module.name, entry, "target_modules")
+        return why(module.names, entry, "target_modules")
 
     # -- complaints
 
@@ -512,7 +482,7 @@ class _Planner:
         idle = self.excluded.unmatched()
         for entry in idle[:_MAX_HINTS]:
             alone = _Matcher("", entry if self.excluded.regex else [entry])
-            known = {m.name for m in self.modules if alone.hits(m.name)}
+            known = {m.name for m in self.modules if alone.hits(m.names)}
             if any(_first_in(known, _ancestors(name)) for name in self.chosen):
                 whole = rf"(.*\.)?{re.escape(entry)}\..*"
                 text = (
@@ -542,20 +512,18 @@ class _Planner:
                 )
 
 
-def why(name: str, entry: str, field_name: str) -> str:
-    """In which way an entry of a list names ``name``, for people."""
-    return f"{'named' if entry == name else f'ends with {entry!r}'} in {field_name}"
+def why(names: Sequence[str], entry: str, field_name: str) -> str:
+    """In which way an entry of a list names a module of these names, for people."""
+    name = next(n for n in names if n == entry or n.endswith(f".{entry}"))
+    known = "named" if entry == name else f"ends with {entry!r}"
+    return f"{known} in {field_name}{'' if name == names[0] else f', as {name!r}'}"
 
 
 # ------------------------------------------------------------------------------------------------- lists of targets
 
 
 def shrink(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
-    """The shortest list of suffixes that selects the same modules as a long list of names.
-
-    Args:
-        names (`Sequence[str]`): Names or dotted suffixes; fewer than 20 are returned as they are.
-        all_names (`Sequence[str]`): The name of every module of the model.
+    """The shortest list of suffixes that selects the same of ``all_names`` as a list of 20 or more names or suffixes.
 
     Example:
         >>> names = [f"layers.{i}.{leaf}" for i in range(12) for leaf in ("q_proj", "v_proj")]
@@ -581,12 +549,7 @@ def shrink(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
 def default_targets(
     model_type: str | None, table: Mapping[str, Sequence[str] | str], modules: Sequence[Module]
 ) -> list[str] | str:
-    """The architecture's row of a method's table of default targets, to use as ``target_modules``.
-
-    Args:
-        model_type (`str`, *optional*): The architecture, as transformers names it in ``config.model_type``.
-        table (`Mapping[str, Sequence[str] | str]`): Targets by architecture.
-        modules (`Sequence[Module]`): The modules of the model, for the hint.
+    """The row of a method's table of default targets for an architecture as transformers names it.
 
     Raises:
         UnknownArchitectureError: There is no such row; the message lists the model's linear layers by frequency.

@@ -57,20 +57,12 @@ def _fault(pattern: str, what: str) -> PatternError:
 
 @dataclass
 class Budget:
-    """What matching may cost in all, in steps of about a microsecond; may be shared by several patterns.
-
-    Args:
-        left (`int`, *optional*, defaults to 5,000,000): Steps that are left.
-    """
+    """What matching may cost in all, in steps of about a microsecond; may be shared by several patterns."""
 
     left: int = 5_000_000
 
     def spend(self, steps: int, pattern: str) -> None:
-        """Takes ``steps`` away.
-
-        Raises:
-            PatternError: Nothing is left.
-        """
+        """Takes ``steps`` away; a `PatternError` where nothing is left."""
         self.left -= steps
         if self.left < 0:
             raise _fault(
@@ -93,11 +85,7 @@ class Pattern:
         self._root: _Node | None = None
 
     def fullmatch(self, name: str) -> bool:
-        """Whether the whole of ``name`` matches, as `re.fullmatch` has it.
-
-        Raises:
-            PatternError: The budget is spent.
-        """
+        """Whether the whole of ``name`` matches, as `re.fullmatch` has it; a `PatternError` where the budget ends."""
         if not all(text in name for text in self._texts):
             return False
         ways = self._ways * (1 + len(name) // _LENGTH) ** 2
@@ -116,13 +104,8 @@ class Pattern:
 def compile_pattern(pattern: str, budget: Budget | None = None) -> Pattern:
     """Compiles a regular expression whose matching ends in reasonable time, whatever it is.
 
-    Args:
-        pattern (`str`): A regular expression as `re` has it, without backreferences, conditionals, atomic groups and
-            possessive quantifiers.
-        budget (`Budget`, *optional*): What matching may cost; an own one by default.
-
-    Returns:
-        `Pattern`: its ``fullmatch(name)`` is that of `re`.
+    It is as `re` has it, without backreferences, conditionals, atomic groups and possessive quantifiers; by default it
+    has a budget of its own.
 
     Raises:
         PatternError: The pattern is malformed, too long, nested too deeply, or holds what is not supported.
@@ -355,13 +338,8 @@ class KeyTable(Generic[V]):
 
     A key fits what ``(.*\.)?(KEY)$`` matches from the name's beginning: the whole name, or its end after a dot; a key
     that begins with ``^`` fits the whole name only. Keys that are plain names cost one look-up per component of the
-    name, however many there are; their dots, escaped or not, stand for dots.
-
-    Args:
-        table (`Mapping[str, V]`): Value by pattern.
-
-    Raises:
-        PatternError: A key is no valid pattern.
+    name, however many there are; their dots, escaped or not, stand for dots. A `PatternError` says that a key is no
+    valid pattern, or that the keys take too long to match.
 
     Example:
         >>> ranks = KeyTable({"layers.0.q_proj": 4, "q_proj": 8, r"^head\d": 2})
@@ -386,11 +364,7 @@ class KeyTable(Generic[V]):
                 self._regexes.append((row, _compile_key(key, budget)))
 
     def find(self, name: str) -> tuple[str, V] | None:
-        """The key that serves ``name`` and its value, or `None`; the key counts as used from now on.
-
-        Raises:
-            PatternError: The keys take too long to match.
-        """
+        """The key that serves ``name`` and its value, or `None`; the key counts as used from now on."""
         last = len(self._rows)
         best = min(self._wholes.get(name, last), self._ends.get(name, last))
         dot = name.find(".")

@@ -23,16 +23,6 @@ class LoadReport:
     It stands in for what ``load_state_dict`` returns: ``missing_keys``, ``unexpected_keys`` and
     ``missing, unexpected = report``.
 
-    Args:
-        missing (`list[str]`): Keys that the adapter needs and the file has not.
-        unexpected (`list[str]`): Keys that the file has and nothing takes.
-        shape (`list[tuple]`): Key, shape in the file, shape in the model.
-        dtype (`list[tuple]`): Key, dtype in the file, dtype in the model. Values are converted: a note, not a problem.
-        non_finite (`list[str]`): Keys whose tensor holds NaN or infinity.
-        config (`list[str]`): Sentences on where the config contradicts the weights.
-        base (`list[str]`): Sentences on where the base model is not the one that the adapter was made for.
-        notes (`list[str]`): Sentences that change no result.
-
     Example:
         >>> report = LoadReport(missing=["q.lora_A.weight"])
         >>> report.ok, report.missing_keys
@@ -42,14 +32,17 @@ class LoadReport:
         Check that the adapter belongs to this model and config; strict=False loads it as it is, with a warning.
     """
 
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # keys that the adapter needs and the file has not
+    unexpected: list[str] = field(default_factory=list)  # keys that the file has and nothing takes
+    # Key, shape in the file, shape in the model.
     shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    # Key, dtype in the file, dtype in the model. Values are converted: a note, not a problem.
     dtype: list[tuple[str, torch.dtype, torch.dtype]] = field(default_factory=list)
-    non_finite: list[str] = field(default_factory=list)
-    config: list[str] = field(default_factory=list)
+    non_finite: list[str] = field(default_factory=list)  # keys whose tensor holds NaN or infinity
+    config: list[str] = field(default_factory=list)  # sentences on where the config contradicts the weights
+    # Sentences on where the base model is not the one that the adapter was made for.
     base: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # sentences that change no result
 
     @property
     def ok(self) -> bool:

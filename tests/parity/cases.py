@@ -56,6 +56,7 @@ CASES: dict[str, Case] = {
     "attention-unbatched": Case("attention-unbatched", M),
     "attention-no-bias": Case("attention-no-bias", M),
     "attention-dropout": Case("attention", {**M, "lora_dropout": 0.1}),
+    "attention-bias-of-b": Case("attention", {**M, "lora_bias": True}),
     "attention-rslora": Case("attention", {**M, "use_rslora": True}),
     "parameter-2d": Case("fused", {"r": 4, "target_modules": [], "target_parameters": ["experts.flat"]}),
     "parameter-3d": Case("fused", {"r": 4, "target_modules": [], "target_parameters": ["experts.up"]}),

@@ -321,6 +321,8 @@ def equalise(pair: Pair, adapter_name: str = "default") -> dict[str, Tensor]:
     with peft_may_warn():
         start = peft.get_peft_model_state_dict(pair.theirs, adapter_name=adapter_name, save_embedding_layers=False)
         values = random_like({k: t.clone() for k, t in start.items()}, seed=len(adapter_name))
+        if any(".out_proj." in k for k in values):  # PEFT does not train these two biases and leaves the first out
+            values = {k: t.zero_() if k.endswith(".m.lora_B.bias") else t for k, t in values.items()}
         peft.set_peft_model_state_dict(pair.theirs, values, adapter_name=adapter_name)
         # Tied tensors are written twice there, so that the last value is both's.
         start = peft.get_peft_model_state_dict(pair.theirs, adapter_name=adapter_name, save_embedding_layers=False)

@@ -20,7 +20,8 @@ import inlay
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lora_dropout has no effect there")
 
-FILE_CASES = {k: c for k, c in CASES.items() if not k.startswith("attention-") or k == "attention-rslora"}
+_ATTENTION = ("attention-rslora", "attention-bias-of-b")
+FILE_CASES = {k: c for k, c in CASES.items() if not k.startswith("attention-") or k in _ATTENTION}
 each_case = pytest.mark.parametrize("case", FILE_CASES.values(), ids=FILE_CASES.keys())
 
 # What PEFT writes beside a module's trained copy under bias="all": the frozen module's bias, and the copy's once more.

@@ -61,6 +61,11 @@ def test_outputs_and_gradients(case: Case, training: bool) -> None:
     if not case.config.get("inference_mode"):
         theirs, ours = pair.each(lambda m: gradients(m, pair))
         assert ours, "nothing was trained"
+        if case.base == "attention" and case.config.get("lora_bias"):
+            biases = {k for k in ours if k.endswith(".bias")}
+            assert len(biases) == 2
+            assert ours.keys() - biases == theirs.keys()
+            ours = {k: ours[k] for k in theirs}
         theirs = derivatives(case, theirs)
         if case.follows_a_tie:
             return  # there the head's factors are parameters of their own, each with half of the gradient
@@ -142,6 +147,7 @@ SEVERAL: dict[str, tuple[Case, dict[str, Any]]] = {
     "embedding": (CASES["embedding"], {**B, "target_modules": ["m"]}),
     "embedding-dora": (CASES["embedding-dora"], {**B, "target_modules": ["m"]}),
     "attention": (CASES["attention"], {**B, "target_modules": ["m"]}),
+    "attention-bias-of-b": (CASES["attention-bias-of-b"], {**B, "target_modules": ["m"]}),
     "parameters": (
         CASES["parameters-two"],
         {**B, "target_modules": [], "target_parameters": ["experts.up", "experts.down"]},

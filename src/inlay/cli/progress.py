@@ -11,30 +11,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 class ProgressBar(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
-    """Shows steps and loss while training, and batches while predicting; use it as a context.
-
-    Args:
-        console (`Console`): Where to.
-    """
+    """Shows steps and loss on a console while training, and batches while predicting; use it as a context."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.live = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True)
         self.bar = console.is_terminal and not console.quiet
+        note = TextColumn("{task.fields[note]}")
+        self.live = Progress(*columns, note, console=console, transient=True, disable=not self.bar)
         self.training: TaskID | None = None
         self.predicting: TaskID | None = None
 
     def __enter__(self) -> Self:
-        if self.bar:
-            self.live.start()
+        self.live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self.bar:
-            self.live.stop()
+        self.live.stop()
 
     def say(self, text: str) -> None:
         """One line about what happens next."""
@@ -67,13 +62,9 @@ class ProgressBar(transformers.TrainerCallback):  # type: ignore[misc]  # untype
             self.predicting = self.live.add_task("predicting", total=len(eval_dataloader), note="")
         self.live.advance(self.predicting)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._end_predicting()
-
-    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        self._end_predicting()
-
-    def _end_predicting(self) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if self.predicting is not None:
             self.live.remove_task(self.predicting)
             self.predicting = None
+
+    on_predict = on_evaluate

@@ -6,12 +6,19 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from inlay.explanation import size
 from inlay.integrations.train import TrainReport, is_main_process
+
+if TYPE_CHECKING:
+    from inlay.catalogue import Capability, MethodRow
+    from inlay.inspect import AdapterReport
+    from inlay.integrations.demo import DemoReport
 
 PIPED_WIDTH = 100
 
@@ -43,20 +50,6 @@ def quiet_libraries() -> Iterator[None]:
         log.enable_progress_bar()
 
 
-def size(n: float) -> str:
-    """Bytes for people.
-
-    Example:
-        >>> size(316_920), size(90_871_344), size(12)
-        ('317 kB', '90.9 MB', '12 B')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 999.5 or unit == "GB":
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    raise AssertionError("unreachable")
-
-
 def duration(seconds: float) -> str:
     """Seconds for people.
 
@@ -77,33 +70,116 @@ def score(name: str, value: float) -> str:
         >>> score("accuracy", 0.6597), score("perplexity", 31.4159)
         ('66.0 %', '31.42')
     """
-    return (
-        f"{value:.1%}".replace("%", " %") if name in ("accuracy", "exact_match", "token_accuracy") else f"{value:.4g}"
-    )
+    shares = ("accuracy", "exact_match", "token_accuracy")
+    return f"{value:.1%}".replace("%", " %") if name in shares else f"{value:.4g}"
 
 
-def grid(*, header: bool = False) -> Table:
-    """A table without lines, which reads the same in a file."""
-    return Table(box=None, show_header=header, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+def grid(rows: Iterable[Sequence[str]], *names: str, right: bool = False) -> Table:
+    """A table without lines, which reads the same in a file; ``right`` has all but the first column end together."""
+    table = Table(box=None, show_header=bool(names), pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for i, name in enumerate(names):
+        table.add_column(name, justify="right" if right and i else "left", overflow="fold", no_wrap=right and i > 0)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def train_table(report: TrainReport) -> Table:
     """The short report at the end of a training run."""
-    table = grid()
-    table.add_column(style="bold")
-    table.add_column()
-    names = [report.metric, *(name for name in report.after if name != report.metric)]
-    for name in names:
+    rows = {}
+    for name in dict.fromkeys([report.metric, *report.after]):
         before = f"{score(name, report.before[name])} -> " if name in report.before else ""
-        table.add_row(name.replace("_", " "), f"{before}{score(name, report.after[name])}")
+        rows[name.replace("_", " ")] = f"{before}{score(name, report.after[name])}"
     share = report.trainable / report.parameters
-    table.add_row("trained", f"{report.trainable:,} of {report.parameters:,} parameters ({share:.2%})")
+    rows["trained"] = f"{report.trainable:,} of {report.parameters:,} parameters ({share:.2%})"
     ratio = report.adapter_bytes / report.base_bytes
-    table.add_row("size", f"adapter {size(report.adapter_bytes)}, base {size(report.base_bytes)} ({ratio:.2%})")
+    rows["size"] = f"adapter {size(report.adapter_bytes)}, base {size(report.base_bytes)} ({ratio:.2%})"
     resumed = f", resumed at step {report.resumed_at}" if report.resumed_at else ""
-    table.add_row("time", f"{duration(report.seconds)}, {report.steps} steps{resumed}")
-    table.add_row("rows", f"{report.train_rows:,} trained on, {report.held_out_rows:,} held out")
+    rows["time"] = f"{duration(report.seconds)}, {report.steps} steps{resumed}"
+    rows["rows"] = f"{report.train_rows:,} trained on, {report.held_out_rows:,} held out"
     if report.repeated_rows:
-        table.add_row("note", f"{report.repeated_rows} held-out inputs also stand in the training rows")
-    table.add_row("written to", report.output)
-    return table
+        rows["note"] = f"{report.repeated_rows} held-out inputs also stand in the training rows"
+    rows["written to"] = report.output
+    return grid((f"[bold]{name}[/]", text) for name, text in rows.items())
+
+
+def print_adapter(screen: Console, report: AdapterReport) -> None:
+    """An adapter's config and its layers."""
+    shown = {k: str(v) for k, v in report.config.items() if v not in (None, False, [], {}, "")}
+    layers = (
+        (
+            *(row.module, _shape(row.shape), str(row.rank), f"{row.scaling:.3g}"),
+            *(f"{row.norm:.4g}", f"{row.largest:.4g}", f"{row.effective_rank:.2f}"),
+        )
+        for row in report.rows
+    )
+    tables = [
+        grid(shown.items()),
+        grid(layers, "layer", "shape", "r", "scaling", "norm", "largest", "eff. rank", right=True),
+    ]
+    if report.whole:
+        whole = ((one.name, _shape(one.shape), f"{one.norm:.4g}") for one in report.whole)
+        tables.append(grid(whole, "held whole", "shape", "norm", right=True))
+    for table in tables:
+        screen.print(table)
+        screen.print()
+    screen.print(f"{report.parameters:,} parameters, {size(report.file_bytes)}")
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def print_demo(screen: Console, report: DemoReport) -> None:
+    """Everything that the demonstration measured."""
+    classes = ((name, str(n), f"{right} ({right / n:.0%})") for name, (n, right) in report.classes.items())
+    accuracies = {
+        "always the commonest package": report.majority,
+        "frozen encoder, trained head on its pooled vector": report.frozen_pooled,
+        "frozen encoder, trained head on the mean of its tokens": report.frozen_mean,
+        "adapted encoder (LoRA on query and value, and a head)": report.train.after["accuracy"],
+    }
+    agreements = (
+        (name, f"{one.equal} of {one.rows}", f"{one.difference:.1e}", score("accuracy", one.accuracy))
+        for name, one in (
+            ("adapter loaded in a fresh process", report.reloaded),
+            ("adapter merged in a fresh process", report.merged),
+        )
+    )
+    screen.print(
+        f"\n[bold]Which package is a docstring from?[/] {len(report.classes)} packages of this Python's library,"
+    )
+    used = f"{report.rows:,} of {report.found:,} distinct docstrings"
+    screen.print(f"{used}, gone over {report.passes:.1f} times in training\n")
+    screen.print(grid(classes, "package", "held out", "told rightly", right=True))
+    screen.print("\n[bold]Accuracy on held-out docstrings[/]")
+    screen.print(grid((name, score("accuracy", value)) for name, value in accuracies.items()))
+    screen.print("\n[bold]The run[/]")
+    screen.print(train_table(report.train))
+    screen.print("\n[bold]The same predictions from[/]")
+    headers = ("model", "equal to the live one", "largest difference of a probability", "accuracy")
+    screen.print(grid(agreements, *headers))
+    total = score("accuracy", report.train.after["accuracy"])
+    screen.print(f"\n{total} in {duration(report.seconds)}, everything included")
+
+
+_SHORT = {"MultiheadAttention": "Attention", "Embedding": "Embed."}
+
+
+def print_methods(screen: Console, found: Sequence[MethodRow], why: bool) -> None:
+    """The table of methods, and where ``why`` asks for it the reasons for its gaps."""
+    kinds = [_SHORT.get(kind.kind, kind.kind) for kind in found[0].kinds]
+    rows = ((row.name, row.acts_on, f"{row.trained:,}", *map(_capability, row.kinds)) for row in found)
+    screen.print(grid(rows, "method", "acts on", "trained", *kinds))
+    screen.print("\nm: merges. Rows of a batch with adapters of their own: R in one product, r adapter by adapter.\n")
+    screen.print(grid((row.name, row.config, row.paper) for row in found))
+    gaps = [(f"{row.name} on {k.kind}", k.why_not) for row in found for k in row.kinds if k.why_not is not None]
+    if why and gaps:
+        screen.print()
+        screen.print(grid(gaps))
+
+
+def _capability(kind: Capability) -> str:
+    if kind.why_not is not None:
+        return "-"
+    return ("m" if kind.merges else "") + {"stacked": "R", "sliced": "r", "no": ""}[kind.rows] or "yes"

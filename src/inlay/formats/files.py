@@ -90,7 +90,7 @@ _Content = bytes | Callable[[BinaryIO], object]
 
 
 class TensorInfo(NamedTuple):
-    """What a file says about one tensor: its ``dtype`` and ``shape``."""
+    """What a file says about one tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -127,12 +127,11 @@ def _open_regular(path: Path) -> tuple[io.FileIO, int]:
         raise MissingFileError(f"Can't find '{path.name}' at '{path.parent}'.") from error
     except OSError as error:
         raise _corrupt(path, f"cannot be read ({error.strerror})") from error
-    try:
+    with contextlib.ExitStack() as opened:
+        opened.callback(file.close)
         found = os.fstat(file.fileno())
         _check_regular(path, found)
-    except BaseException:
-        file.close()
-        raise
+        opened.pop_all()
     return file, found.st_size
 
 
@@ -222,9 +221,6 @@ def _read_json(path: Path) -> tuple[bytes, dict[str, object]]:
 def read_json(path: str | Path) -> dict[str, object]:
     """One JSON object from a file of any name.
 
-    Args:
-        path (`str` or `Path`): The file.
-
     Raises:
         MissingFileError: There is no such file.
         CorruptFileError: Not a regular file, too large, nested too deeply, or no JSON object of unique keys and finite
@@ -234,14 +230,7 @@ def read_json(path: str | Path) -> dict[str, object]:
 
 
 def read_config(directory: str | Path) -> dict[str, object]:
-    """``adapter_config.json`` as plain JSON values; no field is looked at here.
-
-    Args:
-        directory (`str` or `Path`): Where the adapter is.
-
-    Raises:
-        MissingFileError, CorruptFileError: As for :func:`read_json`.
-    """
+    """``adapter_config.json`` as plain JSON values; no field is looked at here. Raises what :func:`read_json` does."""
     return read_json(Path(directory) / CONFIG_NAME)
 
 
@@ -264,14 +253,7 @@ class Weights:
         self._finalizer = weakref.finalize(self, file.close)
 
     def read(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        """The tensors, writable and independent of the file.
-
-        Args:
-            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where to put them.
-
-        Raises:
-            CorruptFileError: The file was changed since it was opened.
-        """
+        """The tensors, writable and independent of the file; a `CorruptFileError` where that has changed since."""
         return {key: tensor.to(device) for key, tensor in self._tensors()}
 
     def close(self) -> None:
@@ -450,9 +432,6 @@ def _check_meta(path: Path, found: dict[str, Tensor], size: int) -> None:
 def open_weights(directory: str | Path) -> Weights:
     """``adapter_model.safetensors`` of a directory, else ``adapter_model.bin``: opened and checked, not read.
 
-    Args:
-        directory (`str` or `Path`): Where the adapter is.
-
     Raises:
         MissingFileError: Neither is there.
         CorruptFileError: Truncated, malformed, over a limit, not a regular file, or a pickle of more than tensors;
@@ -463,11 +442,11 @@ def open_weights(directory: str | Path) -> Weights:
     for name in (SAFETENSORS_NAME, PICKLE_NAME, SAFETENSORS_NAME):
         with contextlib.suppress(MissingFileError):
             file, size = _open_regular(directory / name)
-            try:
-                return Weights(directory / name, file, size)
-            except BaseException:
-                file.close()
-                raise
+            with contextlib.ExitStack() as opened:
+                opened.callback(file.close)
+                weights = Weights(directory / name, file, size)
+                opened.pop_all()
+                return weights
     raise MissingFileError(
         f"Can't find '{SAFETENSORS_NAME}' or '{PICKLE_NAME}' at '{directory}'; an adapter's weights are in one."
     )
@@ -475,9 +454,6 @@ def open_weights(directory: str | Path) -> Weights:
 
 def read_pair(directory: str | Path) -> Pair:
     """Config and opened weights of one save; one under way in another process is waited for, a moment long.
-
-    Args:
-        directory (`str` or `Path`): Where the adapter is.
 
     Raises:
         TornPairError: The two files are of different saves.
@@ -545,9 +521,6 @@ def write_pair(
 def reseal(directory: str | Path) -> None:
     """Declares the config on disk to be the one that the weights beside it belong to, after an edit made on purpose.
 
-    Args:
-        directory (`str` or `Path`): Where the adapter is.
-
     Raises:
         FileError: A file cannot be read, or the directory cannot be written.
     """
@@ -560,28 +533,15 @@ def reseal(directory: str | Path) -> None:
 
 
 def write_config(directory: str | Path, config: Mapping[str, object]) -> None:
-    """Writes ``adapter_config.json`` alone. Weights that lie beside it are no longer its own until :func:`reseal`.
+    """Writes ``adapter_config.json`` alone, as :func:`write_pair` does.
 
-    Args:
-        directory (`str` or `Path`): Where to; made if it is not there.
-        config (`dict[str, object]`): JSON values, and sets, which become sorted lists.
-
-    Raises:
-        UnwritableError, ConfigError: As for :func:`write_pair`.
+    Weights that lie beside it are no longer its own until :func:`reseal`.
     """
     _write_files(Path(directory), {CONFIG_NAME: _config_bytes(config)})
 
 
 def save_text(path: str | Path, text: str) -> None:
-    """Writes a text file whole or not at all, as ``README.md``.
-
-    Args:
-        path (`str` or `Path`): The file.
-        text (`str`): UTF-8 is written.
-
-    Raises:
-        UnwritableError: It cannot be written.
-    """
+    """Writes a text file such as ``README.md`` whole or not at all; `UnwritableError` where it cannot be."""
     path = Path(path)
     _write_files(path.parent, {path.name: text.encode()})
 

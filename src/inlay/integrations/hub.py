@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from inlay.errors import CorruptFileError, MissingFileError, UnwritableError
 from inlay.formats.files import CONFIG_NAME, PICKLE_NAME, SAFETENSORS_NAME
@@ -32,7 +31,7 @@ def fetch(
     endpoint: str | None = None,
     weights: bool = True,
 ) -> Path:
-    """The local directory of an adapter, downloaded if ``model_id`` is no directory here.
+    """The local directory of an adapter, downloaded if ``model_id`` is no directory here; its files are not read yet.
 
     From the hub come ``adapter_config.json`` and ``adapter_model.safetensors``, or ``adapter_model.bin`` where the
     first is not there, both from one commit, and no other file. A directory that exists here is never looked for
@@ -41,16 +40,8 @@ def fetch(
     Args:
         model_id (`str` or `Path`): A directory, or a repository as ``owner/name``.
         subfolder (`str`, *optional*): Where inside of it.
-        revision (`str`, *optional*): Branch, tag or commit.
-        token (`str` or `bool`, *optional*): As the hub library takes it.
-        cache_dir (`str` or `Path`, *optional*): The hub library's cache by default.
-        force_download (`bool`, *optional*, defaults to `False`): Download even what the cache has.
-        local_files_only (`bool`, *optional*, defaults to `False`): Take it from the cache or fail.
-        endpoint (`str`, *optional*): Another hub than the default one.
+        revision, token, cache_dir, force_download, local_files_only, endpoint: As the hub library takes them.
         weights (`bool`, *optional*, defaults to `True`): Fetch the weights too, not the config alone.
-
-    Returns:
-        `Path`: The directory. Its files are not looked at yet.
 
     Raises:
         MissingFileError: There is no such adapter or it cannot be had; the hub library's error is its cause.
@@ -84,17 +75,13 @@ def fetch(
         # somebody uploads between our two requests.
         commit = directory.parts[-len(folder.parts) - 1]
         try:
-            _download_weights(download, commit)
+            try:
+                download(SAFETENSORS_NAME, commit)
+            except EntryNotFoundError:
+                download(PICKLE_NAME, commit)
         except _Failures as error:
             raise _missing(f"'{SAFETENSORS_NAME}' or '{PICKLE_NAME}'", model_id, folder) from error
     return directory
-
-
-def _download_weights(download: Callable[[str, str], Path], commit: str) -> None:
-    try:
-        download(SAFETENSORS_NAME, commit)
-    except EntryNotFoundError:
-        download(PICKLE_NAME, commit)
 
 
 def _is_directory(path: Path) -> bool:
@@ -143,13 +130,9 @@ def push(
         repo_id (`str`): ``owner/name``.
         commit_message (`str`, *optional*, defaults to `"Upload adapter"`): First line of the commit.
         private (`bool`, *optional*): For a repository that is made; the hub's default otherwise.
-        token (`str` or `bool`, *optional*): As the hub library takes it.
         revision (`str`, *optional*): The branch to commit to.
         create_pr (`bool`, *optional*, defaults to `False`): Propose the commit instead of making it.
-        endpoint (`str`, *optional*): Another hub than the default one.
-
-    Returns:
-        `huggingface_hub.CommitInfo`: With the addresses of commit and proposal.
+        token, endpoint: As the hub library takes them.
 
     Raises:
         MissingFileError: The directory holds no adapter.
@@ -178,15 +161,7 @@ def push(
 
 
 def cached(model_id: str, filename: str) -> Path | None:
-    """A file of a repository where an earlier download left it; nothing is fetched.
-
-    Args:
-        model_id (`str`): An id on the hub.
-        filename (`str`): A file in it.
-    """
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
+    """A file of a repository where an earlier download left it; nothing is fetched."""
     try:
         found = try_to_load_from_cache(model_id, filename)
     except HFValidationError:  # a local path, or no id at all

@@ -23,12 +23,9 @@ def merge(adapter: Path, out: Path, base: str | None = None, dtype: DTypeName | 
 
     Args:
         adapter (`Path`): The adapter's folder.
-        out (`Path`): A folder that is empty or not there yet.
+        out (`Path`): A folder that is empty or not there yet; it is returned.
         base (`str`, *optional*): The base's folder or id; by default the one that the adapter names.
         dtype (`str`, *optional*): Load the base as this; by default as it is stored.
-
-    Returns:
-        `Path`: ``out``.
 
     Raises:
         ConfigError: ``out`` is not empty, or the adapter names no base and none was given.
@@ -69,9 +66,6 @@ def _labels(adapter: Path, config: Mapping[str, object]) -> list[str]:
 
 def _copy_tokenizer(folders: list[Path], out: Path) -> None:
     """From the first of ``folders`` that has one."""
-    for folder in folders:
-        found = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()]
-        if found:
-            for path in found:
-                shutil.copy2(path, out / path.name)
-            return
+    found = ([p for pattern in TOKENIZER_FILES for p in folder.glob(pattern) if p.is_file()] for folder in folders)
+    for path in next(filter(None, found), []):
+        shutil.copy2(path, out / path.name)

@@ -18,11 +18,7 @@ HEADS = ("classifier", "score")  # a classifying handle brings these along by it
 
 
 def load_tokenizer(model: ModelSection) -> Any:
-    """The tokenizer of a model, with a padding token.
-
-    Raises:
-        ConfigError: There is none at the place named.
-    """
+    """The tokenizer of a model, with a padding token, or a `ConfigError`."""
     name = model.tokenizer or model.name
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=model.revision)
@@ -38,15 +34,10 @@ def load_tokenizer(model: ModelSection) -> Any:
 
 
 def load_model_config(model: ModelSection, labels: Sequence[str] = ()) -> Any:
-    """The transformers config of a model, with the names of the classes set where there are any.
-
-    Raises:
-        ConfigError: There is none at the place named.
-    """
+    """The transformers config of a model, with the names of the classes where there are any, or a `ConfigError`."""
     options: dict[str, Any] = {}
     if labels:
-        options["id2label"] = dict(enumerate(labels))
-        options["label2id"] = {label: i for i, label in enumerate(labels)}
+        options = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     try:
         return transformers.AutoConfig.from_pretrained(model.name, revision=model.revision, **options)
     except (OSError, ValueError) as error:
@@ -55,31 +46,21 @@ def load_model_config(model: ModelSection, labels: Sequence[str] = ()) -> Any:
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained model, and what of it is not pretrained.
+    """A pretrained model, and what of it is not pretrained."""
 
-    Args:
-        model (`PreTrainedModel`): On the CPU, in evaluation mode.
-        new (`list[str]`): Modules that the checkpoint has no weights for, such as a new head: they start at random,
-            and an adapter that does not bring them along is worthless.
-    """
-
-    model: Any
+    model: Any  # on the CPU, in evaluation mode
+    # Modules that the checkpoint has no weights for, such as a new head: they start at random, and an adapter that
+    # does not bring them along is worthless.
     new: list[str]
 
 
 def load_base(
     model: ModelSection, task: str | None, labels: Sequence[str] = (), pad_token_id: int | None = None
 ) -> Base:
-    """A pretrained model for a task.
+    """A pretrained model for a task of `tasks.TASKS`; without one, of the class that it was saved as.
 
-    Args:
-        model (`ModelSection`): Which one, and in which dtype.
-        task (`str`, *optional*): A row of `tasks.TASKS`; None takes the class that the model was saved as.
-        labels (`Sequence[str]`, *optional*): The classes, for the head's size and the names in its config.
-        pad_token_id (`int`, *optional*): Set where the model has none: batches of unequal rows need one.
-
-    Raises:
-        ConfigError: There is no such model, or it has no head for this task.
+    The classes decide the head's size. A padding token is set where the model has none: batches of unequal rows need
+    one. A `ConfigError` says that there is no such model, or no head for this task.
     """
     config = load_model_config(model, labels)
     if config.pad_token_id is None:

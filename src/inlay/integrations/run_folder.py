@@ -17,6 +17,7 @@ from typing import Any, cast
 import yaml
 
 from inlay.errors import ConfigError, MissingFileError
+from inlay.formats import files
 from inlay.integrations.train_config import TrainConfig, differences, parse, read_tree
 
 # What may change between a run and its continuation: how far, how often, where; nothing that the weights depend on.
@@ -28,11 +29,7 @@ FREE = frozenset(
 
 
 class RunFolder:
-    """The files of one run, by name.
-
-    Args:
-        path (`Path`): The folder; it need not exist.
-    """
+    """The files of one run, by name; the folder need not exist."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -40,11 +37,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
 
     def begin(self, config: TrainConfig, labels: list[str], *, start_over: bool) -> None:
-        """Write down what is about to run; with ``start_over`` earlier checkpoints and results go.
-
-        Raises:
-            ConfigError: The folder cannot be written.
-        """
+        """Write down what is about to run; with ``start_over`` earlier checkpoints and results go."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if start_over:
@@ -58,11 +51,7 @@ class RunFolder:
             raise ConfigError(f"output {self.path} cannot be written: {error}") from error
 
     def config(self) -> TrainConfig:
-        """The config that was run here.
-
-        Raises:
-            MissingFileError: No run was made here.
-        """
+        """The config that was run here."""
         path = self.path / "config.yaml"
         if not path.is_file():
             raise MissingFileError(f"no {path}; expected the output folder of `inlay train`")
@@ -70,9 +59,7 @@ class RunFolder:
 
     def write(self, name: str, value: Any) -> None:
         """``value`` as ``name``.json, which appears whole or not at all."""
-        partial = self.path / f".{name}.json.partial"
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(self.path / f"{name}.json")
+        files.save_text(self.path / f"{name}.json", json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def read(self, name: str) -> Any:
         """What `write` wrote, or None where there is nothing."""
@@ -82,12 +69,8 @@ class RunFolder:
     def last_checkpoint(self, config: TrainConfig, resume: bool | None) -> Path | None:
         """The checkpoint to continue from, or None for a run from the start.
 
-        Args:
-            config (`TrainConfig`): What is about to run.
-            resume (`bool`, *optional*): True insists on a checkpoint, False wants none, None takes what is there.
-
-        Raises:
-            ConfigError: There is none and one was insisted on, or the folder holds checkpoints of another run.
+        ``resume`` insists on one where True, wants none where False, and takes what is there where None. A
+        `ConfigError` says that none is there that should be, or that the folder holds those of another run.
         """
         if resume is False:
             return None
@@ -96,7 +79,7 @@ class RunFolder:
             if resume:
                 raise ConfigError(f"nothing to resume: no complete checkpoint in {self.checkpoints}")
             return None
-        changed = [key for key in differences(self.config().to_dict(), config.to_dict()) if not _is_free(key)]
+        changed = [key for key in differences(self.config().to_dict(), config.to_dict()) if key not in FREE]
         if changed:
             raise ConfigError(
                 f"{self.path} holds checkpoints of another run; different here: {', '.join(changed)}."
@@ -135,7 +118,3 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """What `write_lines` wrote."""
     return [cast(dict[str, Any], json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _is_free(key: str) -> bool:
-    return key in FREE

@@ -6,34 +6,60 @@ To add one: a class here, a row in ``TASKS``, its columns in `data.columns`.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.integrations.data import Example, words
-from inlay.integrations.metrics import IGNORED, accuracy, exact_match, perplexity, rows_exact
 from inlay.integrations.train_config import DataSection
 
 Features = dict[str, Any]
+Ids = NDArray[np.integer[Any]]
+IGNORED = -100  # a position that does not count
 PADDING = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
+
+
+def accuracy(predicted: Ids, labels: Ids) -> float:
+    """The share of counted positions where both agree; NaN where nothing counts.
+
+    Example:
+        >>> accuracy(np.array([1, 2, 3]), np.array([1, 0, -100]))
+        0.5
+    """
+    counted = labels != IGNORED
+    return float((predicted[counted] == labels[counted]).mean()) if counted.any() else math.nan
+
+
+def rows_exact(predicted_BT: Ids, labels_BT: Ids) -> float:
+    """The share of rows in which every counted position agrees."""
+    return float(((predicted_BT == labels_BT) | (labels_BT == IGNORED)).all(axis=1).mean())
+
+
+def perplexity(cost: NDArray[np.floating[Any]]) -> float:
+    """``exp`` of a mean negative log-likelihood, infinite where it would overflow."""
+    mean = float(cost.astype(np.float64).mean())
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _logits(output: Any) -> Tensor:
+    """The logits of one batch; encoder-decoders return more beside them."""
+    logits: Tensor = output[0] if isinstance(output, tuple) else output
+    return logits
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The figure that a task is judged by.
+    """The figure that a task is judged by."""
 
-    Args:
-        name (`str`): Its key among the scores.
-        higher_is_better (`bool`): Which way is up.
-    """
-
-    name: str
-    higher_is_better: bool
+    name: str  # its key among the scores
+    higher_is_better: bool  # which way is up
 
 
 class AbstractTask(abc.ABC):
@@ -58,9 +84,9 @@ class AbstractTask(abc.ABC):
     def encode(self, row: dict[str, Any]) -> Features:
         """The tensors of one row, unpadded; ``labels`` only where the row has its answer."""
 
-    @abc.abstractmethod
     def reduce(self, logits: Any, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """What is kept of one batch's logits; run on the device, before anything is gathered."""
+        """What is kept of one batch's logits: the likeliest; run on the device, before anything is gathered."""
+        return _logits(logits).argmax(-1)
 
     @abc.abstractmethod
     def scores(self, kept: Any, labels_BT: Any) -> dict[str, float]:
@@ -115,7 +141,7 @@ class CausalLM(AbstractTask):
 
     def reduce(self, logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         """For logits (B, T, V): the token predicted after each position, and what the true one cost, both (B, T)."""
-        logits_BTV = logits[0] if isinstance(logits, tuple) else logits
+        logits_BTV = _logits(logits)
         next_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         cost_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), next_BT, reduction="none", ignore_index=IGNORED)
         return logits_BTV.argmax(-1), cost_BT
@@ -124,12 +150,12 @@ class CausalLM(AbstractTask):
         predicted_BT, cost_BT = kept[0][:, :-1], kept[1][:, :-1]
         wanted_BT = labels_BT[:, 1:]
         scores = {
-            "perplexity": perplexity(float(cost_BT[wanted_BT != IGNORED].astype(np.float64).mean())),
+            "perplexity": perplexity(cost_BT[wanted_BT != IGNORED]),
             "token_accuracy": accuracy(predicted_BT, wanted_BT),
         }
         if self.data.target is not None:
             # Greedy decoding gives exactly the answer if and only if every token is the likeliest after the true ones.
-            scores["exact_match"] = float(rows_exact(predicted_BT, wanted_BT).mean())
+            scores["exact_match"] = rows_exact(predicted_BT, wanted_BT)
         return scores
 
     def describe(self, row: dict[str, Any], kept: Any, labels_T: Any) -> dict[str, Any]:
@@ -139,7 +165,7 @@ class CausalLM(AbstractTask):
         line = {
             "text": row[self.data.text],
             "next_tokens": self.tokenizer.decode(predicted_T, skip_special_tokens=True),
-            "perplexity": perplexity(float(cost_T.mean())),
+            "perplexity": perplexity(cost_T),
             "token_accuracy": accuracy(predicted_T, wanted_T[counted]),
         }
         if self.data.target is not None:
@@ -163,13 +189,9 @@ class Seq2Seq(AbstractTask):
             features["labels"] = self.tokenizer(**options)["input_ids"]
         return features
 
-    def reduce(self, logits: Any, labels: Tensor) -> Tensor:
-        """Unused where tokens are generated; kept whole for those who switch that off."""
-        logits_BTV: Tensor = logits[0] if isinstance(logits, tuple) else logits
-        return logits_BTV.argmax(-1)
-
     def scores(self, kept: Any, labels_BT: Any) -> dict[str, float]:
-        return {"exact_match": exact_match(self._texts(kept), self._texts(labels_BT))}
+        equal = [a == b for a, b in zip(self._texts(kept), self._texts(labels_BT), strict=True)]
+        return {"exact_match": sum(equal) / max(1, len(equal))}
 
     def describe(self, row: dict[str, Any], kept: Any, labels_T: Any) -> dict[str, Any]:
         return {
@@ -199,9 +221,8 @@ class SequenceClassification(AbstractTask):
         return features
 
     def reduce(self, logits: Any, labels: Tensor) -> Tensor:
-        """The probabilities (B, classes); encoder-decoders return more than logits."""
-        logits_BC: Tensor = logits[0] if isinstance(logits, tuple) else logits
-        return logits_BC.float().softmax(-1)
+        """The probabilities (B, classes)."""
+        return _logits(logits).float().softmax(-1)
 
     def scores(self, kept: Any, labels_BT: Any) -> dict[str, float]:
         return {"accuracy": accuracy(kept.argmax(-1), labels_BT)}
@@ -233,13 +254,8 @@ class TokenClassification(AbstractTask):
             features["labels"] = [IGNORED if w is None else tags[w] for w in first_pieces(encoded.word_ids())]
         return features
 
-    def reduce(self, logits: Any, labels: Tensor) -> Tensor:
-        """The likeliest class of each piece, (B, T)."""
-        logits_BTC: Tensor = logits[0] if isinstance(logits, tuple) else logits
-        return logits_BTC.argmax(-1)
-
     def scores(self, kept: Any, labels_BT: Any) -> dict[str, float]:
-        return {"accuracy": accuracy(kept, labels_BT), "exact_match": float(rows_exact(kept, labels_BT).mean())}
+        return {"accuracy": accuracy(kept, labels_BT), "exact_match": rows_exact(kept, labels_BT)}
 
     def describe(self, row: dict[str, Any], kept: Any, labels_T: Any) -> dict[str, Any]:
         tokens = words(row[self.data.tokens])

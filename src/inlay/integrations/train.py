@@ -18,7 +18,7 @@ from inlay.integrations.models import load_base, load_tokenizer, save_with
 from inlay.integrations.run_folder import RunFolder, step_of, write_lines
 from inlay.integrations.tasks import TASKS, AbstractTask, examples_to_features
 from inlay.integrations.train_config import TrainConfig, raise_all
-from inlay.integrations.trainer import AdapterTrainer, build_trainer
+from inlay.integrations.trainer import build_trainer
 from inlay.methods import METHODS
 
 Say = Callable[[str], None]
@@ -26,45 +26,25 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What came out of a run; every figure was measured by it.
+    """What came out of a run; every figure was measured by it."""
 
-    Args:
-        task (`str`): As in the config.
-        metric (`str`): The name of the figure that the task is judged by.
-        higher_is_better (`bool`): Which way that figure is better.
-        before (`dict[str, float]`): Scores on the held-out part with the fresh adapter, which is the frozen base.
-        after (`dict[str, float]`): The same with the trained adapter.
-        train_rows (`int`): Rows trained on.
-        held_out_rows (`int`): Rows judged on.
-        repeated_rows (`int`): Held-out rows whose input also stands in the training part.
-        labels (`list[str]`): The classes.
-        trainable (`int`): Trained parameters.
-        parameters (`int`): All parameters, the adapter's included.
-        adapter_bytes (`int`): Size of the adapter's weights on disk.
-        base_bytes (`int`): Size of the base model's weights in memory.
-        steps (`int`): Optimiser steps in all.
-        resumed_at (`int`): The step that this process began at.
-        seconds (`float`): Time spent training, in this process.
-        output (`str`): The folder with everything.
-    """
-
-    task: str
-    metric: str
-    higher_is_better: bool
-    before: dict[str, float]
-    after: dict[str, float]
-    train_rows: int
-    held_out_rows: int
-    repeated_rows: int
+    task: str  # as in the config
+    metric: str  # the name of the figure that the task is judged by
+    higher_is_better: bool  # which way that figure is better
+    before: dict[str, float]  # scores on the held-out part with the fresh adapter, which is the frozen base
+    after: dict[str, float]  # the same with the trained adapter
+    train_rows: int  # rows trained on
+    held_out_rows: int  # rows judged on
+    repeated_rows: int  # held-out rows whose input also stands in the training part
     labels: list[str]
-    trainable: int
-    parameters: int
-    adapter_bytes: int
-    base_bytes: int
-    steps: int
-    resumed_at: int
-    seconds: float
-    output: str
+    trainable: int  # trained parameters
+    parameters: int  # all parameters, the adapter's included
+    adapter_bytes: int  # size of the adapter's weights on disk
+    base_bytes: int  # size of the base model's weights in memory
+    steps: int  # optimiser steps in all
+    resumed_at: int  # the step that this process began at
+    seconds: float  # time spent training, in this process
+    output: str  # the folder with everything
 
 
 @dataclass(frozen=True)
@@ -82,13 +62,7 @@ def is_main_process() -> bool:
 
 
 def adapter_config(config: TrainConfig) -> Any:
-    """The method's own config from the ``adapter`` section.
-
-    Raises:
-        UnknownMethodError: There is no such method.
-        UnknownFieldError: Its config has no such field.
-        ConfigError: A value does not fit.
-    """
+    """The method's own config from the ``adapter`` section, or a `ConfigError`."""
     name = config.adapter.method
     method = METHODS.get(name.upper())
     if method is None:
@@ -101,11 +75,7 @@ def adapter_config(config: TrainConfig) -> Any:
 
 
 def prepare(config: TrainConfig) -> tuple[Examples, Any]:
-    """The examples and the method's config, everything checked and no model loaded.
-
-    Raises:
-        ConfigError: With every complaint at once.
-    """
+    """The examples and the method's config, no model loaded, or a `ConfigError` with every complaint at once."""
     complaints = []
     if not config.model.name:
         complaints.append("model.name: missing; expected a local folder or the id of a model on the hub")
@@ -163,89 +133,65 @@ def train(
     transformers.set_seed(config.training.seed)
     tokenizer = load_tokenizer(config.model)
     base = load_base(config.model, config.task, examples.labels, tokenizer.pad_token_id)
-    base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    base_bytes = sum(p.nbytes for p in base.model.parameters())
     save_with(adapter, base.new)
     start(base.model)
     model = inlay.get_peft_model(base.model, adapter)
     task = TASKS[config.task](config.data, tokenizer, examples.labels)
-    run = _Run(config, folder, task, model, examples, checkpoint, base_bytes, say)
-    return run.go(callbacks)
+    features = examples_to_features(task, examples.held_out)
+    train_features = examples_to_features(task, examples.train)
+    trainer = build_trainer(model, task, config, folder.checkpoints, train_features, callbacks)
+    trainer.eval_dataset = features
 
-
-@dataclass
-class _Run:
-    """One training, from the model to the report."""
-
-    config: TrainConfig
-    folder: RunFolder
-    task: AbstractTask
-    model: Any
-    examples: Examples
-    checkpoint: Path | None
-    base_bytes: int
-    say: Say
-
-    def go(self, callbacks: Iterable[transformers.TrainerCallback]) -> TrainResult:
-        """Evaluate, train, evaluate, save."""
-        train_features = examples_to_features(self.task, self.examples.train)
-        features = examples_to_features(self.task, self.examples.held_out)
-        trainer = build_trainer(self.model, self.task, self.config, self.folder.checkpoints, train_features)
-        trainer.eval_dataset = features
-        for callback in callbacks:
-            trainer.add_callback(callback)
-        before = self._before(trainer, features)
-        seconds = self._train(trainer)
-        self.say(f"predicting {len(features)} held-out rows")
-        lines, after = trainer.describe(self.examples.held_out, features)
-        trainer.save_model(str(self.folder.adapter))
-        trainer.accelerator.wait_for_everyone()
-        report = self._report(before, after, seconds, trainer.state.global_step)
+    # A run that continues has the scores of the frozen base from its beginning.
+    before = folder.read("before") if checkpoint else None
+    if before is None:
+        say(f"evaluating the base on {len(features)} held-out rows")
+        before = trainer.score(features)
         if is_main_process():
-            self.task.tokenizer.save_pretrained(self.folder.adapter)
-            write_lines(self.folder.path / "predictions.jsonl", lines)
-            self.folder.write("report", asdict(report))
-        return TrainResult(report, self.model, lines)
+            folder.write("before", before)
+    say(f"training on {len(train_features)} rows{f', from {checkpoint.name}' if checkpoint else ''}")
+    clock = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - clock
+    say(f"predicting {len(features)} held-out rows")
+    lines, after = trainer.describe(examples.held_out, features)
+    trainer.save_model(str(folder.adapter))
+    trainer.accelerator.wait_for_everyone()
+    report = TrainReport(
+        task=config.task,
+        **_facts(task, examples, model, folder),
+        before=before,
+        after=after,
+        base_bytes=base_bytes,
+        steps=trainer.state.global_step,
+        resumed_at=step_of(checkpoint) if checkpoint else 0,
+        seconds=seconds,
+    )
+    if is_main_process():
+        tokenizer.save_pretrained(folder.adapter)
+        write_lines(folder.path / "predictions.jsonl", lines)
+        folder.write("report", asdict(report))
+    return TrainResult(report, model, lines)
 
-    def _before(self, trainer: AdapterTrainer, features: list[dict[str, Any]]) -> dict[str, float]:
-        """Scores of the frozen base; a run that continues has them from its beginning."""
-        scores: dict[str, float] | None = self.folder.read("before") if self.checkpoint else None
-        if scores is None:
-            self.say(f"evaluating the base on {len(features)} held-out rows")
-            scores = trainer.score(features)
-            if is_main_process():
-                self.folder.write("before", scores)
-        return scores
 
-    def _train(self, trainer: AdapterTrainer) -> float:
-        rows = len(self.examples.train)
-        self.say(f"training on {rows} rows" + (f", from {self.checkpoint.name}" if self.checkpoint else ""))
-        clock = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
-        return time.perf_counter() - clock
-
-    def _report(self, before: dict[str, float], after: dict[str, float], seconds: float, steps: int) -> TrainReport:
-        trainable, parameters = self.model.get_nb_trainable_parameters()
-        weights = self.folder.adapter / "adapter_model.safetensors"
-        return TrainReport(
-            task=self.config.task,
-            metric=self.task.metric.name,
-            higher_is_better=self.task.metric.higher_is_better,
-            before=before,
-            after=after,
-            train_rows=len(self.examples.train),
-            held_out_rows=len(self.examples.held_out),
-            repeated_rows=self.examples.repeated,
-            labels=self.examples.labels,
-            trainable=trainable,
-            parameters=parameters,
-            # A machine that shares no disk with the main process has no file to measure.
-            adapter_bytes=weights.stat().st_size if weights.is_file() else 0,
-            base_bytes=self.base_bytes,
-            steps=steps,
-            resumed_at=step_of(self.checkpoint) if self.checkpoint else 0,
-            seconds=seconds,
-            output=str(self.folder.path),
-        )
+def _facts(task: AbstractTask, examples: Examples, model: Any, folder: RunFolder) -> dict[str, Any]:
+    """What a report says of the task, the rows, the model and the files."""
+    trainable, parameters = model.get_nb_trainable_parameters()
+    weights = folder.adapter / "adapter_model.safetensors"
+    return {
+        "metric": task.metric.name,
+        "higher_is_better": task.metric.higher_is_better,
+        "train_rows": len(examples.train),
+        "held_out_rows": len(examples.held_out),
+        "repeated_rows": examples.repeated,
+        "labels": examples.labels,
+        "trainable": trainable,
+        "parameters": parameters,
+        # A machine that shares no disk with the main process has no file to measure.
+        "adapter_bytes": weights.stat().st_size if weights.is_file() else 0,
+        "output": str(folder.path),
+    }
 
 
 def predict(
@@ -284,8 +230,6 @@ def predict(
     if merge:
         model = model.merge_and_unload()
     task = TASKS[config.task](config.data, tokenizer, labels)
-    trainer = build_trainer(model, task, config, folder.checkpoints, [])
-    for callback in callbacks:
-        trainer.add_callback(callback)
+    trainer = build_trainer(model, task, config, folder.checkpoints, [], callbacks)
     say(f"predicting {len(rows)} rows")
     return trainer.describe(rows, examples_to_features(task, rows))

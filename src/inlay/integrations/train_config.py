@@ -7,8 +7,9 @@ collected and raised at once, before any model is loaded.
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,62 +26,44 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 SHORT_LIST = 8
 
 
+_SIGNS = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
+
+
 def limited(
     default: Any, *, above: float | None = None, at_least: float | None = None, below: float | None = None
 ) -> Any:
     """A dataclass field whose number must be ``> above``, ``>= at_least`` and ``< below``, where given."""
-    return field(default=default, metadata={"above": above, "at_least": at_least, "below": below})
+    limits = {">": above, ">=": at_least, "<": below}
+    return field(default=default, metadata={sign: limit for sign, limit in limits.items() if limit is not None})
 
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Which model is adapted.
+    """Which model is adapted."""
 
-    Args:
-        name (`str`): A local folder or the id of a model on the hub.
-        tokenizer (`str`, *optional*): The tokenizer's folder or id, where it is not the model's.
-        revision (`str`, *optional*): Branch, tag or commit on the hub.
-        dtype (`str`, *optional*, defaults to "float32"): What the frozen weights become; "auto": as stored.
-    """
-
-    name: str = ""
-    tokenizer: str | None = None
-    revision: str | None = None
+    name: str = ""  # a local folder or the id of a model on the hub
+    tokenizer: str | None = None  # the tokenizer's folder or id, where it is not the model's
+    revision: str | None = None  # branch, tag or commit on the hub
+    # What the frozen weights become; "auto": as stored.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
 
 
 @dataclass(frozen=True)
 class DataSection:
-    """Where the examples are, and which columns hold what.
+    """Where the examples are, and which columns hold what."""
 
-    Args:
-        path (`str`): A .jsonl, .csv, .tsv or .parquet file.
-        held_out_path (`str`, *optional*): A second file to evaluate on; without it a part of ``path`` is held out.
-        held_out_fraction (`float`, *optional*, defaults to 0.2): How large that part is.
-        text (`str`, *optional*, defaults to "text"): Column of the input (or of the whole text of a causal LM).
-        text_pair (`str`, *optional*): Column of a second input, for classifying pairs.
-        target (`str`, *optional*): Column of the answer: seq2seq needs one; a causal LM then learns
-            only that.
-        label (`str`, *optional*, defaults to "label"): Column of the class, for sequence classification.
-        tokens (`str`, *optional*, defaults to "tokens"): Column of the words, for token classification.
-        tags (`str`, *optional*, defaults to "tags"): Column of one class per word, for token classification.
-        max_length (`int`, *optional*, defaults to 256): Inputs are cut to so many tokens.
-        max_target_length (`int`, *optional*, defaults to 64): Answers are cut to so many tokens.
-        max_rows (`int`, *optional*): Use only so many rows of ``path``, drawn with ``training.seed``.
-    """
-
-    path: str = ""
-    held_out_path: str | None = None
-    held_out_fraction: float = limited(0.2, above=0, below=1)
-    text: str = "text"
-    text_pair: str | None = None
-    target: str | None = None
-    label: str = "label"
-    tokens: str = "tokens"
-    tags: str = "tags"
-    max_length: int = limited(256, at_least=4)
-    max_target_length: int = limited(64, at_least=2)
-    max_rows: int | None = limited(None, at_least=2)
+    path: str = ""  # a .jsonl, .csv, .tsv or .parquet file
+    held_out_path: str | None = None  # a second file to evaluate on; without it a part of ``path`` is held out
+    held_out_fraction: float = limited(0.2, above=0, below=1)  # how large that part is
+    text: str = "text"  # column of the input (or of the whole text of a causal LM)
+    text_pair: str | None = None  # column of a second input, for classifying pairs
+    target: str | None = None  # column of the answer: seq2seq needs one; a causal LM then learns only that
+    label: str = "label"  # column of the class, for sequence classification
+    tokens: str = "tokens"  # column of the words, for token classification
+    tags: str = "tags"  # column of one class per word, for token classification
+    max_length: int = limited(256, at_least=4)  # inputs are cut to so many tokens
+    max_target_length: int = limited(64, at_least=2)  # answers are cut to so many tokens
+    max_rows: int | None = limited(None, at_least=2)  # use only so many rows of ``path``, drawn with ``training.seed``
 
 
 @dataclass(frozen=True)
@@ -93,61 +76,35 @@ class AdapterSection:
 
 @dataclass(frozen=True)
 class TrainingSection:
-    """How it is trained.
+    """How it is trained."""
 
-    Args:
-        epochs (`float`, *optional*, defaults to 3.0): Passes over the training rows.
-        max_steps (`int`, *optional*): Stop after so many optimiser steps; takes precedence over ``epochs``.
-        batch_size (`int`, *optional*, defaults to 16): Rows per device and step.
-        held_out_batch_size (`int`, *optional*, defaults to 32): Rows per device when evaluating.
-        accumulate (`int`, *optional*, defaults to 1): Batches per optimiser step.
-        learning_rate (`float`, *optional*, defaults to 2e-4): The peak.
-        warmup (`float`, *optional*, defaults to 0.06): Share of the steps over which the learning rate rises.
-        schedule (`str`, *optional*, defaults to "linear"): How it falls afterwards.
-        weight_decay (`float`, *optional*, defaults to 0.0): AdamW's.
-        clip (`float`, *optional*, defaults to 1.0): Largest gradient norm.
-        precision (`str`, *optional*, defaults to "float32"): The dtype of autocast.
-        gradient_checkpointing (`bool`, *optional*, defaults to False): Recompute activations to save memory.
-        group_by_length (`bool`, *optional*, defaults to False): Draw batches of similar length, to pad less.
-        seed (`int`, *optional*, defaults to 0): Split, initial values, order and dropout.
-        save_steps (`int`, *optional*, defaults to 100): A checkpoint every so many steps.
-        keep_checkpoints (`int`, *optional*, defaults to 2): Older ones are deleted.
-        log_steps (`int`, *optional*, defaults to 10): Report the loss every so many steps.
-        evaluate_steps (`int`, *optional*): Evaluate during training every so many steps.
-    """
-
-    epochs: float = limited(3.0, above=0)
+    epochs: float = limited(3.0, above=0)  # passes over the training rows
+    # Stop after so many optimiser steps; takes precedence over ``epochs``.
     max_steps: int | None = limited(None, at_least=1)
-    batch_size: int = limited(16, at_least=1)
-    held_out_batch_size: int = limited(32, at_least=1)
-    accumulate: int = limited(1, at_least=1)
-    learning_rate: float = limited(2e-4, above=0)
-    warmup: float = limited(0.06, at_least=0, below=1)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: float = limited(0.0, at_least=0)
-    clip: float = limited(1.0, above=0)
-    precision: DTypeName = "float32"
-    gradient_checkpointing: bool = False
-    group_by_length: bool = False
-    seed: int = limited(0, at_least=0, below=2**32)
-    save_steps: int = limited(100, at_least=1)
-    keep_checkpoints: int = limited(2, at_least=1)
-    log_steps: int = limited(10, at_least=1)
-    evaluate_steps: int | None = limited(None, at_least=1)
+    batch_size: int = limited(16, at_least=1)  # rows per device and step
+    held_out_batch_size: int = limited(32, at_least=1)  # rows per device when evaluating
+    accumulate: int = limited(1, at_least=1)  # batches per optimiser step
+    learning_rate: float = limited(2e-4, above=0)  # the peak
+    warmup: float = limited(0.06, at_least=0, below=1)  # share of the steps over which the learning rate rises
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # how it falls afterwards
+    weight_decay: float = limited(0.0, at_least=0)  # AdamW's
+    clip: float = limited(1.0, above=0)  # largest gradient norm
+    precision: DTypeName = "float32"  # the dtype of autocast
+    gradient_checkpointing: bool = False  # recompute activations to save memory
+    group_by_length: bool = False  # draw batches of similar length, to pad less
+    seed: int = limited(0, at_least=0, below=2**32)  # split, initial values, order and dropout
+    save_steps: int = limited(100, at_least=1)  # a checkpoint every so many steps
+    keep_checkpoints: int = limited(2, at_least=1)  # older ones are deleted
+    log_steps: int = limited(10, at_least=1)  # report the loss every so many steps
+    evaluate_steps: int | None = limited(None, at_least=1)  # evaluate during training every so many steps
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything ``inlay train`` needs to know.
-
-    Args:
-        task (`str`, *optional*, defaults to "causal-lm"):
-            "causal-lm", "seq2seq", "sequence-classification" or "token-classification".
-        output (`str`, *optional*, defaults to "runs/train"): The folder that receives everything.
-    """
+    """Everything ``inlay train`` needs to know."""
 
     task: TaskName = "causal-lm"
-    output: str = "runs/train"
+    output: str = "runs/train"  # the folder that receives everything
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     adapter: AdapterSection = field(default_factory=AdapterSection)
@@ -171,10 +128,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """``text`` as plain data.
-
-    Raises:
-        ConfigError: The text is not YAML.
+    """``text`` as plain data, or a `ConfigError`.
 
     Example:
         >>> read_yaml("2e-4", "--set"), read_yaml("[query, value]", "--set")
@@ -187,12 +141,7 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        MissingFileError: There is no such file.
-        ConfigError: It is not YAML, or not a mapping.
-    """
+    """The mapping in a YAML file; a `MissingFileError` or `ConfigError` where there is none."""
     if not path.is_file():
         raise MissingFileError(f"no config file {path}; expected a YAML file, see examples/train.yaml")
     tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -313,34 +262,23 @@ def _value(hint: Any, value: Any, path: str, complaints: list[str]) -> Any:
         if value not in choices:
             complaints.append(f"{path}: {value!r} is none of {', '.join(choices)}")
         return value
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    plain = tuple(typing.get_origin(one) or one for one in allowed)
-    if float in plain and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int:
         return float(value)
+    kind = dict if typing.get_origin(hint) is dict else hint
     # bool is an int to Python; `epochs: yes` is a mistake to everyone else.
-    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
-        names = " or ".join("nothing" if one is types.NoneType else one.__name__ for one in plain)
-        complaints.append(f"{path}: expected {names}, found {value!r}")
+    if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
+        wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("None", "nothing").replace("|", "or")
+        complaints.append(f"{path}: expected {wanted}, found {value!r}")
     return value
 
 
 def _out_of_range(cls: type[Any], values: Mapping[str, Any], where: str) -> Iterable[str]:
     for one in dataclasses.fields(cls):
-        value, limits = values.get(one.name), one.metadata
-        if not limits or isinstance(value, bool) or not isinstance(value, (int, float)):
+        value: Any = values.get(one.name)
+        limits = one.metadata
+        if not limits or type(value) not in (int, float):
             continue
-        above, at_least, below = limits["above"], limits["at_least"], limits["below"]
-        # Written so that NaN, which compares False with everything, is out of every range.
-        inside = (
-            (above is None or value > above)
-            and (at_least is None or value >= at_least)
-            and (below is None or value < below)
-            and abs(value) != float("inf")
-        )
-        if not inside:
-            wanted = [
-                f"{sign} {limit}"
-                for sign, limit in ((">", above), (">=", at_least), ("<", below))
-                if limit is not None
-            ]
-            yield f"{where}.{one.name}: {value} is out of range; expected {' and '.join(wanted)}"
+        # NaN compares False with everything and so is out of every range.
+        if abs(value) == math.inf or not all(_SIGNS[sign](value, limit) for sign, limit in limits.items()):
+            wanted = " and ".join(f"{sign} {limit}" for sign, limit in limits.items())
+            yield f"{where}.{one.name}: {value} is out of range; expected {wanted}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,17 +108,14 @@ def _plain(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def build_trainer(
-    model: Any, task: AbstractTask, config: TrainConfig, folder: Path, train: list[Features]
+    model: Any,
+    task: AbstractTask,
+    config: TrainConfig,
+    folder: Path,
+    train: list[Features],
+    callbacks: Iterable[transformers.TrainerCallback] = (),
 ) -> AdapterTrainer:
-    """A trainer for ``model``, silent, with ``config``'s settings.
-
-    Args:
-        model: An adapted model, or a plain one to predict with.
-        task (`AbstractTask`): Collates, scores and describes.
-        config (`TrainConfig`): Its training section is used.
-        folder (`Path`): Receives the checkpoints.
-        train (`list[Features]`): The encoded training rows; empty to predict only.
-    """
+    """A silent trainer for an adapted model, or for a plain one to predict with; then ``train`` is empty."""
     if config.training.gradient_checkpointing:
         model.enable_input_require_grads()
     trainer = AdapterTrainer(
@@ -126,6 +123,7 @@ def build_trainer(
         args=_arguments(config, task, folder),
         data_collator=task.collate,
         train_dataset=cast(Any, train),
+        callbacks=list(callbacks),
         compute_metrics=lambda output: task.scores(output.predictions, output.label_ids),
         preprocess_logits_for_metrics=None if task.generates else cast(Any, task.reduce),
     )
@@ -134,14 +132,10 @@ def build_trainer(
     if config.training.group_by_length:
         trainer.lengths = [len(row["input_ids"]) for row in train]
     # The Trainer looks at the outermost forward, which passes anything on; what counts is who receives it.
-    forward = inspect.signature(_innermost(model).forward).parameters.values()
+    receiver = model.get_base_model() if isinstance(model, inlay.PeftModel) else model
+    forward = inspect.signature(receiver.forward).parameters.values()
     trainer.model_accepts_loss_kwargs = any(one.kind is one.VAR_KEYWORD for one in forward)
     return trainer
-
-
-def _innermost(model: Any) -> nn.Module:
-    base: nn.Module = model.get_base_model() if isinstance(model, inlay.PeftModel) else model
-    return base
 
 
 def _arguments(config: TrainConfig, task: AbstractTask, folder: Path) -> transformers.Seq2SeqTrainingArguments:

@@ -142,7 +142,7 @@ class LoraAdapter(AbstractLowRank):
         self.r: int = values.get("r", config.r)
         self.lora_alpha: float = values.get("lora_alpha", config.lora_alpha)
         self.use_rslora, self.use_dora, self.lora_bias = config.use_rslora, config.use_dora, config.lora_bias
-        self.gain: float = values.get("gain", 1.0)
+        self.gain: float = values.get("gain", 1.0)  # of the product, not of B's bias
         self.init: bool | Literal["gaussian"] | str = config.init_lora_weights
         self.lora_dropout = self.dropout = config.lora_dropout
         self.experts = kind.experts(base)
@@ -172,9 +172,13 @@ class LoraAdapter(AbstractLowRank):
             raise UnsupportedLayerError(
                 "use_dora is not defined on a grouped convolution: its B A is no weight of it."
             )
-        if kind.by_weight and (self.use_dora or self.lora_bias or (self.dropout and not kind.ignores_dropout)):
+        if kind.by_weight and (self.use_dora or (self.dropout and not kind.ignores_dropout)):
             raise UnsupportedLayerError(
-                f"{kind.name} is adapted through its weight: lora_dropout, use_dora and lora_bias must be off for it."
+                f"{kind.name} is adapted through its weight: lora_dropout and use_dora must be off for it."
+            )
+        if kind.by_weight and self.lora_bias and getattr(base, kind.bias_name, None) is None:
+            raise UnsupportedLayerError(
+                f"{kind.name} is adapted through its weight and bias, and this one has no bias: lora_bias must be off."
             )
         if kind.by_weight and self.dropout:
             warnings.warn(
@@ -257,7 +261,9 @@ class LoraAdapter(AbstractLowRank):
         W = W_OI + self.scaling * product(p["up"].flatten(1), p["down"].flatten(1), self.experts)
         if self.use_dora:
             W = W * (p["magnitude"].flatten() / W.detach().norm(dim=1))[:, None]
-        return W, (b_O + self.scaling * p["bias"] if b_O is not None and self.lora_bias else b_O)
+        if b_O is not None and self.lora_bias:
+            b_O = b_O + self.scaling / self.gain * p["bias"]
+        return W, b_O
 
     def tied(self, p: Params) -> Params:
         # The tied layer's matrix is the transpose: (B A)^T = A^T B^T.
