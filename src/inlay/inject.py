@@ -10,7 +10,7 @@ import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -105,7 +105,7 @@ def survey(model: nn.Module, head: nn.Module | None = None, parameters: bool = F
         stack.extend((prefix + k, m, within, layer) for k, m in reversed(layer._modules.items()) if m is not None)
     if found.elsewhere:
         others = _other_names(found)
-        found.facts = [replace(fact, also=tuple(others.get(fact.name, ()))) for fact in found.facts]
+        found.facts = [fact._replace(also=tuple(others.get(fact.name, ()))) for fact in found.facts]
     return found
 
 
