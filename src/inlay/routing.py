@@ -322,6 +322,7 @@ class Router:
                     self._changed.wait_for(lambda: self._writer is None and not self._calls)
                 finally:
                     self._waiting -= 1
+                    self._changed.notify_all()  # an interrupt gives the turn back
                 self._writer = me
         try:
             yield
@@ -329,13 +330,14 @@ class Router:
             if not nested:
                 with self._changed:
                     self._writer = None
+                    self._since = self._opened = time.monotonic()  # calls that came meanwhile pass the next writer
                     self._changed.notify_all()
 
     def _enter_read(self) -> None:
         me, came = threading.get_ident(), time.monotonic()
         with self._changed:
             while self._writer not in (None, me) or (self._writer is None and self._waiting and came > self._opened):
-                if self._writer is not None:
+                if self._writer is not None or not self._calls:  # it is a writer's turn
                     self._changed.wait()
                 elif (left := self._opened + self._patience() - time.monotonic()) > 0:
                     self._changed.wait(left)
@@ -351,8 +353,7 @@ class Router:
         than the writer, they pass soon. Later, with only calls running that passed the writer, patience grows with its
         age; once it exceeds the longest call, the running ones end before others pass, and it is the writer's turn.
         """
-        oldest = next(iter(self._calls.values()), self._since)
-        return max(PATIENCE, oldest - self._since)
+        return max(PATIENCE, next(iter(self._calls.values())) - self._since)
 
     def _leave_read(self) -> None:
         with self._changed:
