@@ -169,7 +169,23 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "bias": Option({"r": 2, "lora_bias": True}, {"r": 4, "lora_bias": False}),
         "dropout": Option({"r": 2, "lora_dropout": 0.3}, {"r": 4}),
         "dora with dropout": Option({"r": 2, "use_dora": True, "lora_dropout": 0.3}, constant=_DORA_CONSTANT),
-    }
+    },
+    "ADALORA": {
+        "plain": Option({"init_r": 3, "target_r": 2, "lora_alpha": 40}, {"init_r": 2}),
+        "random": Option(
+            {"init_r": 4, "target_r": 1, "lora_alpha": 1, "init_lora_weights": False}, {"init_r": 3}, identity=False
+        ),
+        "pruned": Option(
+            {
+                "init_r": 4,
+                "target_r": 2,
+                "lora_alpha": 20,
+                "rank_pattern": {"m.lora_E": [True, False, True, True]},
+            },
+            {"rank_pattern": None},
+        ),
+        "dropout": Option({"init_r": 3, "target_r": 2, "lora_alpha": 40, "lora_dropout": 0.3}, {"init_r": 2}),
+    },
 }
 
 _ATTENTION_ONLY_WEIGHT = (UnsupportedLayerError, "its weight is handed to one call: nothing stands beside it")
@@ -187,6 +203,11 @@ UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
         for option in ("dora", "dora with dropout")
         for kind in ("MultiheadAttention", "MultiheadAttention without bias")
     },
+    **{
+        ("ADALORA", option, "Parameter of experts"): (UnsupportedLayerError, "one E weighs rows of one matrix")
+        for option in ("plain", "random", "pruned", "dropout")
+    },
+    ("ADALORA", "dropout", "Parameter"): _PARAMETER_ONLY_WEIGHT,
     **{
         ("LORA", option, kind): _PARAMETER_ONLY_WEIGHT
         for option in ("dora", "bias", "dropout", "dora with dropout")

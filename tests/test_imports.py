@@ -38,6 +38,7 @@ RANKS = {
     "config": 2,
     "match": 2,
     # the three axes, and who is served
+    "hooks": 3,
     "layers": 3,
     "routing": 3,
     "storage": 3,

@@ -17,6 +17,7 @@ TREE = Path(__file__).parents[1]
 PUBLIC_NAMES = [
     "__version__",
     # configs
+    "AdaLoraConfig",
     "LoraConfig",
     "LoraRuntimeConfig",
     "PeftConfig",

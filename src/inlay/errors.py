@@ -32,9 +32,10 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   ├── CorruptFileError                      truncated, malformed, over a limit, of an unsafe kind
     │   ├── TornPairError                         config and weights are not of one save
     │   └── UnwritableError (OSError)
-    └── LoadError (RuntimeError)                  the file does not fit; `.report` says where
-        ├── IncompatibleBaseError                 made for another base model
-        └── NonFiniteError                        NaN or infinity in the file's tensors
+    ├── LoadError (RuntimeError)                  the file does not fit; `.report` says where
+    │   ├── IncompatibleBaseError                 made for another base model
+    │   └── NonFiniteError                        NaN or infinity in the file's tensors
+    └── NoGradientError (TypeError)               a step of training was to be followed up before it was made
     PeftWarning (UserWarning)
 """
 
@@ -170,6 +171,10 @@ class TornPairError(FileError):
 
 class UnwritableError(FileError, OSError):
     """The directory cannot be written."""
+
+
+class NoGradientError(PeftError, TypeError):
+    """What follows a step of the optimiser was called where there are no gradients."""
 
 
 class LoadError(PeftError, RuntimeError):

@@ -317,7 +317,7 @@ def _follow_ties(prepared: Prepared) -> None:
             layer = _unwrapped(found.modules[other])
             kind = trainable_kind(layer, other)
             values = next(work.target.overrides for work in prepared.works if work.path == path and work.target)
-            adapter = _adapter(found, config, kind, layer, other, values)
+            adapter = _adapter(found, config, kind, layer, other, values, key=path)
             prepared.works.append(Work(other, *found.parent(other), kind, adapter, tied=True, source=path))
 
 
@@ -401,15 +401,22 @@ def _works_for(found: Survey, config: AdapterConfig, target: match.Target) -> li
 
 
 def _adapter(
-    found: Survey, config: AdapterConfig, kind: LayerKind, layer: nn.Module, path: str, values: Mapping[str, Any]
+    found: Survey,
+    config: AdapterConfig,
+    kind: LayerKind,
+    layer: nn.Module,
+    path: str,
+    values: Mapping[str, Any],
+    key: str | None = None,
 ) -> AbstractAdapter:
+    """The adapter of one layer; ``key`` is the layer's path in files, where it is not ``path``."""
     adapter = method_of(config).adapter
     try:
         if not adapter.stacks and (experts := kind.experts(layer)) > 1:
             raise UnsupportedLayerError(
                 f"its weight stacks {experts} matrices, and {config.method} is defined on one."
             )
-        return adapter(config, kind, layer, {**values, **config.layer_values(path, found.model_type)})
+        return adapter(config, kind, layer, {**values, **config.layer_values(key or path, found.model_type)})
     except PlanError as error:
         raise type(error)(f"{path}: {error}") from error
 
@@ -432,8 +439,8 @@ def _parameter_works(found: Survey, config: AdapterConfig, targets: list[match.P
     works = []
     for target in sorted(targets, key=lambda t: order.index(t.parameter)):
         kind = next((k for k in standing if k.weight_name == target.parameter), ParameterKind(target.parameter))
-        adapter = _adapter(found, config, kind, layer, f"{path}.{target.parameter}", target.overrides)
         key_path = path + ".base_layer" * (len(order) - 1 - order.index(target.parameter))
+        adapter = _adapter(found, config, kind, layer, f"{path}.{target.parameter}", target.overrides, key_path)
         works.append(Work(key_path, parent, attribute, kind, adapter, found.tied(layer, target.parameter)))
     return works
 

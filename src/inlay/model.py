@@ -31,6 +31,7 @@ from inlay.errors import (
 )
 from inlay.formats import files
 from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir, check_adapter_name
+from inlay.hooks import Served, TrainingHooks
 from inlay.inject import (
     FORBIDDEN_NAMES,
     Prepared,
@@ -48,6 +49,7 @@ from inlay.replicate import replicated
 from inlay.report import BASE_KEY, LoadReport
 from inlay.routing import BASE, Bound, Route, Router, Rows
 from inlay.storage.arena import Arena, bytes_of
+from inlay.trained import Tied
 
 
 class Tuner(nn.Module):
@@ -62,10 +64,12 @@ class Tuner(nn.Module):
         self.model = model
         self.training = model.training
         self.peft_config: dict[str, AdapterConfig] = {}
+        self.hooks: dict[str, TrainingHooks] = {}
+        self._hooked: dict[str, list[tuple[str, Adapted]]] = {}
         self._active: tuple[str, ...] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        return self.with_loss(self.model(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -106,6 +110,10 @@ class Tuner(nn.Module):
         """Registers an adapter that stands in the layers."""
         with_targets(config, prepared)
         self.peft_config[adapter_name] = config
+        hooks = method_of(config).hooks
+        if hooks is not None:
+            self.hooks[adapter_name] = hooks(config)
+            self._hooked.pop(adapter_name, None)
         if active:
             self._active = (adapter_name,)
 
@@ -195,10 +203,63 @@ class Tuner(nn.Module):
             for wrapper in found:
                 wrapper.delete_adapter(adapter_name)
             del self.peft_config[adapter_name]
+            self.hooks.pop(adapter_name, None)
+            self._hooked.pop(adapter_name, None)
             if left != self._active:
                 for wrapper in found:
                     wrapper.set_adapter(list(left))
                 self._active = left
+
+    # ------------------------------------------------------------------ training
+
+    def trained(self) -> Iterator[tuple[str, TrainingHooks, list[Served]]]:
+        """(name, hooks, layers) of every adapter that is trained and whose method asks something of training."""
+        for name, hooks in self.hooks.items():
+            if name not in self._hooked:
+                adapter = method_of(self.peft_config[name]).adapter
+                found = [(state.without_foreign(path), w) for path, w in self.layers() if not isinstance(w, Tied)]
+                self._hooked[name] = [(path, w) for path, w in found if isinstance(w.methods.get(name), adapter)]
+            layers = [Served(path, w.methods[name], w.params(name)) for path, w in self._hooked[name]]
+            if any(t.requires_grad for _, _, p in layers for t in p.values()):
+                yield name, hooks, layers
+
+    def with_loss(self, outputs: Any) -> Any:
+        """What the model returned, in training with what the methods of the running adapters add to its loss."""
+        if not (self.hooks and self.training and torch.is_grad_enabled() and isinstance(outputs, Mapping)):
+            return outputs
+        loss = outputs.get("loss")
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            route = self.router.route()
+            names = self._active if route is None else route.names or (() if route.rows is None else route.rows.names)
+            for name, hooks, layers in self.trained():
+                extra = hooks.loss(layers) if name in names else None
+                loss = loss if extra is None else loss + extra.to(loss)
+            outputs["loss"] = loss  # type: ignore[index]  # a dict, or transformers' own kind of it
+        return outputs
+
+    def begin_training(self, total_steps: int) -> None:
+        """Tells the methods that ask how many steps the optimiser will make."""
+        for hooks in self.hooks.values():
+            hooks.begin(total_steps)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """What methods do after each step of the optimiser, as AdaLoRA's choice of ranks; before ``zero_grad``.
+
+        Args:
+            global_step (`int`): How many steps the optimiser has made.
+        """
+        for _, hooks, layers in self.trained():
+            hooks.step(layers, global_step)
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What `update_and_allocate` remembers, for a checkpoint."""
+        return {f"{n}.{k}": t for n, hooks, layers in self.trained() for k, t in hooks.state(layers).items()}
+
+    def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes up what `training_state` gave."""
+        for name, hooks, layers in self.trained():
+            mine = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+            hooks.load_state(layers, mine)
 
     # ------------------------------------------------------------------ merging
 
@@ -299,6 +360,7 @@ class Tuner(nn.Module):
 
     def _released(self) -> nn.Module:
         self.peft_config = {}
+        self.hooks, self._hooked = {}, {}
         self._active = ()
         if "peft_config" in self.model.__dict__:
             del self.model.peft_config
@@ -435,9 +497,9 @@ class PeftModel(nn.Module):
             RowsError: Not one name per row, or a module's rows are not the batch's.
         """
         if adapter_names is None and torch.compiler.is_compiling():
-            return self.base_model.model(*args, **kwargs)
+            return self.base_model.with_loss(self.base_model.model(*args, **kwargs))
         with self._call(adapter_names, args, kwargs, ()):
-            return self.base_model.model(*args, **kwargs)
+            return self.base_model.with_loss(self.base_model.model(*args, **kwargs))
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's own ``generate``; ``adapter_names`` has one adapter for each prompt."""

@@ -22,6 +22,7 @@ from inlay.errors import DuplicateAdapterError, LoadError, MergeError, PeftWarni
 from inlay.formats import files
 from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
 from inlay.inject import Prepared, Work, apply, biases, own_modules, prepare, wrappers
+from inlay.methods._abstract import AbstractAdapter, Params
 from inlay.report import BASE_KEY, LoadReport, base_fingerprint
 from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper
 
@@ -117,6 +118,10 @@ def get_peft_model_state_dict(
         t = _value(place) if state_dict is None else state_dict.get(prefix + place.live)
         if t is not None:
             out[prefix + place.key] = t
+    for method, _, keys in _methods(root, adapter_name, prefix):
+        if out.keys() >= set(keys.values()):
+            saved = method.saved({slot: out[key] for slot, key in keys.items()})
+            out.update({key: saved[slot] for slot, key in keys.items()})
     for path, wrapper in wrappers(root):
         if isinstance(wrapper, Tied) and state_dict is None:
             out.update({f"{prefix}{path}.{key}": t for key, t in wrapper.computed(adapter_name)})
@@ -124,10 +129,33 @@ def get_peft_model_state_dict(
         found = t if state_dict is None else state_dict.get(prefix + live)
         if found is not None:
             out[prefix + key] = found
-    return {_without_foreign(k): v for k, v in out.items()}
+    return {without_foreign(k): v for k, v in out.items()}
 
 
-def _without_foreign(key: str) -> str:
+def _methods(
+    root: nn.Module, adapter_name: str, prefix: str = ""
+) -> Iterator[tuple[AbstractAdapter, Params, dict[str, str]]]:
+    """Methods whose tensors in files are not those in memory: each with these and with the keys of those."""
+    for path, wrapper in wrappers(root):
+        method = wrapper.methods.get(adapter_name) if isinstance(wrapper, Adapted) else None
+        if isinstance(wrapper, Tied) or method is None or type(method).saved is AbstractAdapter.saved:
+            continue
+        above = f"{prefix}{path}." if path else prefix
+        yield method, wrapper.params(adapter_name), {k: above + s.saved_name() for k, s in method.slots.items()}
+
+
+def _restored(root: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors as memory holds them."""
+    out = dict(tensors)
+    for method, p, keys in _methods(root, adapter_name):
+        if out.keys() >= set(keys.values()):
+            restored = method.restored({slot: out[key] for slot, key in keys.items()}, p)
+            out.update({key: restored[slot] for slot, key in keys.items()})
+    return out
+
+
+def without_foreign(key: str) -> str:
+    """A name without the components that compiling, sharding and checkpointing wrappers put into it."""
     for part in _FOREIGN:
         key = key.replace(part, "")
     return key
@@ -230,7 +258,7 @@ def set_peft_model_state_dict(
     root, _ = root_of(model)
     _check_unmerged(root, adapter_name)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
-    tensors = _renamed(peft_model_state_dict, key_mapping)
+    tensors = _restored(root, adapter_name, _renamed(peft_model_state_dict, key_mapping))
     report = compare(
         {k: tuple(getattr(o, a).shape) for k, (o, a, _) in targets.items()}, _shapes(tensors), _optional(root)
     )
@@ -531,7 +559,7 @@ def reload(
     root, _ = root_of(model)
     _check_unmerged(root, adapter_name)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
-    tensors = _renamed(source.weights.read(), key_mapping)
+    tensors = _restored(root, adapter_name, _renamed(source.weights.read(), key_mapping))
     report = compare(
         {k: tuple(getattr(o, a).shape) for k, (o, a, _) in targets.items()}, _shapes(tensors), _optional(root)
     )

@@ -216,7 +216,8 @@ class Tied(Adapted):
     def computed(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """(name in files, tensor) of what files repeat for this layer."""
         if name in self.methods and not self.methods[name].ties_whole:
-            p = self.params(name)
+            source = self._source[0]
+            p = self.methods[name].tied(source.methods[name].saved(source.params(name)))
             for key, slot in self.methods[name].slots.items():
                 yield slot.saved_name(), p[key].detach()
 

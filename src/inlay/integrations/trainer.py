@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import inlay
 from inlay.integrations.data import Example
+from inlay.integrations.hooks import TrainingHooksCallback, load_training_state, save_training_state
 from inlay.integrations.tasks import AbstractTask, Features
 from inlay.integrations.train_config import TrainConfig
 
@@ -72,7 +73,13 @@ class AdapterTrainer(transformers.Seq2SeqTrainer):  # type: ignore[misc]  # unty
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapted = self.accelerator.unwrap_model(model or self.model)
+        load_training_state(adapted, Path(resume_from_checkpoint))
         inlay.set_peft_model_state_dict(adapted, inlay.load_peft_weights(resume_from_checkpoint, device="cpu"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_training_state(self.accelerator.unwrap_model(self.model), Path(output_dir))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:
@@ -128,6 +135,8 @@ def build_trainer(
         preprocess_logits_for_metrics=None if task.generates else cast(Any, task.reduce),
     )
     trainer.remove_callback(PrinterCallback)
+    if isinstance(model, inlay.PeftModel):
+        trainer.add_callback(TrainingHooksCallback())
     trainer.adapter_task = task
     if config.training.group_by_length:
         trainer.lengths = [len(row["input_ids"]) for row in train]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from inlay.config import AdapterConfig, PeftType
 from inlay.errors import ConfigError, DuplicateAdapterError
+from inlay.hooks import TrainingHooks
 from inlay.methods._abstract import (
     AbstractAdapter,
     AbstractDelta,
@@ -17,7 +18,9 @@ from inlay.methods._abstract import (
     as_dtype,
     kaiming_,
 )
-from inlay.methods._targets import DEFAULT_TARGETS
+from inlay.methods._budget import RankBudget
+from inlay.methods._targets import ADALORA_TARGETS, DEFAULT_TARGETS
+from inlay.methods.adalora import AdaLoraAdapter, AdaLoraConfig
 from inlay.methods.lora import LoraAdapter, LoraConfig
 
 
@@ -31,6 +34,7 @@ class Method:
         prefix (`str`): What the names of its slots begin with.
         kinds (`frozenset[str]`): The layer kinds it adapts.
         default_targets (`Mapping`): Targets by model type, where a config names none.
+        hooks (`type[TrainingHooks]`, *optional*): What it asks of training, made from the config.
     """
 
     config: type[AdapterConfig]
@@ -38,6 +42,7 @@ class Method:
     prefix: str
     kinds: frozenset[str]
     default_targets: Mapping[str, list[str] | str] = field(default_factory=lambda: DEFAULT_TARGETS)
+    hooks: type[TrainingHooks] | None = None
 
 
 ALL_KINDS = frozenset(
@@ -46,6 +51,7 @@ ALL_KINDS = frozenset(
 
 METHODS: dict[str, Method] = {
     "LORA": Method(LoraConfig, LoraAdapter, "lora_", ALL_KINDS),
+    "ADALORA": Method(AdaLoraConfig, AdaLoraAdapter, "lora_", ALL_KINDS, ADALORA_TARGETS, RankBudget),
 }
 
 
@@ -58,6 +64,7 @@ def register_peft_method(
     is_mixed_compatible: bool = True,
     kinds: Iterable[str] = ALL_KINDS,
     default_targets: Mapping[str, list[str] | str] = DEFAULT_TARGETS,
+    hooks: type[TrainingHooks] | None = None,
 ) -> None:
     """Adds a method that lives outside this package to the table, for the whole process.
 
@@ -69,6 +76,7 @@ def register_peft_method(
         is_mixed_compatible (`bool`, *optional*, defaults to `True`): Accepted; every layer method can be mixed.
         kinds (`Iterable[str]`, *optional*): Names of the layer kinds it adapts; all if not given.
         default_targets (`Mapping`, *optional*): Targets by model type, where a config names none.
+        hooks (`type[TrainingHooks]`, *optional*): What it asks of training.
 
     Raises:
         ConfigError: The name is not lower case, ends with an underscore, or is not the config's ``method``.
@@ -84,7 +92,7 @@ def register_peft_method(
     if same := [other for other, row in METHODS.items() if row.prefix == prefix]:
         raise DuplicateAdapterError(f"The prefix {prefix!r} is {same[0]}'s: choose another one.")
     PeftType.open(key)
-    METHODS[key] = Method(config_cls, model_cls, prefix, frozenset(kinds), default_targets)
+    METHODS[key] = Method(config_cls, model_cls, prefix, frozenset(kinds), default_targets, hooks)
 
 
 __all__ = [

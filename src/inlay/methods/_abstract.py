@@ -138,6 +138,21 @@ class AbstractAdapter(ABC):
         """The tensors as files hold them, by the same names."""
         return p
 
+    def restored(self, saved: Params, p: Params) -> Params:
+        """The tensors as memory holds them, from a file's and those that are there: undoes `saved`."""
+        return saved
+
+    def check_input_dropout(self, kind: LayerKind) -> None:
+        """Raises `UnsupportedLayerError`, or warns, where ``dropout`` finds no input to drop from."""
+        if kind.by_weight and self.dropout:
+            if not kind.ignores_dropout:
+                raise UnsupportedLayerError(f"{kind.name} is adapted by its weight: lora_dropout must be 0 for it.")
+            warnings.warn(
+                f"{kind.name} is adapted through its weight: lora_dropout has no effect there.",
+                PeftWarning,
+                stacklevel=3,
+            )
+
     def rescale(self, factor: float, absolute: bool) -> None:
         """Multiplies the scale, or the config's own scale where ``absolute``; methods without one warn."""
         if "scaling" not in self.numbers:

@@ -114,7 +114,7 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for r in (self.r, *self.rank_pattern.values()):
+        for r in self.ranks():
             if not 0 < r <= _LARGEST_RANK:
                 raise ConfigError(f"r and the values of rank_pattern must be 1 to {_LARGEST_RANK}, got {str(r)[:20]}.")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
@@ -129,6 +129,10 @@ class LoraConfig(AdapterConfig):
             raise self.unsupported("init_lora_weights", "is not built yet, only True, False and 'gaussian' are")
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora_bias and use_dora cannot both be set: DoRA has no place for the bias.")
+
+    def ranks(self) -> tuple[int, ...]:
+        """Every rank that the config gives."""
+        return (self.r, *self.rank_pattern.values())
 
 
 class LoraAdapter(AbstractLowRank):
