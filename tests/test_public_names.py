@@ -17,8 +17,10 @@ TREE = Path(__file__).parents[1]
 PUBLIC_NAMES = [
     "__version__",
     # configs
+    "IA3Config",
     "LoraConfig",
     "LoraRuntimeConfig",
+    "OFTConfig",
     "PeftConfig",
     "PeftType",
     "TaskType",

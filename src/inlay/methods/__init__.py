@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from inlay.config import AdapterConfig, PeftType
 from inlay.errors import ConfigError, DuplicateAdapterError
 from inlay.methods._abstract import AbstractAdapter
-from inlay.methods._targets import DEFAULT_TARGETS
+from inlay.methods._targets import DEFAULT_TARGETS, IA3_TARGETS
+from inlay.methods.ia3 import IA3Adapter, IA3Config
 from inlay.methods.lora import LoraAdapter, LoraConfig
+from inlay.methods.oft import OFTAdapter, OFTConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ ALL_KINDS = frozenset(
 
 METHODS: dict[str, Method] = {
     "LORA": Method(LoraConfig, LoraAdapter, "lora_", ALL_KINDS),
+    "IA3": Method(IA3Config, IA3Adapter, "ia3_", ALL_KINDS, IA3_TARGETS),
+    "OFT": Method(OFTConfig, OFTAdapter, "oft_", ALL_KINDS),
 }
 
 
