@@ -160,6 +160,8 @@ class Option:
 
 _DORA_CONSTANT = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # the norm is outside the gradient
 
+_EVERY = r"m(\.weight)?"  # the layer under test, or its parameter
+
 OPTIONS: dict[str, dict[str, Option]] = {
     "LORA": {
         "plain": Option({"r": 2, "lora_alpha": 3}, {"r": 4}),
@@ -185,6 +187,19 @@ OPTIONS: dict[str, dict[str, Option]] = {
             {"rank_pattern": None},
         ),
         "dropout": Option({"init_r": 3, "target_r": 2, "lora_alpha": 40, "lora_dropout": 0.3}, {"init_r": 2}),
+    },
+    "IA3": {
+        "plain": Option({"feedforward_modules": []}, additive=False),
+        "feed-forward": Option({"feedforward_modules": _EVERY}, {"feedforward_modules": []}, additive=False),
+        "random": Option({"feedforward_modules": [], "init_ia3_weights": False}, identity=False, additive=False),
+    },
+    "OFT": {
+        "plain": Option({"oft_block_size": 6}, {"oft_block_size": 0, "r": 1}, additive=False),
+        "exact": Option(
+            {"oft_block_size": 4, "use_cayley_neumann": False}, {"use_cayley_neumann": True}, additive=False
+        ),
+        "shared": Option({"oft_block_size": 4, "block_share": True}, {"block_share": False}, additive=False),
+        "dropout": Option({"oft_block_size": 4, "module_dropout": 0.5}, {"module_dropout": 0.0}, additive=False),
     },
 }
 
@@ -212,6 +227,19 @@ UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
         ("LORA", option, kind): _PARAMETER_ONLY_WEIGHT
         for option in ("dora", "bias", "dropout", "dora with dropout")
         for kind in ("Parameter", "Parameter of experts")
+    },
+    **{
+        ("IA3", option, kind): (UnsupportedLayerError, "indices cannot be scaled")
+        for option in ("feed-forward",)
+        for kind in ("Embedding", "Embedding with padding")
+    },
+    ("OFT", "dropout", "MultiheadAttention"): _ATTENTION_ONLY_WEIGHT,
+    ("OFT", "dropout", "Parameter"): _PARAMETER_ONLY_WEIGHT,
+    ("OFT", "dropout", "Parameter of experts"): _PARAMETER_ONLY_WEIGHT,
+    **{
+        ("OFT", "dropout", kind): (UnsupportedLayerError, "a larger kernel is rotated through its weight")
+        for kind in KINDS
+        if kind.startswith("Conv") and kind != "Conv1D"
     },
 }
 

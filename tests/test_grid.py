@@ -20,7 +20,10 @@ from inlay.methods.lora import LoraAdapter
 from inlay.model import PeftModel
 from inlay.storage import STORAGES
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*lora_dropout has no effect there")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*lora_dropout has no effect there"),
+    pytest.mark.filterwarnings("ignore:.* does not divide a layer's width"),
+]
 
 by_id = {"ids": lambda case: case.id if isinstance(case, Case) else getattr(case, "__name__", str(case))}
 

@@ -18,8 +18,10 @@ PUBLIC_NAMES = [
     "__version__",
     # configs
     "AdaLoraConfig",
+    "IA3Config",
     "LoraConfig",
     "LoraRuntimeConfig",
+    "OFTConfig",
     "PeftConfig",
     "PeftType",
     "TaskType",

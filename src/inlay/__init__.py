@@ -30,8 +30,10 @@ _HOME = {
     "explain": "explanation",
     "register_peft_method": "methods",
     "AdaLoraConfig": "methods.adalora",
+    "IA3Config": "methods.ia3",
     "LoraConfig": "methods.lora",
     "LoraRuntimeConfig": "methods.lora",
+    "OFTConfig": "methods.oft",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "model",
     "PeftMixedModel": "model",
     "PeftModel": "model",
@@ -90,8 +92,10 @@ if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
     from inlay.explanation import explain as explain
     from inlay.methods import register_peft_method as register_peft_method
     from inlay.methods.adalora import AdaLoraConfig as AdaLoraConfig
+    from inlay.methods.ia3 import IA3Config as IA3Config
     from inlay.methods.lora import LoraConfig as LoraConfig
     from inlay.methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
+    from inlay.methods.oft import OFTConfig as OFTConfig
     from inlay.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from inlay.model import PeftMixedModel as PeftMixedModel
     from inlay.model import PeftModel as PeftModel

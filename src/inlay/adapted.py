@@ -372,9 +372,10 @@ class Adapted(_Light):
 
     def _into_rows(self, rows: Rows, names: Sequence[str], x: Tensor) -> Tensor:
         for name in names:
-            if self.methods[name].changes_input:
+            method = self.methods[name]
+            if method.changes_input and not method.through_weight:
                 at = rows.members[rows.names.index(name)]
-                x = x.index_copy(0, at, self.methods[name].into(self.params(name), x[at], self))
+                x = x.index_copy(0, at, method.into(self.params(name), x[at], self))
         return x
 
     def _stack(self, names: tuple[str, ...]) -> Stack:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -212,6 +212,17 @@ class _Matcher:
 
     def unmatched(self) -> list[str]:
         return [entry for entry in self.entries if not self.counts[entry]]
+
+
+def matcher(entries: Iterable[str] | str) -> Callable[[str], bool]:
+    """Whether a name is among ``entries``, names and dotted suffixes or one regular expression, compiled once.
+
+    Example:
+        >>> matcher(["mlp.fc"])("layers.0.mlp.fc")
+        True
+    """
+    made = _Matcher("", entries)
+    return lambda name: bool(made.hits(name))
 
 
 class _Layers:

@@ -19,9 +19,11 @@ from inlay.methods._abstract import (
     kaiming_,
 )
 from inlay.methods._budget import RankBudget
-from inlay.methods._targets import ADALORA_TARGETS, DEFAULT_TARGETS
+from inlay.methods._targets import ADALORA_TARGETS, DEFAULT_TARGETS, IA3_TARGETS
 from inlay.methods.adalora import AdaLoraAdapter, AdaLoraConfig
+from inlay.methods.ia3 import IA3Adapter, IA3Config
 from inlay.methods.lora import LoraAdapter, LoraConfig
+from inlay.methods.oft import OFTAdapter, OFTConfig
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ ALL_KINDS = frozenset(
 METHODS: dict[str, Method] = {
     "LORA": Method(LoraConfig, LoraAdapter, "lora_", ALL_KINDS),
     "ADALORA": Method(AdaLoraConfig, AdaLoraAdapter, "lora_", ALL_KINDS, ADALORA_TARGETS, RankBudget),
+    "IA3": Method(IA3Config, IA3Adapter, "ia3_", ALL_KINDS, IA3_TARGETS),
+    "OFT": Method(OFTConfig, OFTAdapter, "oft_", ALL_KINDS),
 }
 
 

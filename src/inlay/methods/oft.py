@@ -1,0 +1,201 @@
+"""OFT: orthogonal fine-tuning (https://arxiv.org/abs/2306.07280), as in OFTv2 (https://arxiv.org/abs/2506.19847).
+
+    W' = W R^T,  R = blockdiag(R_1 ... R_n) orthogonal, each from a skew-symmetric Q:
+    Cayley R = (I - Q)(I + Q)^-1,  or the Neumann series of its inverse,  R = I + 2 Q + 2 Q^2 + ... + Q^k
+
+The layer's input is rotated block by block: ``W' x = W (R^T x)``. An embedding's output is rotated instead. A
+convolution rotates the packed patch that one output sees; with a kernel of one element that is a rotation of the
+channels, with a larger one there is no way through the input, and the layer runs with the rotated weight. Each group
+has rotations of its own. Q starts at zero, so a fresh adapter changes nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from inlay.config import AdapterConfig, when_set
+from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
+from inlay.layers import LayerKind
+from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype
+from inlay.ops.rotation import rotate, rotation
+
+
+@dataclass
+class OFTConfig(AdapterConfig):
+    """Config of OFT.
+
+    Args:
+        r (`int`, *optional*, defaults to 0): Number of blocks. One of ``r`` and ``oft_block_size`` is 0.
+        oft_block_size (`int`, *optional*, defaults to 32): Width of a block. What does not divide the layer's width
+            becomes the nearest divisor, with a warning.
+        module_dropout (`float`, *optional*, defaults to 0.0): Share of the blocks that a training forward leaves
+            unrotated, below 1.
+        init_weights (`bool`, *optional*, defaults to `True`): ``True`` starts as the identity, ``False`` at random.
+        coft (`bool`, *optional*, defaults to `False`): Keep each Q within ``eps`` of zero, by projection.
+        eps (`float`, *optional*, defaults to 6e-5): That distance, for all blocks of a layer together.
+        block_share (`bool`, *optional*, defaults to `False`): One rotation for all blocks of a layer.
+        use_cayley_neumann (`bool`, *optional*, defaults to `True`): The series, instead of solving a linear system.
+        num_cayley_neumann_terms (`int`, *optional*, defaults to 5): Its terms, at least 2; 3 is the same as 4.
+        rank_pattern (`dict[str, int]`, *optional*): ``r`` by layer: suffix or regex of a name -> number of blocks.
+        block_size_pattern (`dict[str, int]`, *optional*): ``oft_block_size`` by layer.
+
+    The remaining fields are `inlay.config.AdapterConfig`'s.
+
+    Example:
+        >>> OFTConfig(target_modules=["q_proj"]).oft_block_size
+        32
+    """
+
+    r: int = 0
+    oft_block_size: int = 32
+    module_dropout: float = 0.0
+    init_weights: bool = True
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=when_set())
+    block_size_pattern: dict[str, int] = field(default_factory=dict, metadata=when_set())
+
+    method: ClassVar[str] = "OFT"
+    patterned: ClassVar[dict[str, str]] = {"r": "rank_pattern", "oft_block_size": "block_size_pattern"}
+    bias_only: ClassVar[str] = "oft_only"
+    always_written: ClassVar[frozenset[str]] = frozenset(
+        {"fan_in_fan_out", "bias", "layers_to_transform", "layers_pattern"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.r == 0) == (self.oft_block_size == 0) or min(self.r, self.oft_block_size) < 0:
+            raise ConfigError(
+                f"one of r and oft_block_size must be positive and the other 0, got r={self.r} and "
+                f"oft_block_size={self.oft_block_size}. (A file that has r alone is of before PEFT 0.14, whose OFT "
+                "was another one: train it anew.)"
+            )
+        if min([1, *self.rank_pattern.values(), *self.block_size_pattern.values()]) < 1:
+            raise ConfigError("the values of rank_pattern and block_size_pattern must be at least 1.")
+        if not 0.0 <= self.module_dropout < 1.0:
+            raise ConfigError(f"module_dropout must be at least 0 and below 1, got {self.module_dropout}.")
+        if self.num_cayley_neumann_terms < 2:
+            raise ConfigError(
+                f"num_cayley_neumann_terms must be at least 2, got {self.num_cayley_neumann_terms}: with one term "
+                "nothing is rotated."
+            )
+        if self.eps < 0:
+            raise ConfigError(f"eps must not be negative, got {self.eps}.")
+
+
+class OFTAdapter(AbstractAdapter):
+    """OFT on one layer; see the module's text for the mathematics."""
+
+    stacks = True  # all experts see the same rotated input
+
+    numbers = ("r", "oft_block_size")
+
+    def __init__(self, config: OFTConfig, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
+        outs, inner = kind.shape(base)
+        channels = kind.features(base)[0]
+        self.groups = kind.groups(base)
+        self.embeds, self.spatial = kind.indexed, max(len(kind.channel_shape(base)) - 2, 0)
+        self.changes_input = not kind.indexed
+        self.through_weight = self.spatial > 0 and inner * self.groups > channels
+        # Channels are rotated in the input, where groups do not matter; packed patches are within a group.
+        width = outs if kind.indexed else inner if self.through_weight else channels
+        self.oft_block_size = self._block_of(config, values, width)
+        self.inner, self.r = inner, width // self.oft_block_size * (self.groups if self.through_weight else 1)
+        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        self.module_dropout, self.init = config.module_dropout, config.init_weights
+        if self.module_dropout and (kind.by_weight or self.through_weight):
+            raise UnsupportedLayerError(
+                f"this {kind.name} is adapted through its weight: module_dropout must be 0 for it."
+            )
+        stored, b = 1 if config.block_share else self.r, self.oft_block_size
+        # Q's Frobenius norm is sqrt(2) times that of its triangle.
+        self.radius = config.eps / (2 * stored) ** 0.5 if config.coft else None
+        self.slots = {"packed": Slot((stored, b * (b - 1) // 2), f"oft_{kind.infix}R", "weight")}
+
+    @staticmethod
+    def _block_of(config: OFTConfig, values: Mapping[str, Any], width: int) -> int:
+        if "r" in values and "oft_block_size" in values:
+            raise UnsupportedLayerError("rank_pattern and block_size_pattern both name it: leave one out.")
+        r = values.get("r", 0 if "oft_block_size" in values else config.r)
+        name, wanted = ("r", r) if r else ("oft_block_size", values.get("oft_block_size", config.oft_block_size))
+        divisors = [d for d in range(1, width + 1) if width % d == 0]
+        found = min(divisors, key=lambda d: abs(d - wanted))  # of two as near the smaller, as PEFT has it
+        if found != wanted:
+            warnings.warn(
+                f"{name}={wanted} does not divide a layer's width {width}: {found} is used there.",
+                PeftWarning,
+                stacklevel=4,
+            )
+        return width // found if r else found
+
+    def initialise(self, p: Params, layer: Layer) -> None:
+        with torch.no_grad():
+            p["packed"].zero_() if self.init else p["packed"].normal_(std=0.1)
+
+    def drops(self) -> bool:
+        return self.module_dropout > 0
+
+    def _blocks(self, p: Params) -> Tensor:
+        """R, N x b x b, or 1 x b x b where it is shared."""
+        packed = p["packed"]
+        if self.radius is not None:
+            # As a change that gradients do not see: they are those at the projected value, and the parameter stays.
+            fixed = packed.detach()
+            norm = fixed.norm(dim=1, keepdim=True).clamp(min=torch.finfo(fixed.dtype).tiny)
+            packed = packed + ((self.radius / norm).clamp(max=1.0) - 1.0) * fixed
+        return rotation(packed, self.oft_block_size, self.terms)
+
+    def _rotated(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
+        """``x`` with its channels rotated: the last dimension, or before the spatial ones."""
+        if layer.training:
+            R = as_dtype(self._blocks(p), x)
+        else:
+            R = layer.remember(("R", x.dtype), (p["packed"],), lambda: as_dtype(self._blocks(p), x))
+        if layer.training and self.module_dropout:
+            R = self._dropped(R)
+        if self.spatial:
+            x_last = x.movedim(-self.spatial - 1, -1)
+            return as_dtype(rotate(x_last, R), x).movedim(-1, -self.spatial - 1)
+        return as_dtype(rotate(x, R), x)
+
+    def _dropped(self, R: Tensor) -> Tensor:
+        kept_N11 = torch.rand(self.r, 1, 1, device=R.device) >= self.module_dropout
+        return torch.where(kept_N11, R, torch.eye(self.oft_block_size, dtype=R.dtype, device=R.device))
+
+    def into(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
+        return self._rotated(p, x, layer) if self.changes_input else x
+
+    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
+        return self._rotated(p, h, layer) if self.embeds else h
+
+    def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        R = self._blocks(p)
+        W = as_dtype(W_OI, R)
+        if self.embeds:  # the table is the transposed matrix
+            return rotate(W.t(), R).t(), b_O
+        if self.groups == 1:
+            return rotate(W, R.mT), b_O
+        # Side by side, the groups' filters are as wide as the rotations of all groups.
+        side = W.reshape(self.groups, -1, self.inner).transpose(0, 1).flatten(1)
+        back = rotate(side, R.mT).unflatten(1, (self.groups, -1)).transpose(0, 1)
+        return back.reshape(W.shape), b_O
+
+    def tied(self, p: Params) -> Params:
+        # The tied layer's matrix is the transpose, and R(-Q) is the transpose of R(Q).
+        return {"packed": -p["packed"]}
+
+    def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
+        if self.inner % self.oft_block_size and not self.embeds:
+            raise NotMergeableError(
+                f"a block of {self.oft_block_size} channels lies across the groups of this convolution, {self.inner} "
+                "channels each, which no grouped weight can do: leave it unmerged."
+            )
