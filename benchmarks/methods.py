@@ -29,8 +29,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
 def one_linear(library: Library, *, config: str, fields: dict[str, object]) -> Contestant:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(WIDTH, WIDTH))
-    more = {"feedforward_modules": []} if config == "IA3Config" else {}
-    model = library.insert(base, library.config(config, target_modules=["0"], **fields, **more))
+    model = library.insert(base, library.config(config, target_modules=["0"], **fields))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data.add_(factor(name, "", "", parameter.shape))

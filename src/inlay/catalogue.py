@@ -71,14 +71,18 @@ def methods(outs: int = 1024, ins: int = 1024) -> list[MethodRow]:
 
 
 def _row(name: str, method: Method, outs: int, ins: int) -> MethodRow:
-    linear = nn.Linear(ins, outs, device="meta")
-    adapter = method.adapter(method.config(**method.config.example), KINDS[0], linear, {})
+    adapter = _adapter(method, KINDS[0], nn.Linear(ins, outs, device="meta"))
     met = "weight" if adapter.through_weight else "input" if adapter.changes_input else "output"
     text = sys.modules[method.adapter.__module__].__doc__ or ""
     paper = next((w.strip("(),.;") for w in text.split() if "arxiv.org" in w), "")
     trained = sum(math.prod(slot.shape) for slot in adapter.slots.values() if slot.trainable)
     kinds = tuple(_capability(method, kind, layer) for kind, layer in _samples())
     return MethodRow(name, method.config.__name__, paper, trained, met, kinds)
+
+
+def _adapter(method: Method, kind: LayerKind, layer: nn.Module) -> AbstractAdapter:
+    config = method.config(**method.config.example)
+    return method.adapter(config, kind, layer, config.layer_values("layer", None))
 
 
 def _samples() -> list[tuple[LayerKind, nn.Module]]:
@@ -99,7 +103,7 @@ def _capability(method: Method, kind: LayerKind, layer: nn.Module) -> Capability
     if kind.name not in method.kinds:
         return Capability(kind.name, f"{method.config.method} is not defined there")
     try:
-        adapter = method.adapter(method.config(**method.config.example), kind, layer, {})
+        adapter = _adapter(method, kind, layer)
     except PlanError as error:
         return Capability(kind.name, str(error))
     try:

@@ -222,7 +222,7 @@ def matcher(entries: Iterable[str] | str) -> Callable[[str], bool]:
         True
     """
     made = _Matcher("", entries)
-    return lambda name: bool(made.hits(name))
+    return lambda name: bool(made.hits((name,)))
 
 
 class _Layers:

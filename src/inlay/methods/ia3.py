@@ -44,6 +44,7 @@ class IA3Config(AdapterConfig):
     init_ia3_weights: bool = True
 
     method: ClassVar[str] = "IA3"
+    example: ClassVar[dict[str, Any]] = {"feedforward_modules": []}
     bias_only: ClassVar[str] = "ia3_only"
     always_written: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out"})
 
