@@ -186,7 +186,7 @@ class OFTAdapter(AbstractAdapter):
             return rotate(W, R.mT), b_O
         # Side by side, the groups' filters are as wide as the rotations of all groups.
         side = W.reshape(self.groups, -1, self.inner).transpose(0, 1).flatten(1)
-        back = rotate(side, R.mT).unflatten(1, (self.groups, -1)).transpose(0, 1)
+        back = rotate(side, R.mT).reshape(-1, self.groups, self.inner).transpose(0, 1)
         return back.reshape(W.shape), b_O
 
     def tied(self, p: Params) -> Params:
