@@ -25,7 +25,8 @@ def reference(packed_NP: Tensor, block: int, terms: int | None = None) -> Tensor
     Q = Q - Q.mT
     one = torch.eye(block, dtype=Q.dtype)
     if terms is None:
-        return (one - Q) @ torch.linalg.inv(one + Q)
+        exact: Tensor = (one - Q) @ torch.linalg.inv(one + Q)
+        return exact
     last = max(terms, 4) - 1 if terms > 2 else terms
     R, power = one + 2 * Q, Q
     for k in range(2, last + 1 if terms > 2 else 2):
@@ -58,7 +59,8 @@ def rotation(packed_NP: Tensor, block: int, terms: int | None = None) -> Tensor:
         Q_NBB = skew(packed_NP, block)
         one_BB = torch.eye(block, dtype=Q_NBB.dtype, device=Q_NBB.device)
         if terms is None:  # both factors are functions of Q, so they commute
-            return torch.linalg.solve(one_BB + Q_NBB, one_BB - Q_NBB)
+            exact: Tensor = torch.linalg.solve(one_BB + Q_NBB, one_BB - Q_NBB)
+            return exact
         if terms == 2:
             return one_BB + 2 * Q_NBB
         two_NBB = (2 * one_BB).expand_as(Q_NBB)
@@ -106,4 +108,5 @@ def rotate(x: Tensor, R_NBB: Tensor) -> Tensor:
 def reference_rotate(x: Tensor, R_NBB: Tensor) -> Tensor:
     """`rotate` with the whole matrix."""
     blocks = list(R_NBB) * (x.shape[-1] // (R_NBB.shape[0] * R_NBB.shape[1]))
-    return x @ torch.block_diag(*blocks)
+    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return x @ whole
