@@ -510,6 +510,29 @@ def test_any_name_inside_a_module_in_two_places(fields: dict[str, Any], names: l
     close(inlay.PeftModel.from_pretrained(base, tmp_path)(ids).detach(), wanted)
 
 
+class Stacks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.up @ self.down
+
+
+def test_both_parameters_of_a_module_in_two_places() -> None:
+    base: Any = Shared()
+    base.a = base.b = stacks = Stacks()
+    x = torch.randn(2, 4)
+    plain = base(x).detach()
+    model = inlay.get_peft_model(base, inlay.LoraConfig(target_modules=[], target_parameters=["b.up", "a.down"]))
+    disturb(model)
+    assert base.a is base.b
+    wanted = model(x)
+    apart(wanted, plain)
+    close(model.merge_and_unload()(x), wanted)
+    assert base.a is stacks is base.b
+
+
 class SavedShared(Shared):
     def __init__(self) -> None:
         super().__init__()

@@ -521,8 +521,11 @@ class _Done:
 
     def replace_everywhere(self, found: Survey, parent: nn.Module, attribute: str, wrapper: nn.Module) -> None:
         """Replaces the module there, and wherever else it stands."""
-        for where, at in [(parent, attribute), *found.elsewhere.get(id(getattr(parent, attribute)), ())]:
+        others = found.elsewhere.get(id(getattr(parent, attribute)), [])
+        for where, at in [(parent, attribute), *others]:
             self.replace(where, at, wrapper)
+        if others:
+            found.elsewhere[id(wrapper)] = others  # there it stands now: a further one may come around it
 
     def undo(self) -> None:
         for wrapper in reversed(self.added):
