@@ -166,11 +166,26 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "bias": Option({"r": 2, "lora_bias": True}, {"r": 4, "lora_bias": False}),
         "dropout": Option({"r": 2, "lora_dropout": 0.3}, {"r": 4}),
         "dora with dropout": Option({"r": 2, "use_dora": True, "lora_dropout": 0.3}, constant=_DORA_CONSTANT),
-    }
+    },
+    "LOHA": {
+        "plain": Option({"r": 1, "alpha": 3}, {"r": 3, "use_effective_conv2d": True}),
+        "dense": Option({"r": 3, "init_weights": False}, {"r": 1}, identity=False),
+        "effective": Option({"r": 1, "use_effective_conv2d": True}, {"r": 3}),
+        "dropout": Option({"r": 1, "rank_dropout": 0.3, "module_dropout": 0.2}, {"r": 1, "module_dropout": 0.0}),
+    },
+    "LOKR": {
+        "plain": Option({"r": 4, "alpha": 3}, {"r": 1}),
+        "low": Option({"r": 1, "decompose_both": True}, {"init_weights": "lycoris"}),
+        "effective": Option({"r": 1, "use_effective_conv2d": True, "decompose_factor": 1}, {"r": 4}),
+        "random": Option({"r": 1, "init_weights": False}, {"r": 4}, identity=False),
+        "dropout": Option({"r": 1, "rank_dropout": 0.3, "rank_dropout_scale": True, "module_dropout": 0.2}),
+    },
 }
 
 _ATTENTION_ONLY_WEIGHT = (UnsupportedLayerError, "its weight is handed to one call: nothing stands beside it")
 _PARAMETER_ONLY_WEIGHT = (UnsupportedLayerError, "a bare weight has no input and no output of its own")
+
+_ONE_MATRIX = (UnsupportedLayerError, "it is defined on one matrix, and files have no shape for several")
 
 #: (method, option, kind) -> the error that planning raises, and why
 UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
@@ -186,6 +201,16 @@ UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
         ("LORA", option, kind): _PARAMETER_ONLY_WEIGHT
         for option in ("dora", "bias", "dropout", "dora with dropout")
         for kind in ("Parameter", "Parameter of experts")
+    },
+    **{
+        (method, option, "Parameter of experts"): _ONE_MATRIX
+        for method in ("LOHA", "LOKR")
+        for option in OPTIONS[method]
+    },
+    **{
+        (method, "dropout", kind): why
+        for method in ("LOHA", "LOKR")
+        for kind, why in (("MultiheadAttention", _ATTENTION_ONLY_WEIGHT), ("Parameter", _PARAMETER_ONLY_WEIGHT))
     },
 }
 

@@ -17,6 +17,8 @@ TREE = Path(__file__).parents[1]
 PUBLIC_NAMES = [
     "__version__",
     # configs
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "LoraRuntimeConfig",
     "PeftConfig",

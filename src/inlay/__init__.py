@@ -29,6 +29,8 @@ _HOME = {
     "Explanation": "explanation",
     "explain": "explanation",
     "register_peft_method": "methods",
+    "LoHaConfig": "methods.loha",
+    "LoKrConfig": "methods.lokr",
     "LoraConfig": "methods.lora",
     "LoraRuntimeConfig": "methods.lora",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "model",
@@ -88,6 +90,8 @@ if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
     from inlay.explanation import Explanation as Explanation
     from inlay.explanation import explain as explain
     from inlay.methods import register_peft_method as register_peft_method
+    from inlay.methods.loha import LoHaConfig as LoHaConfig
+    from inlay.methods.lokr import LoKrConfig as LoKrConfig
     from inlay.methods.lora import LoraConfig as LoraConfig
     from inlay.methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
     from inlay.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING

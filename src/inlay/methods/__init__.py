@@ -9,6 +9,8 @@ from inlay.config import AdapterConfig, PeftType
 from inlay.errors import ConfigError, DuplicateAdapterError
 from inlay.methods._abstract import AbstractAdapter
 from inlay.methods._targets import DEFAULT_TARGETS
+from inlay.methods.loha import LoHaAdapter, LoHaConfig
+from inlay.methods.lokr import LoKrAdapter, LoKrConfig
 from inlay.methods.lora import LoraAdapter, LoraConfig
 
 
@@ -37,6 +39,8 @@ ALL_KINDS = frozenset(
 
 METHODS: dict[str, Method] = {
     "LORA": Method(LoraConfig, LoraAdapter, "lora_", ALL_KINDS),
+    "LOHA": Method(LoHaConfig, LoHaAdapter, "hada_", ALL_KINDS),
+    "LOKR": Method(LoKrConfig, LoKrAdapter, "lokr_", ALL_KINDS),
 }
 
 
