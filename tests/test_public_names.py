@@ -19,6 +19,8 @@ PUBLIC_NAMES = [
     # configs
     "AdaLoraConfig",
     "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "LoraRuntimeConfig",
     "OFTConfig",

@@ -31,6 +31,8 @@ _HOME = {
     "register_peft_method": "methods",
     "AdaLoraConfig": "methods.adalora",
     "IA3Config": "methods.ia3",
+    "LoHaConfig": "methods.loha",
+    "LoKrConfig": "methods.lokr",
     "LoraConfig": "methods.lora",
     "LoraRuntimeConfig": "methods.lora",
     "OFTConfig": "methods.oft",
@@ -93,6 +95,8 @@ if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
     from inlay.methods import register_peft_method as register_peft_method
     from inlay.methods.adalora import AdaLoraConfig as AdaLoraConfig
     from inlay.methods.ia3 import IA3Config as IA3Config
+    from inlay.methods.loha import LoHaConfig as LoHaConfig
+    from inlay.methods.lokr import LoKrConfig as LoKrConfig
     from inlay.methods.lora import LoraConfig as LoraConfig
     from inlay.methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
     from inlay.methods.oft import OFTConfig as OFTConfig

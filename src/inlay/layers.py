@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from math import prod
 from typing import Any, ClassVar, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,6 +57,15 @@ class LayerKind(ABC):
     @abstractmethod
     def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
         """The layer's operation, without bias, with the matrix ``W_OI`` in place of its weight; O is free."""
+
+    def apply_kron(
+        self, layer: nn.Module, x: Tensor, W_AC: Tensor, right_RD: Tensor, left_BR: Tensor | None
+    ) -> Tensor:
+        """`apply` with the matrix ``kron(W, left @ right)``, which is built only where there is no way around it."""
+        if not self.matrix:
+            return self.apply(layer, x, torch.kron(W_AC, right_RD if left_BR is None else left_BR @ right_RD))
+        z = W_AC @ F.linear(x.reshape(*x.shape[:-1], W_AC.shape[1], right_RD.shape[1]), right_RD)
+        return (z if left_BR is None else F.linear(z, left_BR)).flatten(-2)
 
     def mix(self, layer: nn.Module, h: Tensor, W_OR: Tensor) -> Tensor:
         """Mixes the output channels of ``h``."""
@@ -182,8 +193,21 @@ class _Conv(LayerKind):
         if conv.padding_mode != "zeros":
             x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
         # A factor may see all input channels though the base is grouped (that is how files have it).
-        groups = conv.in_channels // W.shape[1]
+        groups = x.shape[-self.dims - 1] // W.shape[1]
         return cast(Tensor, self.conv(x, W, None, conv.stride, padding, conv.dilation, groups))
+
+    def apply_kron(
+        self, layer: nn.Module, x: Tensor, W_AC: Tensor, right_RD: Tensor, left_BR: Tensor | None
+    ) -> Tensor:
+        if self.groups(layer) > 1:
+            return super().apply_kron(layer, x, W_AC, right_RD, left_BR)
+        C = W_AC.shape[1]
+        lead, (channels, *space) = x.shape[: -self.dims - 1], x.shape[-self.dims - 1 :]
+        # Each of the C blocks of channels is an image of its own.
+        h = self.apply(layer, x.reshape(-1, channels // C, *space), right_RD)
+        z = (W_AC @ h.reshape(-1, C, prod(h.shape[1:]))).reshape(-1, *h.shape[1:])
+        z = z if left_BR is None else self.mix(layer, z, left_BR)
+        return z.reshape(*lead, W_AC.shape[0] * z.shape[1], *h.shape[2:])
 
     def spread(self, layer: nn.Module, down_RI: Tensor) -> Tensor:
         groups = self.groups(layer)
@@ -233,6 +257,23 @@ class _Embedding(LayerKind):
     def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
         table = cast(nn.Embedding, layer)
         h = F.embedding(x, W_OI.t(), padding_idx=table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
+        return self._scaled(layer, h)
+
+    def apply_kron(
+        self, layer: nn.Module, x: Tensor, W_AC: Tensor, right_RD: Tensor, left_BR: Tensor | None
+    ) -> Tensor:
+        table = cast(nn.Embedding, layer)
+        if table.scale_grad_by_freq:  # counts tokens, not the blocks that they are in
+            return super().apply_kron(layer, x, W_AC, right_RD, left_BR)
+        D = right_RD.shape[1]
+        w1, w2 = F.embedding(x // D, W_AC.t()), F.embedding(x % D, right_RD.t())
+        w2 = w2 if left_BR is None else F.linear(w2, left_BR)
+        h = (w1[..., :, None] * w2[..., None, :]).flatten(-2)
+        if table.padding_idx is not None:
+            h = torch.where((x == table.padding_idx)[..., None], h.detach(), h)
+        return self._scaled(layer, h)
+
+    def _scaled(self, layer: nn.Module, h: Tensor) -> Tensor:
         # Some embeddings (Gemma's) multiply their output; the factor belongs to the layer, not to the table.
         scale = getattr(layer, "embed_scale", None)
         return h if scale is None else h * (scale.to(h.dtype) if isinstance(scale, Tensor) else scale)

@@ -22,6 +22,8 @@ from inlay.methods._budget import RankBudget
 from inlay.methods._targets import ADALORA_TARGETS, DEFAULT_TARGETS, IA3_TARGETS
 from inlay.methods.adalora import AdaLoraAdapter, AdaLoraConfig
 from inlay.methods.ia3 import IA3Adapter, IA3Config
+from inlay.methods.loha import LoHaAdapter, LoHaConfig
+from inlay.methods.lokr import LoKrAdapter, LoKrConfig
 from inlay.methods.lora import LoraAdapter, LoraConfig
 from inlay.methods.oft import OFTAdapter, OFTConfig
 
@@ -56,6 +58,8 @@ METHODS: dict[str, Method] = {
     "ADALORA": Method(AdaLoraConfig, AdaLoraAdapter, "lora_", ALL_KINDS, ADALORA_TARGETS, RankBudget),
     "IA3": Method(IA3Config, IA3Adapter, "ia3_", ALL_KINDS, IA3_TARGETS),
     "OFT": Method(OFTConfig, OFTAdapter, "oft_", ALL_KINDS),
+    "LOHA": Method(LoHaConfig, LoHaAdapter, "hada_", ALL_KINDS),
+    "LOKR": Method(LoKrConfig, LoKrAdapter, "lokr_", ALL_KINDS),
 }
 
 

@@ -221,18 +221,23 @@ class AbstractDelta(AbstractAdapter):
 class AbstractLowRank(AbstractDelta):
     """``delta = up @ down``, never built: fused products, stacked rows and merging in place come with it."""
 
+    # The rank is so high that the product is cheaper than its factors: everything goes by `delta`.
+    dense: bool = False
+
     def pair(self, p: Params) -> tuple[Tensor, Tensor]:
         """The factors down (R x I) and up (O x R). Differentiable in ``p``."""
         return p["down"].flatten(1), p["up"].flatten(1)
 
     def factors(self, p: Params) -> tuple[Tensor, Tensor, float | Tensor] | None:
-        return (*self.pair(p), self.scaling)
+        return None if self.dense else (*self.pair(p), self.scaling)
 
     def delta(self, p: Params) -> Tensor:
         down_RI, up_OR = self.pair(p)
         return up_OR @ down_RI
 
     def change(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
+        if self.dense:
+            return super().change(p, x, layer)
         down_RI, up_OR = self.pair(p)
         z = layer.operate(as_dtype(x, down_RI), layer.kind.spread(layer.base_layer, down_RI))
         return layer.kind.mix(layer.base_layer, z, up_OR)
@@ -240,7 +245,7 @@ class AbstractLowRank(AbstractDelta):
     def _added(
         self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool, keep_O: Tensor | None = None
     ) -> Tensor:
-        if not layer.kind.matrix:
+        if self.dense or not layer.kind.matrix:
             return super()._added(p, x, h, layer, fresh, keep_O)
         down_RI, up_OR = self.pair(p)
         up_OR = up_OR if keep_O is None else up_OR * keep_O[:, None]
