@@ -204,9 +204,9 @@ class Tied(Adapted):
     def computed(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """(name in files, tensor) of what files repeat for this layer."""
         if name in self.methods and not self.methods[name].ties_whole:
-            p = self.params(name)
-            for key, slot in self.methods[name].slots.items():
-                yield slot.saved_name(), p[key].detach()
+            method = self.methods[name]
+            for key, t in method.saved(self.params(name)).items():
+                yield method.slots[key].saved_name(), t.detach()
 
 
 def trainable_kind(module: nn.Module, path: str) -> LayerKind:
