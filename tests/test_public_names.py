@@ -19,6 +19,7 @@ PUBLIC_NAMES = [
     # configs
     "LoraConfig",
     "LoraRuntimeConfig",
+    "LoftQConfig",
     "PeftConfig",
     "PeftType",
     "TaskType",
@@ -47,6 +48,7 @@ PUBLIC_NAMES = [
     "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
     # what is there, what would be, what went wrong
     "Explanation",

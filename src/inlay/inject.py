@@ -613,7 +613,7 @@ def _add(layer: Adapted, adapter: AbstractAdapter, done: _Done) -> None:
     meta = done.meta
     if any(not slot.filed for slot in adapter.slots.values()):
         if device.type == "meta":
-            raise UnsupportedLayerError(f"{layer.path}: its adapter starts from its weight, which is on the meta device.")
+            raise UnsupportedLayerError(f"{layer.path} is on the meta device, and its adapter starts from its weight.")
         meta = False
     layer.add(done.name, adapter, "meta" if meta else device, dtype, done.active, done.trained)
     if not meta and device.type != "meta":

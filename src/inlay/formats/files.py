@@ -274,6 +274,10 @@ class Weights:
         """
         return {key: tensor.to(device) for key, tensor in self._tensors()}
 
+    def each(self) -> Iterator[tuple[str, Tensor]]:
+        """(key, tensor) one by one, for files too large to hold."""
+        return self._tensors()
+
     def close(self) -> None:
         """Closes the file; ``header`` and ``metadata`` stay."""
         self._finalizer()
@@ -447,6 +451,16 @@ def _check_meta(path: Path, found: dict[str, Tensor], size: int) -> None:
         raise _corrupt(path, f"claims tensors of more bytes than the file's {size:,}")
 
 
+def open_file(path: Path) -> Weights:
+    """One weights file, opened and checked; see `open_weights`."""
+    file, size = _open_regular(path)
+    try:
+        return Weights(path, file, size)
+    except BaseException:
+        file.close()
+        raise
+
+
 def open_weights(directory: str | Path) -> Weights:
     """``adapter_model.safetensors`` of a directory, else ``adapter_model.bin``: opened and checked, not read.
 
@@ -462,12 +476,7 @@ def open_weights(directory: str | Path) -> Weights:
     # The first name again at the end: a writer beside us may just have replaced the second by it.
     for name in (SAFETENSORS_NAME, PICKLE_NAME, SAFETENSORS_NAME):
         with contextlib.suppress(MissingFileError):
-            file, size = _open_regular(directory / name)
-            try:
-                return Weights(directory / name, file, size)
-            except BaseException:
-                file.close()
-                raise
+            return open_file(directory / name)
     raise MissingFileError(
         f"Can't find '{SAFETENSORS_NAME}' or '{PICKLE_NAME}' at '{directory}'; an adapter's weights are in one."
     )

@@ -1,6 +1,6 @@
 """Starting values of a low-rank update ``W + scale * up @ down``, for any method that has one.
 
-Some are drawn and need no weight: `draw_` fills the factors in place. The others are computed from the weight, by a pure
+Some are drawn and need no weight: `draw_` fills the factors in place. The others are computed from it, by a pure
 function ``(W_OI, r, scale) -> Start`` that `computed` picks by name. They stand for a part of the weight, so what the
 layer does is kept by an offset that stays frozen beside them: the weight itself is never written.
 
@@ -27,7 +27,7 @@ _ITERATED = re.compile(r"pissa_niter_(\d{1,3})")
 
 
 def name_of(init: bool | str) -> str:
-    """The kind of starting values that a config asks for: ``"pissa_niter_4"`` -> ``"pissa"``; "" for an unknown one."""
+    """The kind of starting values that a config asks for (``"pissa_niter_4"`` -> ``"pissa"``); "" if unknown."""
     text = str(init).lower()
     if _ITERATED.fullmatch(text):
         return "pissa"

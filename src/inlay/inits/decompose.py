@@ -1,5 +1,5 @@
-"""Starting values that are a part of the weight: PiSSA (https://arxiv.org/abs/2404.02948), its largest singular values;
-OLoRA (https://arxiv.org/abs/2406.01775), the first columns of its QR decomposition.
+"""Starting values that are a part of the weight: PiSSA, its largest singular values; OLoRA, the first columns of its
+QR decomposition (https://arxiv.org/abs/2404.02948, https://arxiv.org/abs/2406.01775).
 
     W0 = (W0 - s B0 A0) + s B0 A0      the bracket stays frozen, B A starts at B0 A0 and is trained
 """

@@ -2,8 +2,8 @@
 
     Q <- quantise(W0 - s B A),  s B A <- the best approximation of W0 - Q of rank r,  alternating
 
-4 and 2 bits are NormalFloat (QLoRA, https://arxiv.org/abs/2305.14314): blocks of 64 divided by their largest magnitude,
-each value taken to the nearest of 2^bits quantiles of the normal distribution. 8 bits are integers, scaled by row.
+4 and 2 bits are NormalFloat (QLoRA, https://arxiv.org/abs/2305.14314): blocks of 64 over their largest magnitude, each
+value taken to the nearest of 2^bits quantiles of the normal distribution. 8 bits are integers, scaled by row.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def quantise(W_OI: Tensor, bits: int = 4, name: str = "nf") -> Tensor:
     """The nearest weight that ``bits`` per value can hold, dense and in the dtype of ``W_OI``."""
     if bits == 8:
         W_OI, dtype = W_OI.half().float(), W_OI.dtype  # as the 8-bit layers of bitsandbytes see it
-        top_O1 = W_OI.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        top_O1 = W_OI.abs().amax(1, keepdim=True).clamp(min=1e-12)
         return ((W_OI * (127 / top_O1)).round() * top_O1 / 127).to(dtype)
     values = codebook(name, bits).to(W_OI)
     flat = W_OI.flatten()

@@ -37,7 +37,8 @@ class StartedLowRank(AbstractLowRank):
     ) -> None:
         """Adds the offset's slots. A layer tied to another uses that one's tensors, and has none of its own."""
         name = inits.name_of(self.init)
-        if not isinstance(self.init, bool) and name != "gaussian" and (kind.experts(base) > 1 or kind.groups(base) > 1):
+        whole = kind.experts(base) == kind.groups(base) == 1
+        if not whole and name not in ("true", "false", "gaussian"):
             raise UnsupportedLayerError(
                 f"init_lora_weights={self.init!r} is defined on one matrix: neither on grouped convolutions nor on "
                 "stacks of experts."

@@ -59,6 +59,7 @@ _LATER: dict[str, Any] = {
     "megatron_config": None,
 }
 
+
 @dataclass
 class LoraConfig(AdapterConfig):
     """Config of LoRA, rsLoRA and DoRA.
@@ -130,7 +131,8 @@ class LoraConfig(AdapterConfig):
                 raise self.unsupported(name)
         self.loftq_config = inits.checked(self.init_lora_weights, self.loftq_config)
         if inits.computed(self.init_lora_weights, self.loftq_config) and 0 in (
-            self.lora_alpha, *self.alpha_pattern.values()
+            self.lora_alpha,
+            *self.alpha_pattern.values(),
         ):
             raise ConfigError("lora_alpha must not be 0: starting values of the weight are divided by the scale.")
         if self.lora_bias and self.use_dora:
