@@ -100,7 +100,7 @@ def nothing_goes_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def stay(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kwargs = {k: "cpu" if "cuda" in str(v) else v for k, v in kwargs.items()}
-        return to(self, *("cpu" if isinstance(a, str) and "cuda" in a else a for a in args), **kwargs)
+        return to(self, *("cpu" if isinstance(a, str | torch.device) and "cuda" in str(a) else a for a in args), **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", stay)
 
