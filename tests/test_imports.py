@@ -55,6 +55,7 @@ RANKS = {
     "card": 7,
     "catalogue": 6,
     "inspect": 7,
+    "refit": 8,
     "status": 7,
     # the handle
     "auto": 8,
@@ -77,7 +78,7 @@ EDGES = {"integrations": {"cli", "__main__"}, "cli": {"__main__"}}
 #: (importing module, imported room) that is excused from the rules above; each needs its reason beside it
 EXCUSED: set[tuple[str, str]] = {
     ("inlay.config", "methods"),  # inside `from_dict`: the file's peft_type picks the config's class
-    ("inlay.sources", "integrations"),  # inside `locate`: the hub's client, where the id is no directory
+    ("inlay.sources", "integrations"),  # inside `locate`, `base_file`: the hub's client, where the id is no directory
     ("inlay.model", "integrations"),  # inside `push_to_hub`
 }
 

@@ -24,6 +24,7 @@ PUBLIC_NAMES = [
     "LoraConfig",
     "LoraRuntimeConfig",
     "OFTConfig",
+    "LoftQConfig",
     "PeftConfig",
     "PeftType",
     "TaskType",
@@ -52,6 +53,7 @@ PUBLIC_NAMES = [
     "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
     # what is there, what would be, what went wrong
     "Explanation",

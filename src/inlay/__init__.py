@@ -28,6 +28,7 @@ _HOME = {
     "NoMatchingPeftModuleError": "errors",
     "Explanation": "explanation",
     "explain": "explanation",
+    "LoftQConfig": "inits",
     "register_peft_method": "methods",
     "AdaLoraConfig": "methods.adalora",
     "IA3Config": "methods.ia3",
@@ -49,6 +50,7 @@ _HOME = {
     "get_peft_model": "model",
     "inject_adapter_in_model": "model",
     "prepare_model_for_kbit_training": "prepare",
+    "replace_lora_weights_loftq": "refit",
     "LoadReport": "report",
     "get_peft_model_state_dict": "state",
     "load_peft_weights": "state",
@@ -92,6 +94,7 @@ if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
     from inlay.errors import PeftWarning as PeftWarning
     from inlay.explanation import Explanation as Explanation
     from inlay.explanation import explain as explain
+    from inlay.inits import LoftQConfig as LoftQConfig
     from inlay.methods import register_peft_method as register_peft_method
     from inlay.methods.adalora import AdaLoraConfig as AdaLoraConfig
     from inlay.methods.ia3 import IA3Config as IA3Config
@@ -113,6 +116,7 @@ if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
     from inlay.model import get_peft_model as get_peft_model
     from inlay.model import inject_adapter_in_model as inject_adapter_in_model
     from inlay.prepare import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from inlay.refit import replace_lora_weights_loftq as replace_lora_weights_loftq
     from inlay.report import LoadReport as LoadReport
     from inlay.state import get_peft_model_state_dict as get_peft_model_state_dict
     from inlay.state import load_peft_weights as load_peft_weights

@@ -375,6 +375,10 @@ class AdapterConfig(PeftConfig):
     def spell_out(self, model_type: str | None) -> None:
         """Writes what was left to the architecture's default into the config, for files; targets are spelt already."""
 
+    def as_saved(self) -> Self:
+        """The config of the file of an adapter that is saved as another one (`AbstractAdapter.converts`)."""
+        return self
+
     def unsupported(self, name: str, why: str = "is not built yet") -> UnsupportedFieldError:
         """The error for a field that asks for something this library does not do."""
         return UnsupportedFieldError(

@@ -317,7 +317,7 @@ def _follow_ties(prepared: Prepared) -> None:
             layer = _unwrapped(found.modules[other])
             kind = trainable_kind(layer, other)
             values = next(work.target.overrides for work in prepared.works if work.path == path and work.target)
-            adapter = _adapter(found, config, kind, layer, other, values, key=path)
+            adapter = _adapter(found, config, kind, layer, other, {**values, "tied": True}, key=path)
             prepared.works.append(Work(other, *found.parent(other), kind, adapter, tied=True, source=path))
 
 
@@ -644,8 +644,13 @@ def _add(layer: Adapted, adapter: AbstractAdapter, done: _Done) -> None:
         dtype = torch.float32
     if done.active:
         layer.set_requires_grad(layer._active, False)
-    layer.add(done.name, adapter, "meta" if done.meta else device, dtype, done.active, done.trained)
-    if not done.meta and device.type != "meta":
+    meta = done.meta
+    if any(not slot.filed for slot in adapter.slots.values()):
+        if device.type == "meta":
+            raise UnsupportedLayerError(f"{layer.path} is on the meta device, and its adapter starts from its weight.")
+        meta = False
+    layer.add(done.name, adapter, "meta" if meta else device, dtype, done.active, done.trained)
+    if not meta and device.type != "meta":
         adapter.initialise(layer.params(done.name), layer)
 
 

@@ -709,29 +709,34 @@ class PeftModel(nn.Module):
             selected_adapters (`list[str]`, *optional*): Which; all if not given.
             save_embedding_layers (`bool` or `str`, *optional*, defaults to `"auto"`): See `get_peft_model_state_dict`.
             is_main_process (`bool`, *optional*, defaults to `True`): Only the main process writes.
-            path_initial_model_for_weight_conversion (`str`, *optional*): For starting values that change the base,
-                which are not built yet.
+            path_initial_model_for_weight_conversion (`str`, *optional*): Folder of the adapter that training began
+                with, where it has been taken out of the base by other means than ``init_lora_weights``: what is saved
+                is the difference. Adapters that record their start are saved so without being asked.
             state_dict (`Mapping[str, Tensor]`, *optional*): Take tensors from here, by live name.
             kwargs: Accepted as PEFT does.
 
         Raises:
             UnwritableError: The directory is a file, or cannot be written.
             UnknownAdapterError: A selected adapter does not exist.
+            ConfigError: ``path_initial_model_for_weight_conversion`` is given, and the method knows no such start.
+            LoadError, FileError: The folder does not hold the same adapter.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names)
-        if path_initial_model_for_weight_conversion is not None:
-            raise ConfigError(
-                "path_initial_model_for_weight_conversion is for starting values that change the base model."
-            )
+        initial = path_initial_model_for_weight_conversion
         directory = Path(save_directory)
         if directory.is_file():
             raise UnwritableError(f"{directory} is a file: name a directory to save into.")
         if not is_main_process:
             return
         text = card.text(directory, self.peft_config[names[0]], self.base_model.model) if names else None
+        start = None if initial is None else state.load_peft_weights(initial)
         for name in names:
-            self._save_one(adapter_dir(directory, name), name, safe_serialization, save_embedding_layers, state_dict)
+            tensors = state.get_peft_model_state_dict(
+                self, state_dict, name, save_embedding_layers=save_embedding_layers, initial=start
+            )
+            config = state.saved_config(self, name, converted=start is not None)
+            self._save_one(adapter_dir(directory, name), name, config, tensors, safe_serialization)
         if text is not None:
             files.save_text(directory / card.NAME, text)
 
@@ -739,12 +744,11 @@ class PeftModel(nn.Module):
         self,
         directory: Path,
         name: str,
+        config: AdapterConfig,
+        tensors: Mapping[str, Tensor],
         safe: bool,
-        embeddings: bool | str,
-        state_dict: Mapping[str, Tensor] | None,
     ) -> None:
-        tensors = state.get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=embeddings)
-        values = {**self.peft_config[name].to_dict(), "inference_mode": True}
+        values = {**config.to_dict(), "inference_mode": True}
         if values["task_type"] is None:
             model = self.base_model.model
             values["auto_mapping"] = {
@@ -932,7 +936,7 @@ class PeftModel(nn.Module):
         key_mapping: Mapping[str, str] | None,
         strict: bool | None,
     ) -> LoadReport:
-        state.check_same(self.peft_config[name], config, name)
+        state.check_same(self, config, name)
         with self.base_model.router.writing():
             report = state.reload(self, source, name, key_mapping, strict)
         if name in self.active_adapters:

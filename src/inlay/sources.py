@@ -70,15 +70,16 @@ def locate(model_id: str | Path, *, subfolder: str | None = None, **hub: Any) ->
 
 def base_vocabulary(model_id: str | None) -> int | None:
     """``vocab_size`` in the base model's own config, from a local directory or the hub's cache; never downloaded."""
-    if not model_id:
-        return None
-    path = Path(model_id) / "config.json"
-    if not path.is_file():
-        from inlay.integrations import hub as client
-
-        cached = client.cached(model_id, "config.json")
-        if cached is None:
-            return None
-        path = cached
-    size = files.read_json(path).get("vocab_size")
+    path = base_file(model_id, "config.json") if model_id else None
+    size = None if path is None else files.read_json(path).get("vocab_size")
     return size if isinstance(size, int) else None
+
+
+def base_file(model_id: str, name: str) -> Path | None:
+    """A file of the base model, from a local directory or the hub's cache; never downloaded."""
+    path = Path(model_id) / name
+    if path.is_file():
+        return path
+    from inlay.integrations import hub as client
+
+    return client.cached(model_id, name)

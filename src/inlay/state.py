@@ -21,8 +21,8 @@ from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import DuplicateAdapterError, LoadError, MergeError, PeftWarning, UnknownAdapterError
 from inlay.formats import files
 from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
-from inlay.inject import Prepared, Work, apply, biases, own_modules, prepare, wrappers
-from inlay.methods._abstract import AbstractAdapter, Params
+from inlay.inject import Prepared, apply, biases, own_modules, prepare, wrappers
+from inlay.methods._abstract import AbstractAdapter
 from inlay.report import BASE_KEY, LoadReport, base_fingerprint
 from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper
 
@@ -39,6 +39,7 @@ class Place(NamedTuple):
     attribute: str
     live: str
     device: torch.device
+    filed: bool = True
 
 
 def root_of(model: nn.Module) -> tuple[nn.Module, str]:
@@ -64,19 +65,34 @@ def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:
 def places(model: nn.Module, adapter_name: str) -> Iterator[Place]:
     """Every tensor of an adapter in the user's model: its slots and its copies of whole modules."""
     for path, wrapper in wrappers(model):
-        prefix = f"{path}." if path else ""
-        if isinstance(wrapper, Adapted):
-            if adapter_name in wrapper.methods:
-                device = wrapper.facts()[1]
-                for slot, owner, attribute in wrapper.tensors(adapter_name):
-                    live = f"{prefix}{slot.name}.{adapter_name}" + (f".{slot.leaf}" if slot.leaf else "")
-                    yield Place(prefix + slot.saved_name(), owner, attribute, live, device)
-        elif adapter_name in wrapper.modules_to_save:
-            copy = wrapper.modules_to_save[adapter_name]
-            for name in copy.state_dict(keep_vars=True):
-                above, _, attribute = name.rpartition(".")
-                live = f"{prefix}modules_to_save.{adapter_name}.{name}"
-                yield Place(prefix + name, copy.get_submodule(above), attribute, live, torch.device("meta"))
+        yield from _places_of(path, wrapper, adapter_name).values()
+
+
+def _places_of(path: str, wrapper: Adapted | ModulesToSaveWrapper, adapter_name: str) -> dict[str, Place]:
+    """One wrapper's, by the method's own names for them."""
+    prefix = f"{path}." if path else ""
+    out = {}
+    if isinstance(wrapper, Adapted):
+        if adapter_name in wrapper.methods:
+            device = wrapper.facts()[1]
+            slots = zip(wrapper.methods[adapter_name].slots, wrapper.tensors(adapter_name), strict=False)
+            for key, (slot, owner, attribute) in slots:  # of a tied layer there are none
+                live = f"{prefix}{slot.name}.{adapter_name}" + (f".{slot.leaf}" if slot.leaf else "")
+                out[key] = Place(prefix + slot.saved_name(), owner, attribute, live, device, slot.filed)
+    elif adapter_name in wrapper.modules_to_save:
+        copy = wrapper.modules_to_save[adapter_name]
+        for name in copy.state_dict(keep_vars=True):
+            above, _, attribute = name.rpartition(".")
+            live = f"{prefix}modules_to_save.{adapter_name}.{name}"
+            out[name] = Place(prefix + name, copy.get_submodule(above), attribute, live, torch.device("meta"))
+    return out
+
+
+def _adapted(root: nn.Module, adapter_name: str) -> Iterator[tuple[AbstractAdapter, dict[str, Place]]]:
+    """(method, its places) of every layer with the adapter."""
+    for path, wrapper in wrappers(root):
+        if isinstance(wrapper, Adapted) and adapter_name in wrapper.methods:
+            yield wrapper.methods[adapter_name], _places_of(path, wrapper, adapter_name)
 
 
 def get_peft_model_state_dict(
@@ -85,6 +101,7 @@ def get_peft_model_state_dict(
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
+    initial: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """An adapter's tensors, by the names that files have.
 
@@ -96,9 +113,12 @@ def get_peft_model_state_dict(
         unwrap_compiled (`bool`, *optional*, defaults to `False`): Look inside a compiled model.
         save_embedding_layers (`bool` or `str`, *optional*, defaults to `"auto"`): Include the embeddings' own weights;
             ``"auto"`` does when they are adapted or have been resized.
+        initial (`Mapping[str, Tensor]`, *optional*): The tensors that training began with, where starting values have
+            been taken out of the base by other means than ``init_lora_weights``; what is given back is the difference.
 
     Raises:
         UnknownAdapterError: No such adapter.
+        LoadError: ``initial`` lacks a tensor, or has one of another shape.
 
     Example:
         >>> import torch, inlay
@@ -116,12 +136,13 @@ def get_peft_model_state_dict(
     own = list(places(root, adapter_name))
     for place in own:
         t = _value(place) if state_dict is None else state_dict.get(prefix + place.live)
-        if t is not None:
-            out[prefix + place.key] = t
-    for method, _, keys in _methods(root, adapter_name, prefix):
-        if out.keys() >= set(keys.values()):
-            saved = method.saved({slot: out[key] for slot, key in keys.items()})
-            out.update({key: saved[slot] for slot, key in keys.items()})
+        if t is not None or not place.filed:  # who gathers what is trained leaves out what is frozen
+            out[prefix + place.key] = _value(place) if t is None else t
+    for method, here in _adapted(root, adapter_name):
+        p = {k: out.pop(prefix + place.key) for k, place in here.items() if prefix + place.key in out}
+        if initial is not None and here and not method.converts:
+            p = dict(method.begun_at(p, _initial(initial, here)))
+        out.update({prefix + here[k].key: t for k, t in method.saved(p).items() if here[k].filed})
     for path, wrapper in wrappers(root):
         if isinstance(wrapper, Tied) and state_dict is None:
             out.update({f"{prefix}{path}.{key}": t for key, t in wrapper.computed(adapter_name)})
@@ -132,26 +153,26 @@ def get_peft_model_state_dict(
     return {without_foreign(k): v for k, v in out.items()}
 
 
-def _methods(
-    root: nn.Module, adapter_name: str, prefix: str = ""
-) -> Iterator[tuple[AbstractAdapter, Params, dict[str, str]]]:
-    """Methods whose tensors in files are not those in memory: each with these and with the keys of those."""
-    for path, wrapper in wrappers(root):
-        method = wrapper.methods.get(adapter_name) if isinstance(wrapper, Adapted) else None
-        if isinstance(wrapper, Tied) or method is None or type(method).saved is AbstractAdapter.saved:
-            continue
-        above = f"{prefix}{path}." if path else prefix
-        yield method, wrapper.params(adapter_name), {k: above + s.saved_name() for k, s in method.slots.items()}
-
-
-def _restored(root: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors as memory holds them."""
-    out = dict(tensors)
-    for method, p, keys in _methods(root, adapter_name):
-        if out.keys() >= set(keys.values()):
-            restored = method.restored({slot: out[key] for slot, key in keys.items()}, p)
-            out.update({key: restored[slot] for slot, key in keys.items()})
+def _initial(initial: Mapping[str, Tensor], here: Mapping[str, Place]) -> dict[str, Tensor]:
+    """One layer's tensors of the adapter that training began with."""
+    stripped, out = strip_prefix(initial), {}
+    for key, place in here.items():
+        if place.filed:
+            t, wanted = stripped.get(place.key), getattr(place.owner, place.attribute)
+            if t is None or t.shape != wanted.shape:
+                found = "no such tensor" if t is None else f"one of shape {list(t.shape)}"
+                raise LoadError(
+                    f"The initial adapter must hold {place.key!r} of shape {list(wanted.shape)}; it has {found}.",
+                    LoadReport(),
+                )
+            out[key] = t.to(wanted)
     return out
+
+
+def saved_config(model: nn.Module, adapter_name: str, converted: bool = False) -> AdapterConfig:
+    """The config of an adapter as files hold it, beside `get_peft_model_state_dict`."""
+    config, (root, _) = config_of(model, adapter_name), root_of(model)
+    return config.as_saved() if converted or any(m.converts for m, _ in _adapted(root, adapter_name)) else config
 
 
 def without_foreign(key: str) -> str:
@@ -258,16 +279,35 @@ def set_peft_model_state_dict(
     root, _ = root_of(model)
     _check_unmerged(root, adapter_name)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
-    tensors = _restored(root, adapter_name, _renamed(peft_model_state_dict, key_mapping))
-    report = compare(
-        {k: tuple(getattr(o, a).shape) for k, (o, a, _) in targets.items()}, _shapes(tensors), _optional(root)
-    )
+    tensors, frozen = _restored(root, adapter_name, _renamed(peft_model_state_dict, key_mapping))
+    report = _compared(root, adapter_name, targets, tensors)
     if report.shape and not ignore_mismatched_sizes:
         raise LoadError(f"Tensors do not fit the adapter {adapter_name!r}; nothing was changed.\n{report}", report)
     for key in (key for key, *_ in report.shape):
         tensors.pop(key)
-    report.dtype.extend(assign(root, targets, tensors))
+    report.dtype.extend(assign(root, targets, {**tensors, **frozen}))
     return report
+
+
+def _compared(
+    root: nn.Module, adapter_name: str, targets: Mapping[str, Target], tensors: Mapping[str, Tensor]
+) -> LoadReport:
+    unfiled = {place.key for place in places(root, adapter_name) if not place.filed}
+    shapes = {k: tuple(getattr(o, a).shape) for k, (o, a, _) in targets.items() if k not in unfiled}
+    return compare(shapes, _shapes(tensors), _optional(root))
+
+
+def _restored(
+    root: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A file's tensors as the adapter has them: those that files name, and those that they do not."""
+    out, frozen = dict(tensors), dict[str, Tensor]()
+    for method, here in _adapted(root, adapter_name):
+        found = {k: tensors[place.key] for k, place in here.items() if place.filed and place.key in tensors}
+        p = {k: getattr(place.owner, place.attribute) for k, place in here.items()}
+        for key, t in method.restored(found, p).items():
+            (out if here[key].filed else frozen)[here[key].key] = t
+    return out, frozen
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -442,7 +482,7 @@ def load_into(
     header = _renamed(source.weights.header, key_mapping)
     optional = _optional(root)
     for work in prepared.works:
-        optional.update(_slot_shapes(work) if work.source is not None else {})
+        optional.update(_filed(work.path, work.adapter) if work.source is not None else {})
     report = compare(expected(prepared), {k: tuple(info.shape) for k, info in header.items()}, optional)
     odd = sorted({str(info.dtype) for info in header.values() if not info.dtype.is_floating_point})
     if odd and not prepared.saved:
@@ -480,11 +520,10 @@ def expected(prepared: Prepared) -> dict[str, tuple[int, ...]]:
     out: dict[str, tuple[int, ...]] = {}
     for work in prepared.works:
         if work.source is None:
-            out.update(_slot_shapes(work))
+            out.update(_filed(work.path, work.adapter))
     for tokens in prepared.tokens:
         if tokens.source is None:
-            slots = tokens.adapter.slots.values()
-            out.update({f"{tokens.path}.token_adapter.{slot.saved_name()}": slot.shape for slot in slots})
+            out.update(_filed(f"{tokens.path}.token_adapter", tokens.adapter))
     for path in prepared.saved:
         module = prepared.survey.modules[path]
         original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
@@ -493,8 +532,8 @@ def expected(prepared: Prepared) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _slot_shapes(work: Work) -> dict[str, tuple[int, ...]]:
-    return {f"{work.path}.{slot.saved_name()}": slot.shape for slot in work.adapter.slots.values()}
+def _filed(path: str, adapter: AbstractAdapter) -> dict[str, tuple[int, ...]]:
+    return {f"{path}.{slot.saved_name()}": slot.shape for slot in adapter.slots.values() if slot.filed}
 
 
 def _bias_keys(prepared: Prepared) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -536,11 +575,15 @@ def live_fingerprint(root: nn.Module, adapter_name: str) -> str:
     )
 
 
-def check_same(mine: AdapterConfig, other: AdapterConfig, adapter_name: str) -> None:
+def check_same(model: nn.Module, other: AdapterConfig, adapter_name: str) -> None:
     """Raises `DuplicateAdapterError` where a file's config is another adapter's than the one of this name."""
     ignored = {"inference_mode", "peft_version", "base_model_name_or_path", "auto_mapping", "revision"}
-    a, b = mine.to_dict(), other.to_dict()
-    differ = sorted(k for k in a.keys() | b.keys() if k not in ignored and a.get(k) != b.get(k))
+    b = other.to_dict()
+    for mine in (saved_config(model, adapter_name), config_of(model, adapter_name)):
+        a = mine.to_dict()
+        differ = sorted(k for k in a.keys() | b.keys() if k not in ignored and a.get(k) != b.get(k))
+        if not differ:
+            return
     if differ:
         raise DuplicateAdapterError(
             f"Adapter {adapter_name!r} exists already and the file's config differs in {differ}: choose another name, "
@@ -559,10 +602,8 @@ def reload(
     root, _ = root_of(model)
     _check_unmerged(root, adapter_name)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
-    tensors = _restored(root, adapter_name, _renamed(source.weights.read(), key_mapping))
-    report = compare(
-        {k: tuple(getattr(o, a).shape) for k, (o, a, _) in targets.items()}, _shapes(tensors), _optional(root)
-    )
+    tensors, frozen = _restored(root, adapter_name, _renamed(source.weights.read(), key_mapping))
+    report = _compared(root, adapter_name, targets, tensors)
     report.non_finite.extend(non_finite(tensors))
     if settings.strict_load if strict is None else strict:
         report.raise_for_problems()
@@ -570,7 +611,7 @@ def reload(
         raise LoadError(f"The adapter does not fit; nothing was loaded.\n{report}", report)
     elif not report.ok:
         warnings.warn(report.summary(), PeftWarning, stacklevel=4)
-    report.dtype.extend(assign(root, targets, tensors))
+    report.dtype.extend(assign(root, targets, {**tensors, **frozen}))
     return report
 
 

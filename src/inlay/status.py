@@ -104,7 +104,10 @@ def _layer(name: str, wrapper: Adapted | ModulesToSaveWrapper) -> TunerLayerStat
     tensors: dict[str, list[torch.Tensor]]
     if isinstance(wrapper, Adapted):
         frozen, merged, storage = wrapper.get_base_layer(), wrapper.merged_adapters, wrapper.storage.name
-        tensors = {n: list(wrapper.params(n).values()) for n in wrapper.methods}
+        tensors = {
+            n: [t for key, t in wrapper.params(n).items() if method.slots[key].trainable]
+            for n, method in wrapper.methods.items()
+        }
     else:
         frozen, merged, storage = wrapper.original_module, [], "plain"
         tensors = {n: list(copy.parameters()) for n, copy in wrapper.modules_to_save.items()}

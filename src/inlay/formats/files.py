@@ -256,6 +256,10 @@ class Weights:
         """The tensors, writable and independent of the file; a `CorruptFileError` where that has changed since."""
         return {key: tensor.to(device) for key, tensor in self._tensors()}
 
+    def each(self) -> Iterator[tuple[str, Tensor]]:
+        """(key, tensor) one by one, for files too large to hold."""
+        return self._tensors()
+
     def close(self) -> None:
         """Closes the file; ``header`` and ``metadata`` stay."""
         self._finalizer()
@@ -429,6 +433,16 @@ def _check_meta(path: Path, found: dict[str, Tensor], size: int) -> None:
         raise _corrupt(path, f"claims tensors of more bytes than the file's {size:,}")
 
 
+def open_file(path: Path) -> Weights:
+    """One weights file, opened and checked; see `open_weights`."""
+    file, size = _open_regular(path)
+    try:
+        return Weights(path, file, size)
+    except BaseException:
+        file.close()
+        raise
+
+
 def open_weights(directory: str | Path) -> Weights:
     """``adapter_model.safetensors`` of a directory, else ``adapter_model.bin``: opened and checked, not read.
 
@@ -441,12 +455,7 @@ def open_weights(directory: str | Path) -> Weights:
     # The first name again at the end: a writer beside us may just have replaced the second by it.
     for name in (SAFETENSORS_NAME, PICKLE_NAME, SAFETENSORS_NAME):
         with contextlib.suppress(MissingFileError):
-            file, size = _open_regular(directory / name)
-            with contextlib.ExitStack() as opened:
-                opened.callback(file.close)
-                weights = Weights(directory / name, file, size)
-                opened.pop_all()
-                return weights
+            return open_file(directory / name)
     raise MissingFileError(
         f"Can't find '{SAFETENSORS_NAME}' or '{PICKLE_NAME}' at '{directory}'; an adapter's weights are in one."
     )

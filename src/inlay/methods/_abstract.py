@@ -10,7 +10,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import PeftWarning, UnsupportedLayerError
+from inlay.errors import ConfigError, PeftWarning, UnsupportedLayerError
+from inlay.inits import kaiming_ as kaiming_
 from inlay.layers import LayerKind
 from inlay.ops.low_rank import low_rank
 
@@ -51,6 +52,7 @@ class Slot(NamedTuple):
         leaf (`str`): What follows the adapter's name in memory: ``"weight"``, ``"bias"``, or ``""`` for a bare tensor.
         saved_leaf (`str`, *optional*): What follows the slot's name in files, where it is not ``leaf``.
         trainable (`bool`): Whether it is trained.
+        filed (`bool`): Whether files have it; what they have not is made anew from the frozen weight.
     """
 
     shape: tuple[int, ...]
@@ -58,6 +60,7 @@ class Slot(NamedTuple):
     leaf: str = ""
     saved_leaf: str | None = None
     trainable: bool = True
+    filed: bool = True
 
     def saved_name(self) -> str:
         """The name in files, after the layer's path: ``lora_A.weight``."""
@@ -91,6 +94,8 @@ class AbstractAdapter(ABC):
     dropout: float = 0.0
     # What the update is multiplied by, where the method has such a number.
     scaling: float | Tensor = 1.0
+    # `saved` gives another adapter than the config says: the one that the config's `as_saved` describes.
+    converts: bool = False
 
     slots: dict[str, Slot]
 
@@ -139,8 +144,12 @@ class AbstractAdapter(ABC):
         return p
 
     def restored(self, saved: Params, p: Params) -> Params:
-        """The tensors as memory holds them, from a file's and those that are there: undoes `saved`."""
+        """The tensors as memory holds them: undoes `saved`, of a file's tensors (perhaps not all) beside those here."""
         return saved
+
+    def begun_at(self, p: Params, initial: Params) -> Params:
+        """``p`` with a record of where training began, for `saved`; not asked where `converts`."""
+        raise ConfigError(f"{type(self).__name__} starts from nothing that a file could be converted with.")
 
     def check_input_dropout(self, kind: LayerKind) -> None:
         """Raises `UnsupportedLayerError`, or warns, where ``dropout`` finds no input to drop from."""
@@ -255,12 +264,6 @@ class AbstractLowRank(AbstractDelta):
 def as_dtype(t: Tensor, like: Tensor) -> Tensor:
     """``t`` in the dtype of ``like`` where both are floats."""
     return t if t.dtype == like.dtype or not t.is_floating_point() else t.to(like.dtype)
-
-
-def kaiming_(W: Tensor) -> None:
-    """torch's own start of a linear layer: uniform within 1/sqrt(fan in)."""
-    with torch.no_grad():
-        nn.init.kaiming_uniform_(W, a=5**0.5)
 
 
 def product(up_OR: Tensor, down_RI: Tensor, experts: int = 1) -> Tensor:

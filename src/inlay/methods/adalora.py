@@ -184,7 +184,7 @@ class AdaLoraAdapter(AbstractLowRank):
         return {key: t[:, kept.to(t.device)] if key == "B" else t[kept.to(t.device)] for key, t in p.items()}
 
     def restored(self, saved: Params, p: Params) -> Params:
-        if self.kept is None or saved["E"].shape == p["E"].shape:
+        if self.kept is None or not saved.keys() >= p.keys() or saved["E"].shape == p["E"].shape:
             return saved
         kept = torch.tensor(self.kept, dtype=torch.bool, device=saved["E"].device)
         if int(kept.sum()) != saved["E"].shape[0]:

@@ -3,26 +3,29 @@
     W' = W + s B A,  A: R x I,  B: O x R,  s = alpha / r  (alpha / sqrt(r): rsLoRA, https://arxiv.org/abs/2312.03732)
     DoRA (https://arxiv.org/abs/2402.09353): W' = m / |W + s B A|_row * (W + s B A), the norm outside the gradient
 
-A is drawn as torch draws a linear layer's weight and B is zero, so a fresh adapter changes nothing. On an embedding,
-whose matrix is the transposed table, A is zero and B is drawn. On a convolution A has the layer's own kernel and B
-mixes channels. `lora_bias` gives B a bias.
+A is drawn and B is zero, so a fresh adapter changes nothing; on an embedding, whose matrix is the transposed table,
+the other way round. Starting values that are a part of the weight (`inlay.inits`) bring a frozen offset,
+W' = W - s B0 A0 + s B A, or a dense one, and the frozen layer is taken with it. On a convolution A has the layer's own
+kernel and B mixes channels. `lora_bias` gives B a bias.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inlay import inits
 from inlay.config import AdapterConfig, runtime_only
 from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
-from inlay.methods._abstract import AbstractLowRank, Layer, Params, Slot, as_dtype, kaiming_, product
+from inlay.methods._abstract import Layer, Params, Slot, as_dtype, product
+from inlay.methods._started import StartedLowRank
 from inlay.ops.dora import dora, weight_norm
 from inlay.ops.dropout import apply_mask, draw_mask
 from inlay.ops.low_rank import low_rank
@@ -46,7 +49,6 @@ _LATER: dict[str, Any] = {
     "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
-    "loftq_config": {},
     "velora_config": None,
     "monteclora_config": None,
     "kasa_config": None,
@@ -70,7 +72,9 @@ class LoraConfig(AdapterConfig):
         use_dora (`bool`, *optional*, defaults to `False`): Learn the magnitude of each output channel apart.
         lora_bias (`bool`, *optional*, defaults to `False`): Give B a bias.
         init_lora_weights (`bool` or `str`, *optional*, defaults to `True`): ``True`` starts as the identity, ``False``
-            at random, ``"gaussian"`` draws A from N(0, 1/r).
+            at random, ``"gaussian"`` draws A from N(0, 1/r); ``"pissa"``, ``"pissa_niter_[n]"``, ``"olora"``,
+            ``"loftq"``, ``"orthogonal"``: see `inlay.inits`.
+        loftq_config (`LoftQConfig` or `dict`, *optional*): Bits and rounds of ``"loftq"``.
         rank_pattern (`dict[str, int]`, *optional*): Rank by layer: suffix or regex of a name -> rank.
         alpha_pattern (`dict[str, float]`, *optional*): Alpha by layer.
 
@@ -91,7 +95,7 @@ class LoraConfig(AdapterConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
-    loftq_config: dict[str, Any] | None = field(default_factory=dict)
+    loftq_config: inits.LoftQConfig | dict[str, Any] | None = field(default_factory=dict)
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
@@ -125,8 +129,12 @@ class LoraConfig(AdapterConfig):
         for name, unset in _LATER.items():
             if getattr(self, name) not in (unset, None):
                 raise self.unsupported(name)
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights.lower() != "gaussian":
-            raise self.unsupported("init_lora_weights", "is not built yet, only True, False and 'gaussian' are")
+        self.loftq_config = inits.checked(self.init_lora_weights, self.loftq_config)
+        if inits.computed(self.init_lora_weights, self.loftq_config) and 0 in (
+            self.lora_alpha,
+            *self.alpha_pattern.values(),
+        ):
+            raise ConfigError("lora_alpha must not be 0: starting values of the weight are divided by the scale.")
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora_bias and use_dora cannot both be set: DoRA has no place for the bias.")
 
@@ -134,8 +142,20 @@ class LoraConfig(AdapterConfig):
         """Every rank that the config gives."""
         return (self.r, *self.rank_pattern.values())
 
+    def as_saved(self) -> Self:
+        # The factors stand twice in the file, [A; A0] and [B, -B0], and the scale stays what it was.
+        more = 2**0.5 if self.use_rslora else 2
+        return replace(
+            self,
+            init_lora_weights=True,
+            r=2 * self.r,
+            lora_alpha=more * self.lora_alpha,
+            rank_pattern={k: 2 * r for k, r in self.rank_pattern.items()},
+            alpha_pattern={k: more * alpha for k, alpha in self.alpha_pattern.items()},
+        )
 
-class LoraAdapter(AbstractLowRank):
+
+class LoraAdapter(StartedLowRank):
     """LoRA on one layer; see the module's text for the mathematics."""
 
     stacks = True
@@ -147,7 +167,7 @@ class LoraAdapter(AbstractLowRank):
         self.lora_alpha: float = values.get("lora_alpha", config.lora_alpha)
         self.use_rslora, self.use_dora, self.lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.gain: float = values.get("gain", 1.0)  # of the product, not of B's bias
-        self.init: bool | Literal["gaussian"] | str = config.init_lora_weights
+        self.init: bool | str = config.init_lora_weights
         self.lora_dropout = self.dropout = config.lora_dropout
         self.experts = kind.experts(base)
         self.scaling: float | Tensor = self.natural_scaling()
@@ -162,6 +182,8 @@ class LoraAdapter(AbstractLowRank):
             self.slots["bias"] = Slot((kind.shape(base)[0],), "lora_B", "bias")
         if self.use_dora:
             self.slots["magnitude"] = Slot(kind.channel_shape(base), "lora_magnitude_vector", "weight", saved_leaf="")
+
+        self.prepare_start(kind, base, config.loftq_config, "tied" in values)  # type: ignore[arg-type]
 
     def natural_scaling(self) -> float:
         """The scale that rank and alpha give."""
@@ -194,18 +216,8 @@ class LoraAdapter(AbstractLowRank):
             raise UnsupportedLayerError("lora_bias is not defined on an embedding.")
 
     def initialise(self, p: Params, layer: Layer) -> None:
-        drawn, zeroed = (p["up"], p["down"]) if layer.kind.indexed else (p["down"], p["up"])
+        super().initialise(p, layer)
         with torch.no_grad():
-            if layer.kind.indexed:
-                drawn.normal_()
-            elif self.init == "gaussian":
-                drawn.normal_(std=1 / self.r)
-            else:
-                kaiming_(drawn)
-            if self.init is False:
-                zeroed.normal_() if layer.kind.indexed else kaiming_(zeroed)
-            else:
-                zeroed.zero_()
             if self.lora_bias:
                 p["bias"].zero_()
             if self.use_dora:
@@ -213,6 +225,8 @@ class LoraAdapter(AbstractLowRank):
 
     def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
         dropout = self.dropout if layer.training and not layer.kind.indexed else 0.0
+        if self.offset:
+            h = self.shifted(p, x, h, layer, fresh)
         if self.use_dora:
             return self._dora(p, x, h, layer, dropout, fresh)
         if layer.kind.matrix:
@@ -236,20 +250,24 @@ class LoraAdapter(AbstractLowRank):
         return self.dropout > 0
 
     def _norm(self, p: Params, layer: Layer) -> Tensor:
-        down, up = p["down"].flatten(1), p["up"].flatten(1)
-        return weight_norm(layer.matrix(), down, up, self.scaling, layer.row_squares())
+        down, up = (t.flatten(1) for t in self.whole(p))
+        squares = None if "W0" in p else layer.row_squares()
+        return weight_norm(self.base(p, layer.matrix()), down, up, self.scaling, squares)
 
     def _dora(self, p: Params, x: Tensor, h: Tensor, layer: Layer, dropout: float, fresh: bool) -> Tensor:
         bias, kind = layer.offset(), layer.kind
         if layer.training:
             norm_O = self._norm(p, layer)
         else:
-            norm_O = layer.remember(("norm", self.scaling), (p["down"], p["up"]), lambda: self._norm(p, layer))
+            owners = (p["down"], p["up"], *(p[key] for key in self.offset))
+            norm_O = layer.remember(("norm", self.scaling), owners, lambda: self._norm(p, layer))
         mask = dropped = None
         if dropout:
             # Only the update sees dropout: (gain - 1) W drop(x) stands beside the frozen layer's W x.
             mask = draw_mask(x.shape, dropout, x.device)
-            dropped = layer.operate(apply_mask(x, mask, dropout), as_dtype(layer.matrix(), x))
+            seen = apply_mask(x, mask, dropout)
+            dropped = layer.operate(seen, as_dtype(layer.matrix(), x))
+            dropped = self.shifted(p, seen, dropped, layer) if self.offset else dropped
         if kind.matrix:
             dropped = dropped if dropped is None or bias is None else dropped + bias
             return dora(
@@ -262,7 +280,8 @@ class LoraAdapter(AbstractLowRank):
         return h + as_dtype((gain - 1) * frozen + gain * self.scaling * self.change(p, x, layer), h)
 
     def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        W = W_OI + self.scaling * product(p["up"].flatten(1), p["down"].flatten(1), self.experts)
+        down, up = (t.flatten(1) for t in self.whole(p))
+        W = self.base(p, W_OI) + self.scaling * product(up, down, self.experts)
         if self.use_dora:
             W = W * (p["magnitude"].flatten() / W.detach().norm(dim=1))[:, None]
         if b_O is not None and self.lora_bias:
@@ -283,5 +302,5 @@ class LoraAdapter(AbstractLowRank):
             raise NotMergeableError("lora_bias needs a layer with a bias to merge into: leave it unmerged.")
 
     def factors(self, p: Params) -> tuple[Tensor, Tensor, float | Tensor] | None:
-        plain = not self.use_dora and not self.lora_bias and self.experts == 1
-        return (p["down"], p["up"], self.scaling) if plain else None
+        plain = not self.use_dora and not self.lora_bias and self.experts == 1 and "W0" not in p
+        return (*self.whole(p), self.scaling) if plain else None
