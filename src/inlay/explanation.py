@@ -28,7 +28,7 @@ from inlay.layers import LayerKind, kind_of
 from inlay.match import ParameterTarget, Skip, why
 from inlay.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from inlay.state import EMBEDDING_NAMES, embedding_weights
-from inlay.storage import storage_of
+from inlay.storage import storage_of, stored_parameters
 
 T = TypeVar("T")
 _Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a model is called with
@@ -444,8 +444,8 @@ def _sums(
     gradients = sum(row.gradient_bytes for row in rows) + _nbytes(old)
     return Totals(
         trainable=sum(row.parameters for row in rows) + _numel(old),
-        parameters=sum(row.added for row in rows) + _numel(model.parameters()),
-        frozen_bytes=_nbytes(model.parameters()) + _nbytes(model.buffers()),
+        parameters=sum(row.added for row in rows) + sum(storage.numel(p) for p, storage in stored_parameters(model)),
+        frozen_bytes=sum(storage.nbytes(p) for p, storage in stored_parameters(model)) + _nbytes(model.buffers()),
         adapter_bytes=sum(row.nbytes for row in rows),
         gradient_bytes=gradients,
         optimizer_bytes=OPTIMIZERS[optimizer] * gradients,
@@ -538,11 +538,22 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
             if isinstance(t, Tensor) and id(t) not in memo:
                 empty = torch.empty_like(t, device="meta", requires_grad=False)
                 memo[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+    for module in model.modules():
+        if not (storage := storage_of(module)).in_place:
+            # What unpacks a weight has to see its numbers: an ordinary layer of the same shape stands in for it.
+            memo[id(module)] = _ordinary(module, storage.facts(module)[0])
     copied = copy.deepcopy(model, memo).train()
     for module in copied.modules():
         if "gradient_checkpointing" in module.__dict__:
             module.__dict__["gradient_checkpointing"] = False
     return copied
+
+
+def _ordinary(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    kind = kind_of(layer)
+    assert kind is not None, "packed layers are of a known kind"
+    has_bias = layer._parameters.get(kind.bias_name) is not None
+    return nn.Linear(*kind.features(layer), bias=has_bias, device="meta", dtype=dtype)
 
 
 def _kept_by(model: nn.Module, call: _Call, mode: _OnMeta) -> int:
