@@ -135,12 +135,14 @@ class Packing:
         pack: Makes such a layer of an ordinary one.
         rows (`tuple[str, ...]`, *optional*): The rows of kinds that can be kept so; all if not given.
         marks: Of the tests that need it.
+        rounds (`float`): What packing may make a weight differ by, on average and relative to its mean size.
         rounds_input (`bool`): Whether the layer rounds what it reads too, in eval.
     """
 
     pack: Callable[[nn.Module], nn.Module]
     rows: tuple[str, ...] | None = None
     marks: tuple[pytest.MarkDecorator, ...] = ()
+    rounds: float = 0.0
     rounds_input: bool = False
 
 
@@ -166,8 +168,8 @@ def pack8(layer: nn.Module) -> nn.Module:
 
 STORAGE: dict[str, Packing] = {
     "plain": Packing(lambda layer: layer),
-    "bnb4": Packing(pack4, ("Linear",), (pytest.mark.bnb,)),
-    "bnb8": Packing(pack8, ("Linear",), (pytest.mark.bnb,), rounds_input=True),
+    "bnb4": Packing(pack4, ("Linear",), (pytest.mark.bnb,), rounds=0.2),
+    "bnb8": Packing(pack8, ("Linear",), (pytest.mark.bnb,), rounds=0.02, rounds_input=True),
 }
 
 # ---------------------------------------------------------------- the methods and what they cannot do
@@ -285,6 +287,7 @@ class Case:
             close(out, expected)
             return
         layer = model.base_model.model.m
+        assert 0 < layer.rounding.mean < STORAGE[self.storage].rounds
         with layer.storage.reading(layer.base_layer) as W_OI:
             # The figure is relative to the largest weight that was wanted, and this is the one that stands.
             bound = layer.rounding.largest * float(W_OI.abs().max()) * 1.5

@@ -223,6 +223,23 @@ def test_every_law_can_fail(law: Law, monkeypatch: pytest.MonkeyPatch) -> None:
         law(case)
 
 
+@pytest.mark.bnb
+@pytest.mark.parametrize("storage", [storage for storage in STORAGES if not storage.in_place], ids=lambda s: s.name)
+def test_the_law_of_packed_merging_can_fail(storage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by packing what was there already, nor by packing something else, does it pass."""
+    case = Case("LORA", "plain", "Linear", storage.name)
+    write = type(storage).write
+    for share in (0.0, 0.7):
+
+        def part(self: Any, layer: Any, W: Tensor, parameter: str = "weight", share: float = share) -> None:
+            with self.reading(layer) as W0:
+                write(self, layer, W0 + share * (W - W0), parameter)
+
+        monkeypatch.setattr(type(storage), "write", part)
+        with pytest.raises(AssertionError):
+            laws.merged_equals_forward(case)
+
+
 def test_the_law_of_gradients_can_fail() -> None:
     with pytest.raises(AssertionError):
         laws.only_adapters_get_gradients(Case("LORA", "plain", "Linear", spoil=_thaw))

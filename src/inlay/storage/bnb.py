@@ -73,7 +73,7 @@ class Bnb4(Storage):
         return (stored, state.absmax, state.code, *nested)
 
     def write(self, layer: nn.Module, W: Tensor, parameter: str = "weight") -> None:
-        old: Any = layer.weight
+        old: Any = self.stored(layer, parameter)
         data, state = _bnb().functional.quantize_4bit(
             W.detach().contiguous(),
             blocksize=old.blocksize,
