@@ -32,7 +32,7 @@ from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractAdapter, Params, Slot, as_dtype
 from inlay.ops.rows import rows as rows_product
 from inlay.routing import Router, Rows
-from inlay.storage import Storage, storage_of
+from inlay.storage import Rounding, Storage, storage_of
 
 _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -239,6 +239,7 @@ class Adapted(_Light):
     _merged: tuple[str, ...]
     _kept: dict[str, Any]
     _added: list[tuple[Tensor, Tensor, Any]]
+    rounding: Rounding | None
     _memo: _Memo
     _stacks: dict[tuple[tuple[str, ...], bool], Stack]
 
@@ -259,6 +260,7 @@ class Adapted(_Light):
             _merged=(),
             _kept={},
             _added=[],
+            rounding=None,
             _memo=_Memo(),
             _stacks={},
         )
@@ -330,8 +332,9 @@ class Adapted(_Light):
 
     def _frozen(self) -> nn.Module:
         """The layer with its pristine weight, while another stands in its place."""
-        self._pristine(self.kind.weight_name)
-        return replica(self.base_layer, self._kept)
+        self._stored(self.kind.weight_name)
+        storage = self.storage
+        return replica(self.base_layer, self._kept, None if storage.in_place else storage.settle)
 
     def operate(self, x: Tensor, W_OI: Tensor) -> Tensor:
         """The layer's operation, without bias, with the matrix ``W_OI``."""
@@ -402,7 +405,10 @@ class Adapted(_Light):
     @property
     def storage(self) -> Storage:
         """How the frozen weight is kept."""
-        return storage_of(self.base_layer)
+        return self._storage(self.kind.weight_name)
+
+    def _storage(self, parameter: str) -> Storage:
+        return storage_of(self.base_layer, parameter)
 
     def matrix(self) -> Tensor:
         """The pristine weight W_OI, dense."""
@@ -414,6 +420,11 @@ class Adapted(_Light):
         return self._pristine(self.kind.bias_name) if has_bias else None
 
     def _pristine(self, parameter: str) -> Tensor:
+        """A pristine parameter, dense."""
+        return self._storage(parameter).dense(self.base_layer, self._stored(parameter))
+
+    def _stored(self, parameter: str) -> Tensor:
+        """A pristine parameter as it is stored."""
         if self._merged:
             if not self._kept:
                 raise BaseGoneError(
@@ -423,29 +434,31 @@ class Adapted(_Light):
             if parameter in self._kept:
                 kept: Tensor = self._kept[parameter]
                 return kept
-        with self.storage.reading(self.base_layer, parameter) as W:
-            return W
+        return self._storage(parameter).stored(self.base_layer, parameter)
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        """What the pristine weight consists of: it has changed where one of these has."""
+        return self.storage.parts(self._stored(self.kind.weight_name))
 
     def remember(self, key: Hashable, owners: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
         """``make()``, or its last result where neither an owner nor the pristine weight has changed since."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in owners)):
             return make()
-        value: Tensor = self._memo.get(key, (*owners, self._pristine(self.kind.weight_name)), make)
+        value: Tensor = self._memo.get(key, (*owners, *self._parts()), make)
         return value
 
     def row_squares(self) -> Tensor:
         """Squared norm of each row of the pristine weight, O."""
         with torch.no_grad():
-            W = self._pristine(self.kind.weight_name)
 
             def squares() -> Tensor:
-                W_OI = self.kind.to_matrix(self.base_layer, W)
+                W_OI = self.matrix()
                 W_OI = W_OI if W_OI.dtype == torch.float64 else W_OI.float()
                 return (W_OI * W_OI).sum(1)
 
-            if torch.compiler.is_compiling() or W.is_meta:
+            if torch.compiler.is_compiling() or (parts := self._parts())[0].is_meta:
                 return squares()
-            value: Tensor = self._memo.get("row squares", (W,), squares)
+            value: Tensor = self._memo.get("row squares", parts, squares)
             return value
 
     def effective(self, run: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
@@ -658,15 +671,22 @@ class Adapted(_Light):
                 self._replace(parameter, value, keep_base, aside)
 
     def _replace(self, parameter: str, value: Tensor, keep_base: bool, aside: Callable[[Tensor], Tensor]) -> None:
-        base = self.base_layer
+        base, storage = self.base_layer, self._storage(parameter)
         if keep_base and parameter not in self._kept:
-            self._kept[parameter] = (
-                base._parameters[parameter] if self.tied else self.storage.keep(base, parameter, aside)
-            )
+            keep = storage.stored(base, parameter) if self.tied else storage.keep(base, parameter, aside)
+            self._kept[parameter] = keep
         if self.tied:
-            base._parameters[parameter] = nn.Parameter(value.detach().clone(), requires_grad=False)
-        else:
-            self.storage.write(base, value, parameter)
+            self._put(parameter, storage.keep(base, parameter, torch.clone))
+        storage.write(base, value, parameter)
+        if not storage.in_place:
+            with storage.reading(base, parameter) as W:
+                self.rounding = Rounding.of(value, W)
+
+    def _put(self, parameter: str, W: Tensor) -> None:
+        """Has the layer use another parameter in place of its own."""
+        W = W if isinstance(W, nn.Parameter) else nn.Parameter(W.detach(), requires_grad=False)
+        self.base_layer._parameters[parameter] = W
+        self._storage(parameter).settle(self.base_layer)
 
     def _add_product(self, down: Tensor, up: Tensor, scale: Any, sign: int) -> None:
         kind = self.kind
@@ -693,9 +713,9 @@ class Adapted(_Light):
                 self._add_product(*f, sign=-1)
             for parameter, kept in self._kept.items():
                 if self.tied:
-                    self.base_layer._parameters[parameter] = kept
+                    self._put(parameter, kept)
                 else:
-                    self.storage.restore(self.base_layer, kept, parameter)
+                    self._storage(parameter).restore(self.base_layer, kept, parameter)
         self.forget()
 
     def check_unmerge(self) -> list[tuple[Tensor, Tensor, Any]]:
@@ -712,7 +732,7 @@ class Adapted(_Light):
 
     def forget(self) -> None:
         """Takes the weight as it stands for the pristine one."""
-        self._merged, self._kept, self._added = (), {}, []
+        self._merged, self._kept, self._added, self.rounding = (), {}, [], None
         self._refresh()
 
     # ------------------------------------------------------------------ what users of PEFT read and call
@@ -831,7 +851,8 @@ class Adapted(_Light):
         self._memo.clear()
         self._stacks.clear()
         if not self.tied:
-            self._kept = {k: fn(v) for k, v in self._kept.items()}
+            self._kept = {k: self._storage(k).moved(v, fn) for k, v in self._kept.items()}
+        self.storage.settle(self.base_layer)
         return self
 
     def extra_repr(self) -> str:
@@ -846,12 +867,19 @@ def _input_of(layer: nn.Module, kwargs: Mapping[str, Any]) -> str:
     return first if first in kwargs else next((k for k, v in kwargs.items() if isinstance(v, Tensor)), first)
 
 
-def replica(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A module that shares everything with ``module`` but some of its own parameters; ``module`` is only read."""
-    if torch.compiler.is_compiling():
+def replica(
+    module: nn.Module, tensors: Mapping[str, Tensor], settle: Callable[[nn.Module], None] | None = None
+) -> nn.Module:
+    """A module that shares everything with ``module`` but some of its own parameters; ``module`` is only read.
+
+    ``settle`` is what has the rest of such a layer follow them, where it must (`Storage.settle`).
+    """
+    if settle is None and torch.compiler.is_compiling():
         return _Substituted(module, tensors)
     other = copy.copy(module)
     other.__dict__["_parameters"] = {**module._parameters, **tensors}
+    if settle is not None:
+        settle(other)
     return other
 
 

@@ -30,7 +30,7 @@ from inlay.match import ParameterTarget, Skip, why
 from inlay.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from inlay.replicate import replicated
 from inlay.state import EMBEDDING_NAMES, embedding_weights
-from inlay.storage import storage_of
+from inlay.storage import storage_of, stored_parameters
 
 T = TypeVar("T")
 _Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a model is called with
@@ -436,8 +436,8 @@ def _sums(
     gradients = sum(row.gradient_bytes for row in rows) + _nbytes(old)
     return Totals(
         trainable=sum(row.parameters for row in rows) + _numel(old),
-        parameters=sum(row.added for row in rows) + _numel(model.parameters()),
-        frozen_bytes=_nbytes(model.parameters()) + _nbytes(model.buffers()),
+        parameters=sum(row.added for row in rows) + sum(storage.numel(p) for p, storage in stored_parameters(model)),
+        frozen_bytes=sum(storage.nbytes(p) for p, storage in stored_parameters(model)) + _nbytes(model.buffers()),
         adapter_bytes=sum(row.nbytes for row in rows),
         gradient_bytes=gradients,
         optimizer_bytes=sum(row.optimizer_bytes for row in rows) + sum(_states(optimizer, p) for p in old),
@@ -529,21 +529,34 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
         empty = torch.empty_like(t, device="meta", requires_grad=False)
         return nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
 
-    copied = _copied(model, without_numbers).train()
+    packed = [(module, storage_of(module)) for module in model.modules()]
+    # What unpacks a weight has to see its numbers: an ordinary layer of the same shape stands in for it.
+    stand_ins = {id(m): _ordinary(m, storage.facts(m)[0]) for m, storage in packed if not storage.in_place}
+    copied = _copied(model, without_numbers, stand_ins).train()
     for module in copied.modules():
         if "gradient_checkpointing" in module.__dict__:
             module.__dict__["gradient_checkpointing"] = False
     return copied
 
 
-def _copied(model: nn.Module, made: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of the model's modules, with ``made(t)`` for each of its tensors."""
+def _copied(
+    model: nn.Module, made: Callable[[Tensor], Tensor], stand_ins: Mapping[int, nn.Module] | None = None
+) -> nn.Module:
+    """A copy of the model's modules, with ``made(t)`` for each of its tensors; ``stand_ins`` by id of the module."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for t in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
             if isinstance(t, Tensor) and id(t) not in memo:
                 memo[id(t)] = made(t)
+    memo.update(stand_ins or {})
     return copy.deepcopy(model, memo)
+
+
+def _ordinary(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    kind = kind_of(layer)
+    assert kind is not None, "packed layers are of a known kind"
+    has_bias = layer._parameters.get(kind.bias_name) is not None
+    return nn.Linear(*kind.features(layer), bias=has_bias, device="meta", dtype=dtype)
 
 
 def _kept_by(model: nn.Module, call: _Call, mode: _OnMeta) -> int:

@@ -211,7 +211,8 @@ class Work:
 
     def kept_dtype(self) -> torch.dtype:
         """dtype of the frozen weight, as a float."""
-        return storage_of(self.layer).facts(self.layer, self.kind.weight_name)[0]
+        name = self.kind.weight_name
+        return storage_of(self.layer, name).facts(self.layer, name)[0]
 
     @property
     def layer(self) -> nn.Module:
@@ -383,7 +384,8 @@ def _works_for(found: Survey, config: AdapterConfig, target: match.Target) -> li
     layer = _unwrapped(module)
     kind = module.kind if isinstance(module, Adapted) else kind_of(layer)
     assert kind is not None, "the plan holds supported kinds only"
-    if (why := kind.unadaptable(layer)) is not None:
+    why = kind.unadaptable(layer) or storage_of(layer, kind.weight_name).unreadable(layer, kind.weight_name)
+    if why is not None:
         raise UnsupportedLayerError(f"{target.name} ({type(layer).__name__}) cannot be adapted: {why}.")
     if isinstance(kind, ParameterKind):
         raise UnsupportedLayerError(f"{target.name} is adapted through target_parameters already: it cannot be both.")
@@ -434,6 +436,8 @@ def _parameter_works(found: Survey, config: AdapterConfig, targets: list[match.P
     if any(not isinstance(k, ParameterKind) for k in standing):
         raise UnsupportedLayerError(f"{path} is adapted through target_modules already: it cannot be both.")
     layer = _unwrapped(found.modules[path])
+    for target in targets:
+        _check_bare(path, layer, target.parameter)
     wrapped = {k.weight_name for k in standing} | {t.parameter for t in targets}
     order = [name for name in layer._parameters if name in wrapped]
     works = []
@@ -443,6 +447,16 @@ def _parameter_works(found: Survey, config: AdapterConfig, targets: list[match.P
         adapter = _adapter(found, config, kind, layer, f"{path}.{target.parameter}", target.overrides, key_path)
         works.append(Work(key_path, parent, attribute, kind, adapter, found.tied(layer, target.parameter)))
     return works
+
+
+def _check_bare(path: str, layer: nn.Module, parameter: str) -> None:
+    storage = storage_of(layer, parameter)
+    why = storage.unreadable(layer, parameter) if storage.in_place else f"it is packed ({storage.name})"
+    if why is not None:
+        raise UnsupportedLayerError(
+            f"target_parameters reached {path}.{parameter}: {why}. Where {path} is a linear layer, name it in "
+            "target_modules instead."
+        )
 
 
 def _token_works(found: Survey, config: AdapterConfig) -> list[TokenWork]:
@@ -596,6 +610,7 @@ def _place(work: Work, found: Survey, router: Router, done: _Done) -> None:
             # In eval torch's encoder layer hands its layers' weights to one fused call, past every adapter, unless a
             # hook stands in the way.
             layer.register_forward_pre_hook(_in_the_way)
+        storage_of(work.layer, work.kind.weight_name).settle(work.layer)
         done.replace_everywhere(found, work.parent, work.attribute, layer)
         _bar_nesting(found, work, done)
     _add(layer, work.adapter, done)
@@ -731,14 +746,32 @@ def remove(model: nn.Module, merge: bool, safe_merge: bool = False, adapter_name
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PeftWarning)  # what was merged before is merged
                 wrapper.merge(adapter_names=adapter_names, keep_base=wrapper.merged)
-            wrapper.forget()
         elif wrapper.merged:
             wrapper.unmerge()
+    if merge:
+        tell_rounding(layers)
+        for wrapper in layers:
+            wrapper.forget()
     for parent, attribute, module in list(_places(model)):
         setattr(parent, attribute, _replacement(module, merge, adapter_names))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and module.__dict__.get("use_nested_tensor", False) is None:
             module.use_nested_tensor = True
+
+
+def tell_rounding(layers: Iterable[Adapted]) -> None:
+    """Warns of what merging into packed weights has rounded; each layer has its own figures as ``rounding``."""
+    rounded = [(layer.rounding, layer) for layer in layers if layer.rounding is not None]
+    if rounded:
+        mean = sum(figures.mean for figures, _ in rounded) / len(rounded)
+        worst, where = max(rounded, key=lambda pair: pair[0].largest)
+        packings = ", ".join(sorted({layer.storage.name for _, layer in rounded}))
+        warnings.warn(
+            f"Merged into {len(rounded)} packed weights ({packings}), which are rounded: by {mean:.2%} of the mean "
+            f"weight on average, by {worst.largest:.2%} of the largest at most ({where.path}). Unmerging is exact.",
+            PeftWarning,
+            stacklevel=4,
+        )
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -112,8 +112,6 @@ class LayerKind(ABC):
         W = layer._parameters.get(self.weight_name)
         if W is None:
             return "its weight is computed from others (weight norm or another parametrization)"
-        if not W.is_floating_point():
-            return f"its weight is packed as {W.dtype}, which no storage backend of this library reads yet"
         return None
 
     def unmergeable(self, layer: nn.Module) -> str | None:

@@ -42,12 +42,14 @@ from inlay.inject import (
     own_modules,
     prepare,
     remove,
+    tell_rounding,
     with_targets,
     wrappers,
 )
 from inlay.replicate import replicated
 from inlay.report import BASE_KEY, LoadReport
 from inlay.routing import BASE, Bound, Route, Router, Rows
+from inlay.storage import stored_parameters
 from inlay.storage.arena import Arena, bytes_of
 from inlay.trained import Tied
 
@@ -291,6 +293,7 @@ class Tuner(nn.Module):
             arena = Arena(sum(bytes_of(layer.weight) for layer in copied))
             for layer in changing:
                 layer.merge(adapter_names=adapter_names, keep_base=keep_base, aside=arena.copy)
+        tell_rounding(changing)
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the weights again."""
@@ -663,12 +666,10 @@ class PeftModel(nn.Module):
         return self.base_model.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) numbers of parameters; a packed 4-bit parameter counts the weights it stands for."""
+        """(trainable, all) numbers of parameters; a packed parameter counts the weights it stands for."""
         trainable = total = 0
-        for parameter in self.parameters():
-            n = parameter.numel() or int(getattr(parameter, "ds_numel", 0))
-            if type(parameter).__name__ == "Params4bit":
-                n *= 2 * parameter.element_size()
+        for parameter, storage in stored_parameters(self):
+            n = storage.numel(parameter) or int(getattr(parameter, "ds_numel", 0))
             total += n
             trainable += n if parameter.requires_grad else 0
         return trainable, total

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from inlay.storage import stored_parameters
+
 
 def prepare_model_for_kbit_training(
     model: nn.Module,
@@ -32,9 +34,9 @@ def prepare_model_for_kbit_training(
         >>> layer.weight.dtype, layer.weight.requires_grad
         (torch.float32, False)
     """
-    for parameter in model.parameters():
+    for parameter, storage in stored_parameters(model):
         parameter.requires_grad_(False)
-        if parameter.dtype in (torch.float16, torch.bfloat16):
+        if storage.in_place and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.to(torch.float32)
     if use_gradient_checkpointing:
         _checkpoint(model, gradient_checkpointing_kwargs)
@@ -53,7 +55,12 @@ def _checkpoint(model: nn.Module, kwargs: dict[str, Any] | None) -> None:
         else:
             embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
             embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-    start: Any = model.gradient_checkpointing_enable
+    # transformers 5.23 has given the method and its keyword a new name, and warns of the old one.
+    start: Any = getattr(model, "activation_checkpointing_enable", None)
+    if start is not None:
+        start(kwargs)
+        return
+    start = model.gradient_checkpointing_enable
     if kwargs is None:
         start()
     else:

@@ -13,6 +13,7 @@ from inlay.adapted import Adapted
 from inlay.errors import PlanError
 from inlay.inject import wrappers
 from inlay.state import root_of
+from inlay.storage import stored_parameters
 from inlay.trained import ModulesToSaveWrapper
 
 T = TypeVar("T")
@@ -137,7 +138,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     root, _ = root_of(model)
     names = sorted({n for layer in layers for n in layer.available_adapters})
     configs = getattr(model, "peft_config", {})
-    sizes = [(p.numel(), p.requires_grad) for p in root.parameters() if isinstance(p, torch.Tensor)]
+    sizes = [(storage.numel(p), p.requires_grad) for p, storage in stored_parameters(root)]
     return TunerModelStatus(
         base_model_type=type(root).__name__,
         adapter_model_type=next((type(c).__name__.replace("Config", "Model") for c in configs.values()), "None"),

@@ -14,6 +14,7 @@ from inlay.errors import RowsError, UnsupportedLayerError
 from inlay.layers import LayerKind, kind_of
 from inlay.methods._abstract import AbstractAdapter, Slot
 from inlay.routing import Router, Rows
+from inlay.storage import stored_parameters
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -48,6 +49,12 @@ class ModulesToSaveWrapper(nn.Module):
             raise UnsupportedLayerError(
                 f"modules_to_save cannot hold {path} ({type(module).__name__}): name modules that have a forward and "
                 "no adapter, such as a head."
+            )
+        packed = [storage.name for _, storage in stored_parameters(module) if not storage.in_place]
+        if packed:
+            raise UnsupportedLayerError(
+                f"modules_to_save cannot hold {path}: its weights are packed ({packed[0]}) and cannot be trained. "
+                "Load the model with this module left unpacked, or adapt it as a target."
             )
 
     def add(self, name: str) -> None:

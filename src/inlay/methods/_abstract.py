@@ -144,7 +144,7 @@ class AbstractAdapter(ABC):
         return p
 
     def restored(self, saved: Params, p: Params) -> Params:
-        """The tensors as memory holds them: undoes `saved`, of a file's tensors (perhaps not all) beside those here."""
+        """The tensors as memory holds them: undoes `saved`, of some or all of a file's tensors, beside those here."""
         return saved
 
     def begun_at(self, p: Params, initial: Params) -> Params:

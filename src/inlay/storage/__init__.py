@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch import nn
 
-from inlay.storage._abstract import Storage
+from inlay.storage._abstract import Rounding, Storage
+from inlay.storage.bnb import Bnb4, Bnb8
 from inlay.storage.plain import Plain
 
-STORAGES: tuple[Storage, ...] = (Plain(),)
+STORAGES: tuple[Storage, ...] = (Bnb4(), Bnb8(), Plain())
 
 
-def storage_of(layer: nn.Module) -> Storage:
-    """The row of `STORAGES` that owns the layer's weight."""
+def storage_of(layer: nn.Module, parameter: str = "weight") -> Storage:
+    """The row of `STORAGES` that owns a layer's parameter."""
     for storage in STORAGES[:-1]:
-        if storage.owns(layer):
+        if storage.owns(layer, parameter):
             return storage
     return STORAGES[-1]
 
 
-__all__ = ["STORAGES", "Storage", "storage_of"]
+def stored_parameters(model: nn.Module) -> Iterator[tuple[Any, Storage]]:
+    """Each parameter of a model once, as stored, with the row of `STORAGES` that owns it."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                storage = storage_of(module, name)
+                yield parameter if storage.in_place else storage.stored(module, name), storage
+
+
+__all__ = ["STORAGES", "Rounding", "Storage", "storage_of", "stored_parameters"]

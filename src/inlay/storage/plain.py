@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,22 @@ class Plain(Storage):
     name = "plain"
     in_place = True
 
-    def owns(self, layer: nn.Module) -> bool:
+    def owns(self, layer: nn.Module, parameter: str = "weight") -> bool:
         return True
 
-    @contextmanager
-    def reading(self, layer: nn.Module, parameter: str = "weight") -> Iterator[Tensor]:
-        yield layer.get_parameter(parameter)
+    def unreadable(self, layer: nn.Module, parameter: str) -> str | None:
+        W = layer._parameters.get(parameter)
+        if W is not None and type(W).__module__.startswith("torchao."):
+            return f"its weight is packed as a {type(W).__name__}, which no storage backend of this library reads yet"
+        if W is not None and not W.is_floating_point():
+            return f"its weight is packed as {W.dtype}, which no storage backend of this library reads yet"
+        return None
+
+    def stored(self, layer: nn.Module, parameter: str) -> Tensor:
+        return layer.get_parameter(parameter)
+
+    def dense(self, layer: nn.Module, stored: Tensor) -> Tensor:
+        return stored
 
     def write(self, layer: nn.Module, W: Tensor, parameter: str = "weight") -> None:
         with torch.no_grad():
