@@ -37,6 +37,8 @@ def trainer(folder: Path, steps: int = 6, **fields: Any) -> tuple[transformers.T
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
         dataloader_pin_memory=False,
     )
     made = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[TrainingHooksCallback()])
@@ -81,7 +83,7 @@ def test_other_methods_train_with_the_callback_as_without(tmp_path: Path) -> Non
 
 def _config(folder: Path, **adapter: Any) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
-    config = tree("sequence-classification", folder)
+    config = tree("sequence-classification", folder, keep_checkpoints=5)
     schedule = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 5, "deltaT": 2}
     config["adapter"] = {"method": "adalora", "lora_alpha": 8, "target_modules": TARGETS, **schedule, **adapter}
     return config

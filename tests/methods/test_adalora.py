@@ -197,7 +197,8 @@ def _untrained() -> Any:
     return causal(inlay)
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # the incumbent, of its own files
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # the incumbent of its own files
+@pytest.mark.filterwarnings("ignore:.*have invalid shape:peft.utils.warning.PeftWarning")
 @pytest.mark.parametrize("make", [_pruned, _untrained])
 def test_files_go_both_ways(make: Callable[[], Any], tmp_path: Path) -> None:
     model = make()
