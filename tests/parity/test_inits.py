@@ -98,11 +98,11 @@ def nothing_goes_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's LoftQ sends what it works on to CUDA, and has no other way: here it stays."""
     to = torch.Tensor.to
 
+    def here(value: Any) -> Any:
+        return "cpu" if isinstance(value, str | torch.device) and "cuda" in str(value) else value
+
     def stay(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs = {k: "cpu" if "cuda" in str(v) else v for k, v in kwargs.items()}
-        return to(
-            self, *("cpu" if isinstance(a, str | torch.device) and "cuda" in str(a) else a for a in args), **kwargs
-        )
+        return to(self, *map(here, args), **{k: here(v) for k, v in kwargs.items()})
 
     monkeypatch.setattr(torch.Tensor, "to", stay)
 
