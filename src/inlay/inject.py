@@ -384,12 +384,18 @@ def _works_for(found: Survey, config: AdapterConfig, target: match.Target) -> li
     layer = _unwrapped(module)
     kind = module.kind if isinstance(module, Adapted) else kind_of(layer)
     assert kind is not None, "the plan holds supported kinds only"
-    why = kind.unadaptable(layer) or storage_of(layer, kind.weight_name).unreadable(layer, kind.weight_name)
+    storage = storage_of(layer, kind.weight_name)
+    why = kind.unadaptable(layer) or storage.unreadable(layer, kind.weight_name)
     if why is not None:
         raise UnsupportedLayerError(f"{target.name} ({type(layer).__name__}) cannot be adapted: {why}.")
     if isinstance(kind, ParameterKind):
         raise UnsupportedLayerError(f"{target.name} is adapted through target_parameters already: it cannot be both.")
     adapter = _adapter(found, config, kind, layer, target.name, target.overrides)
+    if adapter.quantises and not storage.in_place:
+        raise UnsupportedLayerError(
+            f"{target.name} is packed already ({storage.name}): start by True, then call replace_lora_weights_loftq "
+            "with the weights that it was packed from."
+        )
     work = Work(target.name, parent, attribute, kind, adapter, found.tied(layer, kind.weight_name), target)
     if not isinstance(layer, nn.MultiheadAttention):
         return [work]

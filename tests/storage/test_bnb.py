@@ -7,15 +7,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from laws import Net, bits, close, disturb, pack4, pack8, same_bits, same_state
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import inlay
 from inlay.errors import BaseGoneError, PeftWarning, UnsupportedLayerError
+from inlay.inject import wrappers
 from inlay.storage import storage_of
 
 pytestmark = [pytest.mark.bnb, pytest.mark.filterwarnings("ignore:Merged into")]
@@ -277,3 +280,40 @@ def test_bitsandbytes_is_not_imported() -> None:
         "assert not [n for n in sys.modules if n.startswith('bitsandbytes')]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------- starting values
+
+
+@each
+def test_loftq_after_the_fact(pack: Pack, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    original = nn.Linear(64, 32)
+    save_file({"m.weight": original.weight.detach().clone()}, tmp_path / "original.safetensors")
+    model = inlay.get_peft_model(base(pack), inlay.LoraConfig(r=8, target_modules=["m"]))
+    packed, lost = raw(model.base_model.model.m.base_layer), wrapper(model).matrix().float() - original.weight
+    inlay.replace_lora_weights_loftq(model, tmp_path / "original.safetensors")
+    assert (lost + wrapper(model).get_delta_weight("default").float()).norm() < 0.8 * lost.norm()
+    for key, t in raw(model.base_model.model.m.base_layer).items():
+        assert torch.equal(t, packed[key])
+
+
+@each
+def test_loftq_beforehand_is_refused(pack: Pack) -> None:
+    model = base(pack)
+    config = inlay.LoraConfig(
+        r=8, target_modules=["m"], init_lora_weights="loftq", loftq_config=inlay.LoftQConfig(loftq_bits=4)
+    )
+    with pytest.raises(UnsupportedLayerError, match="replace_lora_weights_loftq"):
+        inlay.get_peft_model(model, config)
+    assert not list(wrappers(model))
+
+
+@each
+def test_a_start_from_the_weight(pack: Pack) -> None:
+    expected = base(pack)(x_BI)
+    model = inlay.get_peft_model(base(pack), inlay.LoraConfig(r=8, target_modules=["m"], init_lora_weights="pissa"))
+    assert wrapper(model).params("default")["up"].norm() > 0
+    close(model(x_BI), expected, 1e-3)
+    with model.disable_adapter():
+        same_bits(model(x_BI), expected)

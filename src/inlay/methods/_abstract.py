@@ -96,6 +96,8 @@ class AbstractAdapter(ABC):
     scaling: float | Tensor = 1.0
     # `saved` gives another adapter than the config says: the one that the config's `as_saved` describes.
     converts: bool = False
+    # It starts from what quantising the frozen weight would lose, so that one which is packed has no such start.
+    quantises: bool = False
 
     slots: dict[str, Slot]
 

@@ -49,7 +49,8 @@ class StartedLowRank(AbstractLowRank):
         # PEFT starts a table as ever, whatever is asked for.
         self.start = None if kind.indexed or tied else inits.computed(self.init, loftq_config)
         if self.start is not None:
-            self.offset = ("down0", "up0") if self.converts else ("W0",)
+            self.quantises = not self.converts
+            self.offset = ("W0",) if self.quantises else ("down0", "up0")
         for key in self.offset:
             shape = self.slots[key[:-1]].shape if self.converts else kind.shape(base)
             self.slots[key] = Slot(shape, f"lora_offset_{_OFFSETS[key]}", trainable=False, filed=False)
