@@ -247,7 +247,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             {"oft_block_size": 4, "use_cayley_neumann": False}, {"use_cayley_neumann": True}, additive=False
         ),
         "shared": Option({"oft_block_size": 4, "block_share": True}, {"block_share": False}, additive=False),
-        "dropout": Option({"oft_block_size": 4, "module_dropout": 0.5}, {"module_dropout": 0.0}, additive=False),
+        "dropout": Option({"oft_block_size": 4, "module_dropout": 0.1}, {"module_dropout": 0.0}, additive=False),
     },
     "LOHA": {
         "plain": Option({"r": 1, "alpha": 3}, {"r": 3, "use_effective_conv2d": True}),
