@@ -221,7 +221,8 @@ def explain(
         config (`AdapterConfig`): What to put into it.
         batch (`int`, *optional*): Rows of a training batch: with it, activations are told too.
         tokens (`int`, *optional*): Length of each row, for models that read sequences.
-        optimizer (`str`, *optional*, defaults to `"adamw"`): A key of `OPTIMIZERS`.
+        optimizer (`str`, *optional*, defaults to `"adamw"`): Whose states are counted: ``"adamw"``, ``"adam"``,
+            ``"sgd"``, ``"sgd_momentum"``, ``"adafactor"``, ``"adamw_8bit"``, ``"lion"`` or ``"lion_8bit"``.
         example (`Any`, *optional*): An input instead of ``batch`` and ``tokens``, where these do not tell what the
             model reads: a tensor, a tuple of positional arguments, a dict of keywords, or ``(tuple, dict)``. Only
             shapes and dtypes count. With labels in it, the loss is counted too.
