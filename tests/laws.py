@@ -299,6 +299,7 @@ UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
         for kind in ("Embedding", "Embedding with padding")
     },
     ("OFT", "dropout", "MultiheadAttention"): _ATTENTION_ONLY_WEIGHT,
+    ("OFT", "dropout", "MultiheadAttention without bias"): _ATTENTION_ONLY_WEIGHT,
     ("OFT", "dropout", "Parameter"): _PARAMETER_ONLY_WEIGHT,
     ("OFT", "dropout", "Parameter of experts"): _PARAMETER_ONLY_WEIGHT,
     **{
@@ -314,7 +315,11 @@ UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
     **{
         (method, "dropout", kind): why
         for method in ("LOHA", "LOKR")
-        for kind, why in (("MultiheadAttention", _ATTENTION_ONLY_WEIGHT), ("Parameter", _PARAMETER_ONLY_WEIGHT))
+        for kind, why in (
+            ("MultiheadAttention", _ATTENTION_ONLY_WEIGHT),
+            ("MultiheadAttention without bias", _ATTENTION_ONLY_WEIGHT),
+            ("Parameter", _PARAMETER_ONLY_WEIGHT),
+        )
     },
 }
 
