@@ -130,6 +130,20 @@ KINDS: dict[str, Kind] = {
 }
 
 
+_VARIANTS = frozenset(
+    {
+        "Linear without bias",
+        "Conv1d",
+        "Conv2d dilated",
+        "Conv2d reflecting",
+        "Conv3d",
+        "Embedding with padding",
+        "MultiheadAttention without bias",
+        "Parameter of experts",
+    }
+)
+
+
 @dataclass(frozen=True)
 class Packing:
     """One way a layer's frozen weight can be kept.
@@ -351,6 +365,12 @@ class Case:
     @property
     def id(self) -> str:
         return f"{self.method}-{self.option}-{self.kind}-{self.storage}"
+
+    @property
+    def marks(self) -> list[Any]:
+        """Its storage's, and `slow` where an option repeats on a variant of a layer what it shows on the layer."""
+        repeats = self.kind in _VARIANTS and self.option != next(iter(OPTIONS[self.method]))
+        return [*STORAGE[self.storage].marks, *([pytest.mark.slow] if repeats else [])]
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -40,12 +40,12 @@ def test_the_grid_is_whole() -> None:
 
 
 def marked(cells: Iterable[Case]) -> list[Any]:
-    return [pytest.param(case, marks=STORAGE[case.storage].marks) for case in cells]
+    return [pytest.param(case, marks=case.marks) for case in cells]
 
 
 def cells(laws: Iterable[Law], cases: Iterable[Case]) -> list[Any]:
     return [
-        pytest.param(law, case, marks=STORAGE[case.storage].marks, id=f"{case.id}-{law.__name__}")
+        pytest.param(law, case, marks=case.marks, id=f"{case.id}-{law.__name__}")
         for law in laws
         for case in cases
         if not (case.packed and law in OF_PLAIN)

@@ -64,10 +64,10 @@ class AdaLoraConfig(LoraConfig):
     patterned: ClassVar[dict[str, str]] = {"lora_alpha": "alpha_pattern"}
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("use_dora", "use_rslora", "lora_bias"):
+        for name in ("use_dora", "use_rslora", "lora_bias", "loftq_config"):
             if getattr(self, name):
                 raise self.unsupported(name, "has no meaning for AdaLoRA")
+        super().__post_init__()
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise self.unsupported("init_lora_weights", "is LoRA's: AdaLoRA starts by True or False")
         if self.r != 8:
