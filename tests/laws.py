@@ -9,7 +9,7 @@ import copy
 import io
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -369,7 +369,7 @@ class Case:
     @property
     def marks(self) -> list[Any]:
         """Its storage's, and `slow` where an option repeats on a variant of a layer what it shows on the layer."""
-        repeats = self.kind in _VARIANTS and self.option != next(iter(OPTIONS[self.method]))
+        repeats = self.kind in _VARIANTS and self.option != next(iter(OPTIONS.get(self.method, [self.option])))
         return [*STORAGE[self.storage].marks, *([pytest.mark.slow] if repeats else [])]
 
     @property
@@ -891,3 +891,13 @@ LAWS: tuple[Law, ...] = (
     gradients_are_derivatives,
     autocast_is_close,
 )
+
+
+def cells(laws: Iterable[Law], cases: Iterable[Case]) -> list[Any]:
+    """Every law on every case, as parameters ``law, case`` of a test."""
+    return [
+        pytest.param(law, case, marks=case.marks, id=f"{case.id}-{law.__name__}")
+        for law in laws
+        for case in cases
+        if not (case.packed and law in OF_PLAIN)
+    ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import laws
 import pytest
 import torch
-from laws import KINDS, LAWS, MERGE_LAWS, STORAGE, Case, Law, Option
+from laws import KINDS, LAWS, MERGE_LAWS, STORAGE, Case, Law, Option, cells
 
 import inlay
 from inlay.config import PeftType
@@ -24,7 +24,8 @@ _REFUSED = {("SSF", "plain", kind) for kind in ("Linear without bias", "Conv2d d
 CASES = [Case("SSF", "plain", kind) for kind in _KINDS]
 MERGING = [case for case in CASES if case.key not in _REFUSED]
 CASES += [Case("SSF", "plain", "Linear", storage) for storage in STORAGE if storage != "plain"]
-by_id = {"ids": lambda case: case.id if isinstance(case, Case) else getattr(case, "__name__", str(case))}
+
+pytestmark = pytest.mark.filterwarnings("ignore:Merged into 1 packed weights")
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +48,12 @@ def ssf(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     PeftType._value2member_map_.pop("SSF", None)
 
 
-@pytest.mark.parametrize("case", CASES, **by_id)
-@pytest.mark.parametrize("law", LAWS, **by_id)
+@pytest.mark.parametrize(("law", "case"), cells(LAWS, CASES))
 def test_law(law: Law, case: Case) -> None:
     law(case)
 
 
-@pytest.mark.parametrize("case", MERGING, **by_id)
-@pytest.mark.parametrize("law", MERGE_LAWS, **by_id)
+@pytest.mark.parametrize(("law", "case"), cells(MERGE_LAWS, MERGING))
 def test_law_of_merging(law: Law, case: Case) -> None:
     law(case)
 

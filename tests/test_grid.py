@@ -9,7 +9,7 @@ from typing import Any
 import laws
 import pytest
 import torch
-from laws import KINDS, LAWS, MERGE_LAWS, OF_PLAIN, OPTIONS, STORAGE, UNMERGEABLE, UNSUPPORTED, Case, Law, cases
+from laws import KINDS, LAWS, MERGE_LAWS, OPTIONS, STORAGE, UNMERGEABLE, UNSUPPORTED, Case, Law, cases, cells
 from torch import Tensor
 
 import inlay
@@ -41,15 +41,6 @@ def test_the_grid_is_whole() -> None:
 
 def marked(cells: Iterable[Case]) -> list[Any]:
     return [pytest.param(case, marks=case.marks) for case in cells]
-
-
-def cells(laws: Iterable[Law], cases: Iterable[Case]) -> list[Any]:
-    return [
-        pytest.param(law, case, marks=case.marks, id=f"{case.id}-{law.__name__}")
-        for law in laws
-        for case in cases
-        if not (case.packed and law in OF_PLAIN)
-    ]
 
 
 @pytest.mark.parametrize(("law", "case"), cells(LAWS, cases()))

@@ -16,6 +16,8 @@ import inlay
 from inlay.errors import ConfigError
 from inlay.inject import wrappers
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* does not divide a layer's width")
+
 _KINDS = ("Linear", "Conv2d", "Embedding", "MultiheadAttention")
 
 
