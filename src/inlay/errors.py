@@ -13,7 +13,7 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     ├── PlanError (ValueError)
     │   ├── NoMatchingPeftModuleError             nothing in the model matches
     │   ├── UnknownArchitectureError              no default targets for this model type
-    │   ├── UnsupportedLayerError                 a target that the method cannot adapt
+    │   ├── UnsupportedLayerError (TypeError)     a target that the method cannot adapt
     │   └── PatternError                          a pattern that does not compile or may not come from a file
     ├── AdapterNameError (ValueError, KeyError)
     │   ├── DuplicateAdapterError
@@ -97,7 +97,7 @@ class UnknownArchitectureError(PlanError):
     """``target_modules`` is None and the model's type is in no default table."""
 
 
-class UnsupportedLayerError(PlanError):
+class UnsupportedLayerError(PlanError, TypeError):
     """A target is a kind of layer that the method cannot adapt."""
 
 

@@ -9,11 +9,12 @@ from parity.helpers import Pair, make_pair
 
 
 class Case(NamedTuple):
-    """A base, a LoRA config, and keyword arguments of the forward."""
+    """A base, a config, keyword arguments of the forward, and the tensors of which PEFT's own gradients are wrong."""
 
     base: str
     config: dict[str, Any]
     call: dict[str, Any] = {}
+    wrong: tuple[str, ...] = ()
 
     @property
     def follows_a_tie(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -161,6 +162,8 @@ BASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]
         partial(_floats, 2, 4, 9, 7),
     ),
     "conv2d-same": (lambda: One(nn.Conv2d(4, 8, 3, padding="same")), partial(_floats, 2, 4, 9, 7)),
+    "conv2d-dilated": (lambda: One(nn.Conv2d(4, 8, 3, padding=2, dilation=2)), partial(_floats, 2, 4, 9, 7)),
+    "conv2d-point": (lambda: One(nn.Conv2d(8, 6, 1, stride=2)), partial(_floats, 2, 8, 5, 7)),
     "conv2d-grouped": (lambda: One(nn.Conv2d(4, 8, 3, padding=1, groups=2)), partial(_floats, 2, 4, 9, 7)),
     "conv3d": (lambda: One(nn.Conv3d(4, 8, 3, stride=2, padding=1)), partial(_floats, 2, 4, 5, 6, 7)),
     "embedding": (lambda: One(nn.Embedding(16, 12), 12), _ids),
@@ -218,6 +221,21 @@ def base(name: str, dtype: torch.dtype | None = None) -> nn.Module:
 
 # ---------------------------------------------------------------- a pair
 
+CONFIGS = {
+    "LORA": "LoraConfig",
+    "ADALORA": "AdaLoraConfig",
+    "IA3": "IA3Config",
+    "LOHA": "LoHaConfig",
+    "LOKR": "LoKrConfig",
+    "OFT": "OFTConfig",
+}
+
+
+def config_of(library: ModuleType, fields: Config) -> Any:
+    """A config object of either library; ``peft_type`` names the method, which is LoRA if it is not given."""
+    own = copy.deepcopy(dict(fields))
+    return getattr(library, CONFIGS[own.pop("peft_type", "LORA")])(**own)
+
 
 @dataclass
 class Pair:
@@ -248,8 +266,8 @@ class Pair:
     def add(self, name: str, **config: Any) -> None:
         """Adds an adapter to both, with equal random weights."""
         with peft_may_warn():
-            self.theirs.add_adapter(name, peft.LoraConfig(**config))
-        self.ours.add_adapter(name, inlay.LoraConfig(**config))
+            self.theirs.add_adapter(name, config_of(peft, config))
+        self.ours.add_adapter(name, config_of(inlay, config))
         equalise(self, name)
 
 
@@ -284,7 +302,7 @@ def make_pair(
 
     Args:
         name: Key of a base.
-        config: Fields of the LoRA config.
+        config: Fields of the config, and ``peft_type`` where it is not LoRA's.
         more: Further adapters by name.
         dtype: Of the base; fp32 if not given.
         call: Keyword arguments of the forward beside the base's own.
@@ -294,12 +312,8 @@ def make_pair(
     _, args, own = prototype(name)
     args = tuple(a.to(dtype) if dtype is not None and a.is_floating_point() else a for a in args)
     with peft_may_warn():
-        theirs = peft.get_peft_model(
-            base(name, dtype), peft.LoraConfig(**copy.deepcopy(dict(config))), adapter_name, **kwargs
-        )
-    ours = inlay.get_peft_model(
-        base(name, dtype), inlay.LoraConfig(**copy.deepcopy(dict(config))), adapter_name, **kwargs
-    )
+        theirs = peft.get_peft_model(base(name, dtype), config_of(peft, config), adapter_name, **kwargs)
+    ours = inlay.get_peft_model(base(name, dtype), config_of(inlay, config), adapter_name, **kwargs)
     pair = Pair(theirs.eval(), ours.eval(), args, {**own, **(call or {})})
     equalise(pair, adapter_name)
     for other, fields in (more or {}).items():
