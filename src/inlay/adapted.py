@@ -69,8 +69,9 @@ class Leaf(_Light):
     def forward(self, x: Tensor | str) -> Tensor:
         # Offloading libraries hang their hooks on forward: asking by name here is how an offloaded tensor comes back.
         if isinstance(x, str):
-            return self.get_parameter(x)
-        return F.linear(x, self.get_parameter("weight"), self._parameters.get("bias"))
+            tensor: Tensor = getattr(self, x)
+            return tensor
+        return F.linear(x, self.weight, self._parameters.get("bias"))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self._parameters.items() if v is not None)
@@ -110,7 +111,8 @@ class Group(_Light):
         return self._all().items()
 
     def forward(self, name: str) -> Tensor:
-        return self.get_parameter(name)
+        tensor: Tensor = getattr(self, name)
+        return tensor
 
     def train(self, mode: bool = True) -> Group:
         # Nothing below reads the flag, and there may be thousands of leaves.

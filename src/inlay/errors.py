@@ -29,9 +29,9 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   └── BaseGoneError (RuntimeError)          keep_base=False gave the pristine weight away
     ├── FileError (ValueError)
     │   ├── MissingFileError (FileNotFoundError)
-    │   ├── CorruptFileError                      truncated, malformed, over a limit, of an unsafe kind
+    │   ├── CorruptFileError (SafetensorError)    truncated, malformed, over a limit, of an unsafe kind
     │   ├── TornPairError                         config and weights are not of one save
-    │   └── UnwritableError (OSError)
+    │   └── UnwritableError (PermissionError, NotADirectoryError)
     ├── LoadError (RuntimeError)                  the file does not fit; `.report` says where
     │   ├── IncompatibleBaseError                 made for another base model
     │   └── NonFiniteError                        NaN or infinity in the file's tensors
@@ -44,6 +44,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from inlay.report import LoadReport
@@ -161,7 +163,7 @@ class MissingFileError(FileError, FileNotFoundError):
     """A file that must be there is not."""
 
 
-class CorruptFileError(FileError):
+class CorruptFileError(FileError, SafetensorError):
     """A file is truncated, malformed, over a limit, or not a regular file."""
 
 
@@ -169,7 +171,7 @@ class TornPairError(FileError):
     """``adapter_config.json`` and the weights were not written by one save."""
 
 
-class UnwritableError(FileError, OSError):
+class UnwritableError(FileError, PermissionError, NotADirectoryError):
     """The directory cannot be written."""
 
 

@@ -22,6 +22,7 @@ from inlay.config import AdapterConfig, PeftConfig, TaskType
 from inlay.errors import (
     ConfigError,
     DuplicateAdapterError,
+    MissingFileError,
     PeftWarning,
     PlanError,
     RowsError,
@@ -718,6 +719,7 @@ class PeftModel(nn.Module):
 
         Raises:
             UnwritableError: The directory is a file, or cannot be written.
+            MissingFileError: Its name is empty.
             UnknownAdapterError: A selected adapter does not exist.
             ConfigError: ``path_initial_model_for_weight_conversion`` is given, and the method knows no such start.
             LoadError, FileError: The folder does not hold the same adapter.
@@ -725,6 +727,8 @@ class PeftModel(nn.Module):
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names)
         initial = path_initial_model_for_weight_conversion
+        if not str(save_directory):  # a Path of it would be the working directory
+            raise MissingFileError("The directory's name is empty: name a directory to save into.")
         directory = Path(save_directory)
         if directory.is_file():
             raise UnwritableError(f"{directory} is a file: name a directory to save into.")

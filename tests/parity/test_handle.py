@@ -15,6 +15,7 @@ import pytest
 import torch
 from parity.cases import BOTH, CASES, QV, B, pair_of
 from parity.helpers import Pair, adapted_names, assert_equal_tensors, base, make_pair, peft, peft_may_warn, tree
+from safetensors import SafetensorError
 from torch import nn
 
 import inlay
@@ -423,10 +424,13 @@ MISUSE: dict[str, Callable[[ModuleType, Path], Any]] = {
         base("stack"), lib.LoraConfig(target_modules=["q_proj"], modules_to_save=["layers"])
     ),
     "save into a file": lambda lib, d: plain(lib).save_pretrained(d / "file"),
+    "save below a file": lambda lib, d: plain(lib).save_pretrained(d / "file" / "below"),
+    "save into a directory without a name": lambda lib, d: plain(lib).save_pretrained(""),
     "save an unknown adapter": lambda lib, d: plain(lib).save_pretrained(d / "new", selected_adapters=["nobody"]),
     "load from nowhere": lambda lib, d: lib.PeftModel.from_pretrained(base("linears"), str(d / "nowhere")),
     "load an adapter from nowhere": lambda lib, d: plain(lib).load_adapter(str(d / "nowhere"), "x"),
     "load with no config": lambda lib, d: lib.PeftModel.from_pretrained(base("linears"), d, config={"r": 4}),
+    "load truncated weights": lambda lib, d: _load_truncated(lib, d),
     "load another shape": lambda lib, d: _load_another_rank(lib, d),
     "weights from nowhere": lambda lib, d: lib.load_peft_weights(str(d / "nowhere")),
     "merge with a str": lambda lib, d: plain(lib).merge_adapter(adapter_names="default"),
@@ -467,6 +471,13 @@ def _load_another_rank(lib: ModuleType, directory: Path) -> Any:
     return lib.PeftModel.from_pretrained(base("linears"), directory)
 
 
+def _load_truncated(lib: ModuleType, directory: Path) -> Any:
+    plain(peft).save_pretrained(directory)
+    path = directory / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    return lib.PeftModel.from_pretrained(base("linears"), directory)
+
+
 def _with_nan(lib: ModuleType) -> Any:
     model = plain(lib)
     with torch.no_grad():
@@ -492,13 +503,16 @@ def _two_copies(lib: ModuleType) -> Any:
 
 
 @pytest.mark.parametrize("misuse", MISUSE.values(), ids=MISUSE.keys())
-def test_misuse_raises_what_they_raise(misuse: Callable[[ModuleType, Path], Any], tmp_path: Path) -> None:
+def test_misuse_raises_what_they_raise(
+    misuse: Callable[[ModuleType, Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An ``except`` written for PEFT still catches it."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
     with peft_may_warn(), pytest.raises(Exception) as theirs:
         misuse(peft, tmp_path)
-    # what PEFT defines itself is caught by its own name, which the drop-in maps; here its builtin base counts
-    wanted = next(c for c in theirs.type.__mro__ if c.__module__ == "builtins")
+    # what PEFT defines itself is caught by its own name, which the drop-in maps; here the base it is made of counts
+    wanted = next(c for c in theirs.type.__mro__ if c.__module__ in ("builtins", SafetensorError.__module__))
     with pytest.raises(wanted) as ours:
         misuse(inlay, tmp_path)
     assert str(ours.value)
