@@ -119,6 +119,23 @@ def test_both_train(one: Case, two: Case) -> None:
     assert set(laws.gradients(model, model(one.inputs()))) == wanted
 
 
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")], ids=" then ".join)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Conv2d"])
+def test_a_change_taken_from_the_frozen_layer_beside_a_changed_input(
+    kind: str, training: bool, order: tuple[str, str]
+) -> None:
+    """DoRA rescales what the frozen layer makes of its own input, not of the rotated one."""
+    one, two = Case("LORA", "dora", kind), Case("OFT", "plain", kind)
+    x, model = one.inputs(), mixed(one, two).train(training)
+    model.set_adapter(list(order))
+    expected = model(x)
+    for name in order:
+        assert float((run(model, x, [name]) - expected).detach().abs().max()) > 1e-3
+    model.merge_adapter()
+    laws.close(model(x), expected)
+
+
 def _other_methods() -> list[str]:
     return [method for method in OPTIONS if method != "LORA"]
 
