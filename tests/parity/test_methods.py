@@ -192,8 +192,18 @@ def test_a_second_ia3_of_another_form() -> None:
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize(
     "name",
-    ["loha-linear", "lokr-linear", "lokr-conv2d-full", "oft-linear", "oft-linear-exact", "oft-embedding"]
-    + ["ia3-linear", "ia3-conv2d-into", "adalora-linear", "adalora-conv2d"],
+    [
+        "loha-linear",
+        "lokr-linear",
+        "lokr-conv2d-full",
+        "oft-linear",
+        "oft-linear-exact",
+        "oft-embedding",
+        "ia3-linear",
+        "ia3-conv2d-into",
+        "adalora-linear",
+        "adalora-conv2d",
+    ],
 )
 def test_16_bits(name: str, autocast: bool) -> None:
     pair = pair_of(CELLS[name], dtype=torch.bfloat16, autocast_adapter_dtype=autocast)
