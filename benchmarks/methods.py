@@ -32,7 +32,7 @@ def one_linear(library: Library, *, config: str, fields: dict[str, object]) -> C
     model = library.insert(base, library.config(config, target_modules=["0"], **fields))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data.add_(factor(name, "", "", parameter.shape))
+            parameter.data.copy_(factor(name, "", "", parameter.shape))
     model.train()
     x_BI = embeds(ROWS, 1, width=WIDTH)[:, 0].requires_grad_()
 

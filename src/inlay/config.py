@@ -141,7 +141,7 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
-    # The method's name, and fields that it must be given; its own config sets both.
+    # The method's name; and what tables and reports give it, where defaults do not do. Its own config sets both.
     method: ClassVar[str] = ""
     example: ClassVar[dict[str, Any]] = {}
     # Fields that PEFT's config of this method has and the shared block would write only when set.

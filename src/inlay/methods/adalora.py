@@ -61,6 +61,7 @@ class AdaLoraConfig(LoraConfig):
     total_step: int | None = None
 
     method: ClassVar[str] = "ADALORA"
+    example: ClassVar[dict[str, Any]] = {"total_step": 1000}
     patterned: ClassVar[dict[str, str]] = {"lora_alpha": "alpha_pattern"}
 
     def __post_init__(self) -> None:
