@@ -133,7 +133,7 @@ def test_public_calls_fetch_what_they_read(tmp_path: Path, hub: Hub) -> None:
     saved = inlay.get_peft_model(net(), inlay.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     saved.save_pretrained(tmp_path / "there")
     hub.files = {f"sub/{path.name}": path.read_bytes() for path in (tmp_path / "there").iterdir()}
-    where: dict[str, Any] = {"subfolder": "sub", "cache_dir": tmp_path / "c", "endpoint": hub.endpoint, "token": "hf_x"}
+    where: dict[str, Any] = {"subfolder": "sub", "cache_dir": tmp_path, "endpoint": hub.endpoint, "token": "hf_x"}
     assert inlay.PeftConfig.from_pretrained(REPO, **where) == inlay.LoraConfig.from_pretrained(tmp_path / "there")
     assert hub.got() == {CONFIG_NAME}
     loaded = inlay.PeftModel.from_pretrained(net(), REPO, revision=COMMIT, **where)
