@@ -385,6 +385,23 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(x) * self.embed_scale
 
 
+def test_a_lazy_layer_is_refused_as_a_target_and_left_alone_elsewhere() -> None:
+    base = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    with pytest.raises(UnsupportedLayerError, match=r"\b0\b.*no shape"):
+        inlay.get_peft_model(base, inlay.LoraConfig(target_modules=["0"]))
+    assert [type(m) for m in base] == [nn.LazyLinear, nn.Linear]
+    assert all(p.requires_grad for p in base.parameters())
+    model = inlay.get_peft_model(base, inlay.LoraConfig(target_modules=["1"]))
+    model(torch.ones(2, 3)).sum().backward()
+    assert not any(p.requires_grad for p in base[0].parameters())
+
+
+def test_making_a_model_of_transformers_warns_of_nothing(llama: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inlay.get_peft_model(llama, inlay.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
 def test_an_embedding_with_a_forward_of_its_own_is_refused() -> None:
     base = nn.Sequential(Positions(12, 4), nn.Linear(4, 2))
     with raises_and_leaves(base, UnsupportedLayerError, r"\b0\b"):

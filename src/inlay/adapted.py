@@ -68,10 +68,8 @@ class Leaf(_Light):
 
     def forward(self, x: Tensor | str) -> Tensor:
         # Offloading libraries hang their hooks on forward: asking by name here is how an offloaded tensor comes back.
-        if isinstance(x, str):
-            tensor: Tensor = getattr(self, x)
-            return tensor
-        return F.linear(x, self.weight, self._parameters.get("bias"))
+        W: Tensor = getattr(self, x if isinstance(x, str) else "weight")
+        return W if isinstance(x, str) else F.linear(x, W, self._parameters.get("bias"))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self._parameters.items() if v is not None)

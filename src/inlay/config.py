@@ -264,7 +264,7 @@ class PeftConfig:
             CorruptFileError: It is not a JSON object, or not a regular file.
         """
         hub, own = sources.split_hub_arguments(kwargs)
-        directory = sources.locate(pretrained_model_name_or_path, subfolder=subfolder, **hub)
+        directory = sources.locate(pretrained_model_name_or_path, subfolder=subfolder, weights=False, **hub)
         values = files.read_config(directory)
         return cls.from_dict({**values, **own}, where=str(directory / CONFIG_NAME))
 

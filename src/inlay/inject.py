@@ -584,7 +584,7 @@ def apply(
     try:
         with collector_paused(), router.writing():
             for parameter in grads:
-                parameter.requires_grad_(False)
+                parameter.requires_grad = False  # requires_grad_() is not to be had of a lazy layer's
             for work in prepared.works:
                 _place(work, found, router, done)
             for path in prepared.saved:
@@ -598,7 +598,7 @@ def apply(
     except BaseException:
         done.undo()
         for parameter in grads:
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
         raise
 
 

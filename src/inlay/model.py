@@ -481,7 +481,11 @@ class PeftModel(nn.Module):
 
     def _prepare_checkpointing(self) -> None:
         model = self.base_model.model
-        if getattr(model, "is_gradient_checkpointing", False) and not getattr(model, "is_loaded_in_8bit", False):
+        # transformers' later name first: where both are there, the earlier one warns
+        checkpointing = getattr(model, "is_activation_checkpointing", None)
+        if checkpointing is None:
+            checkpointing = getattr(model, "is_gradient_checkpointing", False)
+        if checkpointing and not getattr(model, "is_loaded_in_8bit", False):
             enable = getattr(model, "enable_input_require_grads", None)
             if callable(enable):
                 enable()

@@ -43,12 +43,13 @@ def split_hub_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     return hub, {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS}
 
 
-def locate(model_id: str | Path, *, subfolder: str | None = None, **hub: Any) -> Path:
+def locate(model_id: str | Path, *, subfolder: str | None = None, weights: bool = True, **hub: Any) -> Path:
     """The local directory with the adapter's files, downloaded from the hub where ``model_id`` is no directory.
 
     Args:
         model_id (`str` or `Path`): A directory or an id on the hub.
         subfolder (`str`, *optional*): Folder inside it.
+        weights (`bool`, *optional*, defaults to `True`): Download the weights too, not the config alone.
         hub: Arguments of the hub's client (``revision``, ``token``, ``cache_dir``, ...).
 
     Raises:
@@ -65,7 +66,7 @@ def locate(model_id: str | Path, *, subfolder: str | None = None, **hub: Any) ->
         return inside
     from inlay.integrations import hub as client
 
-    return client.fetch(str(model_id), subfolder=subfolder, **hub)
+    return client.fetch(str(model_id), subfolder=subfolder, weights=weights, **hub)
 
 
 def base_vocabulary(model_id: str | None) -> int | None:

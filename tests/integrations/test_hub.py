@@ -8,11 +8,14 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
+from torch import nn
 
+import inlay
 from inlay.errors import CorruptFileError, MissingFileError, UnwritableError
 from inlay.formats.files import CONFIG_NAME, PICKLE_NAME, SAFETENSORS_NAME, read_pair, write_pair
 from inlay.integrations.hub import fetch, push
@@ -120,6 +123,23 @@ def test_the_config_alone(tmp_path: Path, hub: Hub) -> None:
     hub.files = saved(tmp_path / "there")
     directory = fetch(REPO, cache_dir=tmp_path / "cache", endpoint=hub.endpoint, token=False, weights=False)
     assert [path.name for path in directory.iterdir()] == [CONFIG_NAME]
+
+
+def test_public_calls_fetch_what_they_read(tmp_path: Path, hub: Hub) -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 3))
+
+    saved = inlay.get_peft_model(net(), inlay.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    saved.save_pretrained(tmp_path / "there")
+    hub.files = {f"sub/{path.name}": path.read_bytes() for path in (tmp_path / "there").iterdir()}
+    where: dict[str, Any] = {"subfolder": "sub", "cache_dir": tmp_path, "endpoint": hub.endpoint, "token": "hf_x"}
+    assert inlay.PeftConfig.from_pretrained(REPO, **where) == inlay.LoraConfig.from_pretrained(tmp_path / "there")
+    assert hub.got() == {CONFIG_NAME}
+    loaded = inlay.PeftModel.from_pretrained(net(), REPO, revision=COMMIT, **where)
+    assert hub.got() == {CONFIG_NAME, SAFETENSORS_NAME}
+    assert torch.equal(loaded(torch.ones(1, 3)), saved(torch.ones(1, 3)))
+    assert {token for _, _, token in hub.asked} == {"Bearer hf_x"}
 
 
 def test_subfolder_and_one_commit_for_both(tmp_path: Path, hub: Hub) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from inlay.storage._abstract import Storage
 
@@ -21,6 +22,8 @@ class Plain(Storage):
 
     def unreadable(self, layer: nn.Module, parameter: str) -> str | None:
         W = layer._parameters.get(parameter)
+        if W is not None and is_lazy(W):
+            return "its weight has no shape before the first forward; run one, then adapt it"
         if W is not None and type(W).__module__.startswith("torchao."):
             return f"its weight is packed as a {type(W).__name__}, which no storage backend of this library reads yet"
         if W is not None and not W.is_floating_point():
