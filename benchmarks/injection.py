@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.library import Library, Setting
 from benchmarks.models import LINEARS_PER_EXPERT_LAYER, Experts
 from benchmarks.report import Entry, Figure, Goal, figure
-from benchmarks.timing import Contestant, Measured, Outcome, Race
+from benchmarks.timing import Contestant, Measured, Missing, Outcome, Race
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 
@@ -49,6 +49,18 @@ def measure(setting: Setting) -> Iterator[Figure]:
         candidate=Entry(many["candidate"], times(4, few["candidate"])),
         goal=Goal(1.25),
     )
+    race = Race({"candidate": lambda: explaining(setting.candidate, largest)}, warm=False)
+    yield Figure(
+        f"explain {count(largest)} linears on meta",
+        incumbent=Entry(Missing("the incumbent has no such function")),
+        candidate=Entry(race.run(seconds=0, least=3, pays_gc=True)["candidate"]),
+        goal=Goal(2, "value"),
+    )
+
+
+def explaining(library: Library, layers: int) -> Contestant:
+    model = Experts(layers)
+    return Contestant(lambda: library.explain(model, library.lora(target_modules=TARGETS)), at_most=3)
 
 
 def inject(setting: Setting, layers: int) -> dict[str, Outcome]:

@@ -29,6 +29,9 @@ class Library(Protocol):
     def adapt(self, model: nn.Module, config: Any, adapter: str = "default") -> Any:
         """The handle around `model`, with one adapter in it."""
 
+    def explain(self, model: nn.Module, config: Any) -> Any:
+        """What the config would do to `model`."""
+
     def insert(self, model: nn.Module, config: Any) -> nn.Module:
         """`model` itself with one adapter in it, and no handle around it."""
 
@@ -54,6 +57,9 @@ class PeftLike:
 
     def adapt(self, model: nn.Module, config: Any, adapter: str = "default") -> Any:
         return self.module.get_peft_model(model, config, adapter_name=adapter)
+
+    def explain(self, model: nn.Module, config: Any) -> Any:
+        return self.module.explain(model, config)
 
     def insert(self, model: nn.Module, config: Any) -> nn.Module:
         adapted: nn.Module = self.module.inject_adapter_in_model(config, model)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 from inlay import sources
 from inlay.errors import (
     ConfigError,
+    FieldTypeError,
     PeftWarning,
     UnknownFieldError,
     UnknownMethodError,
@@ -182,7 +183,7 @@ class PeftConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             if not _fits(value, hints[f.name]):
-                raise ConfigError(
+                raise FieldTypeError(
                     f"{type(self).__name__}.{f.name} must be {_readable(hints[f.name])}, got {value!r} "
                     f"({type(value).__name__})."
                 )

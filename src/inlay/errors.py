@@ -6,6 +6,7 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     PeftError
     ├── ConfigError (ValueError)
     │   ├── UnknownFieldError (TypeError)         a constructor got a field that does not exist
+    │   ├── FieldTypeError (TypeError)            a field has a value of the wrong type
     │   ├── UnsupportedFieldError (NotImplementedError)  the field exists, what it asks for is not built yet
     │   ├── UnknownMethodError (KeyError)         peft_type names no method of this library
     │   ├── TokenIndexError (IndexError)          a token outside the vocabulary
@@ -69,6 +70,10 @@ class ConfigError(PeftError, ValueError):
 
 class UnknownFieldError(ConfigError, TypeError):
     """A config's constructor got a field that does not exist."""
+
+
+class FieldTypeError(ConfigError, TypeError):
+    """A field's value is of another type than the field."""
 
 
 class UnsupportedFieldError(ConfigError, NotImplementedError):

@@ -370,6 +370,11 @@ class Tuner(nn.Module):
             del self.model.peft_config
         return self.model
 
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Names of the adapted layers, bare parameters' modules aside."""
+        return [name for name, layer in self.layers() if layer.kind.name != "Parameter"]
+
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The model's own config as a dict."""
