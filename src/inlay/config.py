@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 import sys
 import types
 import typing
@@ -33,6 +34,7 @@ from inlay.formats import files
 # The level of PEFT's file format that is written, kept in the key that PEFT itself uses for it.
 FORMAT_VERSION = "0.21.2"
 CONFIG_NAME = files.CONFIG_NAME
+RANKS = "[1, 2147483647]"
 
 
 class TaskType(str, enum.Enum):
@@ -116,6 +118,26 @@ def when_set() -> dict[str, str]:
     return {"written": _Written.WHEN_SET}
 
 
+def within(interval: str) -> dict[str, str]:
+    """Metadata of a field whose number, or every number of whose table, lies in an interval such as ``"[0, 1)"``."""
+    return {"within": interval}
+
+
+_INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
+
+
+def _outside(value: Any, interval: str) -> Any:
+    """The first number in ``value``, of a table perhaps, that is not in the interval; None where all are."""
+    found = _INTERVAL.fullmatch(interval)
+    assert found is not None, "an interval of this library's own"
+    least, most = float(found[2]), float(found[3])
+    for number in value.values() if isinstance(value, dict) else (value,):
+        above = least <= number if found[1] == "[" else least < number
+        if not (above and (number <= most if found[4] == "]" else number < most)):
+            return number
+    return None
+
+
 @dataclass
 class PeftConfig:
     """What every config has, whatever the method.
@@ -187,6 +209,9 @@ class PeftConfig:
                     f"{type(self).__name__}.{f.name} must be {_readable(hints[f.name])}, got {value!r} "
                     f"({type(value).__name__})."
                 )
+            interval = f.metadata.get("within")
+            if interval and value is not None and (found := _outside(value, interval)) is not None:
+                raise ConfigError(f"{f.name} must be in {interval}, got {str(found)[:20]}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values that JSON can hold; sets become sorted lists."""

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay.config import AdapterConfig
-from inlay.errors import ConfigError
+from inlay.config import RANKS, AdapterConfig, within
 from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractDelta, Params, Slot
 
@@ -32,12 +31,12 @@ class LycorisConfig(AdapterConfig):
         alpha_pattern (`dict[str, float]`, *optional*): Alpha by layer.
     """
 
-    r: int = 8
+    r: int = field(default=8, metadata=within(RANKS))
     alpha: float = 8
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
+    rank_dropout: float = field(default=0.0, metadata=within("[0, 1]"))
+    module_dropout: float = field(default=0.0, metadata=within("[0, 1]"))
     use_effective_conv2d: bool = False
-    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata=within(RANKS))
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)
 
     patterned: ClassVar[dict[str, str]] = {"r": "rank_pattern", "alpha": "alpha_pattern"}
@@ -46,12 +45,6 @@ class LycorisConfig(AdapterConfig):
     def __post_init__(self) -> None:
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         super().__post_init__()
-        for r in (self.r, *self.rank_pattern.values()):
-            if r < 1:
-                raise ConfigError(f"r and the values of rank_pattern must be at least 1, got {r}.")
-        for name in ("rank_dropout", "module_dropout"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
 
 
 class Lycoris(AbstractDelta):

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inlay.config import RANKS, within
 from inlay.errors import ConfigError, PeftWarning
 from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractLowRank, Layer, Params, Slot, as_dtype
@@ -50,15 +51,17 @@ class AdaLoraConfig(LoraConfig):
     """
 
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]  # PEFT's own has another meaning here
-    target_r: int = 8
-    init_r: int = 12
-    tinit: int = 0
-    tfinal: int = 0
-    deltaT: int = 1
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
-    total_step: int | None = None
+    lora_alpha: float = field(default=8, metadata=within("(0, 2147483647]"))
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=within("(0, 2147483647]"))
+    target_r: int = field(default=8, metadata=within("[0, 2147483647]"))
+    init_r: int = field(default=12, metadata=within(RANKS))
+    tinit: int = field(default=0, metadata=within("[0, inf)"))
+    tfinal: int = field(default=0, metadata=within("[0, inf)"))
+    deltaT: int = field(default=1, metadata=within("[1, inf)"))
+    beta1: float = field(default=0.85, metadata=within("(0, 1)"))
+    beta2: float = field(default=0.85, metadata=within("(0, 1)"))
+    orth_reg_weight: float = field(default=0.5, metadata=within("[0, inf)"))
+    total_step: int | None = field(default=None, metadata=within("[1, inf)"))
 
     method: ClassVar[str] = "ADALORA"
     example: ClassVar[dict[str, Any]] = {"total_step": 1000}
@@ -73,21 +76,7 @@ class AdaLoraConfig(LoraConfig):
             raise self.unsupported("init_lora_weights", "is LoRA's: AdaLoRA starts by True or False")
         if self.r != 8:
             warnings.warn("AdaLoRA does not use r: init_r is the rank at the start.", PeftWarning, stacklevel=3)
-        self._check_ranges()
         self.check_schedule()
-
-    def ranks(self) -> tuple[int, ...]:
-        return (self.init_r,)
-
-    def _check_ranges(self) -> None:
-        for name, least in (("target_r", 0), ("tinit", 0), ("tfinal", 0), ("deltaT", 1), ("orth_reg_weight", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be above 0 and below 1, got {getattr(self, name)}.")
-        if not all(alpha > 0 for alpha in (self.lora_alpha, *self.alpha_pattern.values())):
-            raise ConfigError(f"lora_alpha must be above 0, got {self.lora_alpha}.")
         if self.target_r > self.init_r:
             warnings.warn(
                 f"target_r={self.target_r} is above init_r={self.init_r}: ranks will not fall.",
@@ -102,8 +91,6 @@ class AdaLoraConfig(LoraConfig):
         """Raises `ConfigError` where the steps leave no time for ranks to fall."""
         if self.total_step is None:
             return
-        if self.total_step <= 0:
-            raise ConfigError(f"total_step must be above 0, got {self.total_step}.")
         if self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
                 f"tinit={self.tinit} and tfinal={self.tfinal} leave no step of total_step={self.total_step} for the "

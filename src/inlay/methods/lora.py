@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay import inits
-from inlay.config import AdapterConfig, runtime_only
+from inlay.config import RANKS, AdapterConfig, runtime_only, within
 from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
 from inlay.methods._abstract import Layer, Params, Slot, as_dtype, product
@@ -41,8 +41,6 @@ class LoraRuntimeConfig:
 
     ephemeral_gpu_offload: bool = False
 
-
-_LARGEST_RANK = 2**31 - 1
 
 # Fields of PEFT's config that wait for an issue of their own, with the value that asks for nothing.
 _LATER: dict[str, Any] = {
@@ -86,13 +84,13 @@ class LoraConfig(AdapterConfig):
         16
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    r: int = field(default=8, metadata=within(RANKS))
+    lora_alpha: float = field(default=8, metadata=within("[-2147483647, 2147483647]"))
+    lora_dropout: float = field(default=0.0, metadata=within("[0, 1)"))
     use_rslora: bool = False
     init_lora_weights: bool | str = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=within(RANKS))
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=within("[-2147483647, 2147483647]"))
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     loftq_config: inits.LoftQConfig | dict[str, Any] | None = field(default_factory=dict)
@@ -118,14 +116,6 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for r in self.ranks():
-            if not 0 < r <= _LARGEST_RANK:
-                raise ConfigError(f"r and the values of rank_pattern must be 1 to {_LARGEST_RANK}, got {str(r)[:20]}.")
-        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if abs(alpha) > _LARGEST_RANK:
-                raise ConfigError(f"lora_alpha must be below {_LARGEST_RANK}, got {str(alpha)[:20]}.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}.")
         for name, unset in _LATER.items():
             if getattr(self, name) not in (unset, None):
                 raise self.unsupported(name)
@@ -137,10 +127,6 @@ class LoraConfig(AdapterConfig):
             raise ConfigError("lora_alpha must not be 0: starting values of the weight are divided by the scale.")
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora_bias and use_dora cannot both be set: DoRA has no place for the bias.")
-
-    def ranks(self) -> tuple[int, ...]:
-        """Every rank that the config gives."""
-        return (self.r, *self.rank_pattern.values())
 
     def as_saved(self) -> Self:
         # The factors stand twice in the file, [A; A0] and [B, -B0], and the scale stays what it was.

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay.config import AdapterConfig, when_set
+from inlay.config import RANKS, AdapterConfig, when_set, within
 from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype
@@ -52,17 +52,17 @@ class OFTConfig(AdapterConfig):
         32
     """
 
-    r: int = 0
-    oft_block_size: int = 32
-    module_dropout: float = 0.0
+    r: int = field(default=0, metadata=within("[0, 2147483647]"))
+    oft_block_size: int = field(default=32, metadata=within("[0, 2147483647]"))
+    module_dropout: float = field(default=0.0, metadata=within("[0, 1)"))
     init_weights: bool = True
     coft: bool = False
-    eps: float = 6e-5
+    eps: float = field(default=6e-5, metadata=within("[0, inf)"))
     block_share: bool = False
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = 5
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=when_set())
-    block_size_pattern: dict[str, int] = field(default_factory=dict, metadata=when_set())
+    num_cayley_neumann_terms: int = field(default=5, metadata=within("[2, 1000]"))
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=when_set() | within(RANKS))
+    block_size_pattern: dict[str, int] = field(default_factory=dict, metadata=when_set() | within(RANKS))
 
     method: ClassVar[str] = "OFT"
     patterned: ClassVar[dict[str, str]] = {"r": "rank_pattern", "oft_block_size": "block_size_pattern"}
@@ -73,23 +73,12 @@ class OFTConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.r == 0) == (self.oft_block_size == 0) or min(self.r, self.oft_block_size) < 0:
+        if (self.r == 0) == (self.oft_block_size == 0):
             raise ConfigError(
                 f"one of r and oft_block_size must be positive and the other 0, got r={self.r} and "
                 f"oft_block_size={self.oft_block_size}. (A file that has r alone is of before PEFT 0.14, whose OFT "
                 "was another one: train it anew.)"
             )
-        if min([1, *self.rank_pattern.values(), *self.block_size_pattern.values()]) < 1:
-            raise ConfigError("the values of rank_pattern and block_size_pattern must be at least 1.")
-        if not 0.0 <= self.module_dropout < 1.0:
-            raise ConfigError(f"module_dropout must be at least 0 and below 1, got {self.module_dropout}.")
-        if self.num_cayley_neumann_terms < 2:
-            raise ConfigError(
-                f"num_cayley_neumann_terms must be at least 2, got {self.num_cayley_neumann_terms}: with one term "
-                "nothing is rotated."
-            )
-        if self.eps < 0:
-            raise ConfigError(f"eps must not be negative, got {self.eps}.")
 
 
 class OFTAdapter(AbstractAdapter):
