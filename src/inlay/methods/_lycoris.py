@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from inlay.config import AdapterConfig
 from inlay.errors import ConfigError
 from inlay.layers import LayerKind
-from inlay.methods._abstract import AbstractDelta, Params, Slot
+from inlay.methods._abstract import AbstractDelta, Params, Slot, check_scale
 
 
 @dataclass
@@ -46,9 +46,7 @@ class LycorisConfig(AdapterConfig):
     def __post_init__(self) -> None:
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         super().__post_init__()
-        for r in (self.r, *self.rank_pattern.values()):
-            if r < 1:
-                raise ConfigError(f"r and the values of rank_pattern must be at least 1, got {r}.")
+        check_scale((self.r, *self.rank_pattern.values()), (self.alpha, *self.alpha_pattern.values()), "alpha")
         for name in ("rank_dropout", "module_dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")

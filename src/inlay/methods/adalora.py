@@ -77,7 +77,7 @@ class AdaLoraConfig(LoraConfig):
         self.check_schedule()
 
     def ranks(self) -> tuple[int, ...]:
-        return (self.init_r,)
+        return (self.init_r, max(self.target_r, 1))
 
     def _check_ranges(self) -> None:
         for name, least in (("target_r", 0), ("tinit", 0), ("tfinal", 0), ("deltaT", 1), ("orth_reg_weight", 0)):

@@ -24,7 +24,7 @@ from inlay import inits
 from inlay.config import AdapterConfig, runtime_only
 from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
-from inlay.methods._abstract import Layer, Params, Slot, as_dtype, product
+from inlay.methods._abstract import Layer, Params, Slot, as_dtype, check_scale, product
 from inlay.methods._started import StartedLowRank
 from inlay.ops.dora import dora, weight_norm
 from inlay.ops.dropout import apply_mask, draw_mask
@@ -41,8 +41,6 @@ class LoraRuntimeConfig:
 
     ephemeral_gpu_offload: bool = False
 
-
-_LARGEST_RANK = 2**31 - 1
 
 # Fields of PEFT's config that wait for an issue of their own, with the value that asks for nothing.
 _LATER: dict[str, Any] = {
@@ -118,12 +116,7 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for r in self.ranks():
-            if not 0 < r <= _LARGEST_RANK:
-                raise ConfigError(f"r and the values of rank_pattern must be 1 to {_LARGEST_RANK}, got {str(r)[:20]}.")
-        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if abs(alpha) > _LARGEST_RANK:
-                raise ConfigError(f"lora_alpha must be below {_LARGEST_RANK}, got {str(alpha)[:20]}.")
+        check_scale(self.ranks(), (self.lora_alpha, *self.alpha_pattern.values()), "lora_alpha")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}.")
         for name, unset in _LATER.items():

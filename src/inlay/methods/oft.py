@@ -25,6 +25,8 @@ from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype
 from inlay.ops.rotation import rotate, rotation
 
+_MOST_TERMS = 100  # each is a product of matrices, and a config may come from a file
+
 
 @dataclass
 class OFTConfig(AdapterConfig):
@@ -41,7 +43,7 @@ class OFTConfig(AdapterConfig):
         eps (`float`, *optional*, defaults to 6e-5): That distance, for all blocks of a layer together.
         block_share (`bool`, *optional*, defaults to `False`): One rotation for all blocks of a layer.
         use_cayley_neumann (`bool`, *optional*, defaults to `True`): The series, instead of solving a linear system.
-        num_cayley_neumann_terms (`int`, *optional*, defaults to 5): Its terms, at least 2; 3 is the same as 4.
+        num_cayley_neumann_terms (`int`, *optional*, defaults to 5): Its terms, 2 to 100; 3 is the same as 4.
         rank_pattern (`dict[str, int]`, *optional*): ``r`` by layer: suffix or regex of a name -> number of blocks.
         block_size_pattern (`dict[str, int]`, *optional*): ``oft_block_size`` by layer.
 
@@ -83,10 +85,10 @@ class OFTConfig(AdapterConfig):
             raise ConfigError("the values of rank_pattern and block_size_pattern must be at least 1.")
         if not 0.0 <= self.module_dropout < 1.0:
             raise ConfigError(f"module_dropout must be at least 0 and below 1, got {self.module_dropout}.")
-        if self.num_cayley_neumann_terms < 2:
+        if not 2 <= self.num_cayley_neumann_terms <= _MOST_TERMS:
             raise ConfigError(
-                f"num_cayley_neumann_terms must be at least 2, got {self.num_cayley_neumann_terms}: with one term "
-                "nothing is rotated."
+                f"num_cayley_neumann_terms must be 2 to {_MOST_TERMS}, got {str(self.num_cayley_neumann_terms)[:20]}: "
+                "with one term nothing is rotated, and so many are no better than use_cayley_neumann=False."
             )
         if self.eps < 0:
             raise ConfigError(f"eps must not be negative, got {self.eps}.")
