@@ -307,6 +307,7 @@ def test_a_tied_head_follows_with_the_rows_that_are_left(tmp_path: Path) -> None
         {"tinit": -1},
         {"init_r": 0},
         {"target_r": -1},
+        {"target_r": 2**31},
         {"lora_alpha": 0},
         {"alpha_pattern": {"q": -1}},
         {"rank_pattern": {"q": 2}},

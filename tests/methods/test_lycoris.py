@@ -174,7 +174,18 @@ def test_a_tied_layer_follows(config: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"r": 0}, {"rank_pattern": {"m": -1}}, {"rank_dropout": 1.5}, {"module_dropout": -0.1}]
+    "fields",
+    [
+        {"r": 0},
+        {"r": 2**63},
+        {"rank_pattern": {"m": -1}},
+        {"rank_pattern": {"m": 10**400}},
+        {"alpha": 1e308},
+        {"alpha_pattern": {"m": -1e308}},
+        {"rank_dropout": 1.5},
+        {"module_dropout": -0.1},
+    ],
+    ids=lambda fields: next(iter(fields)),
 )
 @pytest.mark.parametrize("config", [inlay.LoHaConfig, inlay.LoKrConfig])
 def test_impossible_values(config: Any, fields: dict[str, Any]) -> None:

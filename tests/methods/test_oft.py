@@ -18,7 +18,11 @@ def adapted(layer: nn.Module, **fields: Any) -> inlay.PeftModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("fields", [{"r": 4}, {"oft_block_size": 0}, {"num_cayley_neumann_terms": 1}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{"r": 4}, {"oft_block_size": 0}, {"num_cayley_neumann_terms": 1}, {"num_cayley_neumann_terms": 10**9}],
+    ids=str,
+)
 def test_contradictions_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         inlay.OFTConfig(**fields)

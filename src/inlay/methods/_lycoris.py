@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from inlay.config import RANKS, AdapterConfig, within
 from inlay.layers import LayerKind
-from inlay.methods._abstract import AbstractDelta, Params, Slot
+from inlay.methods._abstract import AbstractDelta, Params, Slot, check_scale
 
 
 @dataclass

@@ -24,7 +24,7 @@ from inlay import inits
 from inlay.config import RANKS, AdapterConfig, runtime_only, within
 from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
-from inlay.methods._abstract import Layer, Params, Slot, as_dtype, product
+from inlay.methods._abstract import Layer, Params, Slot, as_dtype, check_scale, product
 from inlay.methods._started import StartedLowRank
 from inlay.ops.dora import dora, weight_norm
 from inlay.ops.dropout import apply_mask, draw_mask

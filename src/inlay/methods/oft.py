@@ -25,6 +25,8 @@ from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype
 from inlay.ops.rotation import rotate, rotation
 
+_MOST_TERMS = 100  # each is a product of matrices, and a config may come from a file
+
 
 @dataclass
 class OFTConfig(AdapterConfig):
@@ -41,7 +43,7 @@ class OFTConfig(AdapterConfig):
         eps (`float`, *optional*, defaults to 6e-5): That distance, for all blocks of a layer together.
         block_share (`bool`, *optional*, defaults to `False`): One rotation for all blocks of a layer.
         use_cayley_neumann (`bool`, *optional*, defaults to `True`): The series, instead of solving a linear system.
-        num_cayley_neumann_terms (`int`, *optional*, defaults to 5): Its terms, at least 2; 3 is the same as 4.
+        num_cayley_neumann_terms (`int`, *optional*, defaults to 5): Its terms, 2 to 100; 3 is the same as 4.
         rank_pattern (`dict[str, int]`, *optional*): ``r`` by layer: suffix or regex of a name -> number of blocks.
         block_size_pattern (`dict[str, int]`, *optional*): ``oft_block_size`` by layer.
 
