@@ -34,7 +34,7 @@ from inlay.formats import files
 # The level of PEFT's file format that is written, kept in the key that PEFT itself uses for it.
 FORMAT_VERSION = "0.21.2"
 CONFIG_NAME = files.CONFIG_NAME
-RANKS = "[1, 2147483647]"
+RANKS, ALPHAS = "[1, 2147483647]", "[-2147483647, 2147483647]"
 
 
 class TaskType(str, enum.Enum):

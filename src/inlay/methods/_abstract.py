@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -261,19 +261,6 @@ class AbstractLowRank(AbstractDelta):
         down_RI, up_OR = self.pair(p)
         up_OR = up_OR if keep_O is None else up_OR * keep_O[:, None]
         return low_rank(x, h, down_RI, up_OR, self.scaling, h_is_fresh=fresh and not h.requires_grad)
-
-
-_LARGEST = 2**31 - 1
-
-
-def check_scale(ranks: Iterable[int], alphas: Iterable[float], alpha: str) -> None:
-    """Raises `ConfigError` for ranks and alphas that no update can have; ``alpha`` is the field's name."""
-    for r in ranks:
-        if not 0 < r <= _LARGEST:
-            raise ConfigError(f"ranks must be 1 to {_LARGEST}, got {str(r)[:20]}.")
-    for value in alphas:
-        if abs(value) > _LARGEST:
-            raise ConfigError(f"{alpha} must be below {_LARGEST}, got {str(value)[:20]}.")
 
 
 def as_dtype(t: Tensor, like: Tensor) -> Tensor:

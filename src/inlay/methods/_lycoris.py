@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay.config import RANKS, AdapterConfig, within
+from inlay.config import ALPHAS, RANKS, AdapterConfig, within
 from inlay.layers import LayerKind
-from inlay.methods._abstract import AbstractDelta, Params, Slot, check_scale
+from inlay.methods._abstract import AbstractDelta, Params, Slot
 
 
 @dataclass
@@ -32,12 +32,12 @@ class LycorisConfig(AdapterConfig):
     """
 
     r: int = field(default=8, metadata=within(RANKS))
-    alpha: float = 8
+    alpha: float = field(default=8, metadata=within(ALPHAS))
     rank_dropout: float = field(default=0.0, metadata=within("[0, 1]"))
     module_dropout: float = field(default=0.0, metadata=within("[0, 1]"))
     use_effective_conv2d: bool = False
     rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata=within(RANKS))
-    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata=within(ALPHAS))
 
     patterned: ClassVar[dict[str, str]] = {"r": "rank_pattern", "alpha": "alpha_pattern"}
     always_written: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay import inits
-from inlay.config import RANKS, AdapterConfig, runtime_only, within
+from inlay.config import ALPHAS, RANKS, AdapterConfig, runtime_only, within
 from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
-from inlay.methods._abstract import Layer, Params, Slot, as_dtype, check_scale, product
+from inlay.methods._abstract import Layer, Params, Slot, as_dtype, product
 from inlay.methods._started import StartedLowRank
 from inlay.ops.dora import dora, weight_norm
 from inlay.ops.dropout import apply_mask, draw_mask
@@ -85,12 +85,12 @@ class LoraConfig(AdapterConfig):
     """
 
     r: int = field(default=8, metadata=within(RANKS))
-    lora_alpha: float = field(default=8, metadata=within("[-2147483647, 2147483647]"))
+    lora_alpha: float = field(default=8, metadata=within(ALPHAS))
     lora_dropout: float = field(default=0.0, metadata=within("[0, 1)"))
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata=within(RANKS))
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=within("[-2147483647, 2147483647]"))
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=within(ALPHAS))
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     loftq_config: inits.LoftQConfig | dict[str, Any] | None = field(default_factory=dict)

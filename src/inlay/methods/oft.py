@@ -25,8 +25,6 @@ from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype
 from inlay.ops.rotation import rotate, rotation
 
-_MOST_TERMS = 100  # each is a product of matrices, and a config may come from a file
-
 
 @dataclass
 class OFTConfig(AdapterConfig):
@@ -62,7 +60,7 @@ class OFTConfig(AdapterConfig):
     eps: float = field(default=6e-5, metadata=within("[0, inf)"))
     block_share: bool = False
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = field(default=5, metadata=within("[2, 1000]"))
+    num_cayley_neumann_terms: int = field(default=5, metadata=within("[2, 100]"))
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata=when_set() | within(RANKS))
     block_size_pattern: dict[str, int] = field(default_factory=dict, metadata=when_set() | within(RANKS))
 
