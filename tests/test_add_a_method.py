@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import laws
 import pytest
@@ -15,7 +16,7 @@ from laws import KINDS, LAWS, MERGE_LAWS, STORAGE, Case, Law, Option, cells
 import inlay
 from inlay.config import PeftType
 from inlay.errors import ConfigError, DuplicateAdapterError, NotMergeableError, PlanError
-from inlay.methods import METHODS
+from inlay.methods import METHODS, AbstractAdapter
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "examples" / "ssf.py"
@@ -95,3 +96,27 @@ def test_registering_what_cannot_be(other: dict[str, str], error: type[Exception
     with pytest.raises(error):
         inlay.register_peft_method(config_cls=row.config, model_cls=row.adapter, **other)
     assert before == METHODS
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"config_cls": dict}, "config_cls"),
+        ({"config_cls": inlay.PeftConfig}, "config_cls"),
+        ({"model_cls": torch.nn.Linear}, "model_cls"),
+        ({"model_cls": AbstractAdapter}, "initialise"),
+        ({"kinds": ["Linear", "Lineer"]}, "Lineer"),
+        ({"kinds": "Lineer"}, "kinds"),
+        ({"hooks": int}, "hooks"),
+    ],
+    ids=str,
+)
+def test_what_is_registered_is_looked_at(wrong: dict[str, Any], told: str) -> None:
+    row, before = METHODS["SSF"], dict(METHODS)
+    free = type("FreeConfig", (row.config,), {"method": "FREE"})
+    try:
+        with pytest.raises(ConfigError, match=told):
+            inlay.register_peft_method(**{"name": "free", "config_cls": free, "model_cls": row.adapter, **wrong})
+        assert before == METHODS
+    finally:
+        METHODS.pop("FREE", None)

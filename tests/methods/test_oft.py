@@ -35,6 +35,12 @@ def test_a_block_size_that_does_not_divide_becomes_the_nearest(wanted: int, used
     assert dict(model.base_model.model[0].oft_block_size) == {"default": used}
 
 
+@pytest.mark.parametrize("fields", [{}, {"r": 37, "oft_block_size": 0}, {"oft_block_size": 1}], ids=str)
+def test_blocks_of_one_channel_are_told_to_do_nothing(fields: dict[str, int]) -> None:
+    with pytest.warns(PeftWarning, match="rotates nothing"):
+        adapted(nn.Linear(97 if not fields else 37, 3), **fields)
+
+
 def test_patterns_choose_by_layer() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     config = inlay.OFTConfig(target_modules=["0", "1"], oft_block_size=4, rank_pattern={"1": 4})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from inlay.config import AdapterConfig, PeftType
 from inlay.errors import ConfigError, DuplicateAdapterError
@@ -87,11 +88,19 @@ def register_peft_method(
         hooks (`type[TrainingHooks]`, *optional*): What it asks of training.
 
     Raises:
-        ConfigError: The name is not lower case, ends with an underscore, or is not the config's ``method``.
+        ConfigError: The name is not lower case, ends with an underscore, or is not the config's ``method``; a class
+            is not of the kind that is asked for; there is no such kind of layer.
         DuplicateAdapterError: A method of this name, or of this prefix, is in the table.
     """
     if not name.isidentifier() or name != name.lower() or name.endswith("_"):
         raise ConfigError(f"A method's name must be a lower-case identifier without '_' at its end, got {name!r}.")
+    _check_class("config_cls", config_cls, AdapterConfig)
+    _check_class("model_cls", model_cls, AbstractAdapter)
+    if hooks is not None:
+        _check_class("hooks", hooks, TrainingHooks)
+    chosen = frozenset([kinds] if isinstance(kinds, str) else kinds)
+    if strange := sorted(chosen - ALL_KINDS):
+        raise ConfigError(f"kinds must be names of layer kinds, {sorted(ALL_KINDS)}, got {strange}.")
     key, prefix = name.upper(), prefix or f"{name}_"
     if config_cls.method != key:
         raise ConfigError(f"{config_cls.__name__}.method must be {key!r}, got {config_cls.method!r}.")
@@ -100,7 +109,14 @@ def register_peft_method(
     if same := [other for other, row in METHODS.items() if row.prefix == prefix]:
         raise DuplicateAdapterError(f"The prefix {prefix!r} is {same[0]}'s: choose another one.")
     PeftType.open(key)
-    METHODS[key] = Method(config_cls, model_cls, prefix, frozenset(kinds), default_targets, hooks)
+    METHODS[key] = Method(config_cls, model_cls, prefix, chosen, default_targets, hooks)
+
+
+def _check_class(what: str, given: Any, wanted: type) -> None:
+    if not (isinstance(given, type) and issubclass(given, wanted)):
+        raise ConfigError(f"{what} must be a subclass of {wanted.__name__}, got {given!r}.")
+    if missing := sorted(getattr(given, "__abstractmethods__", ())):
+        raise ConfigError(f"{what} {given.__name__} must define {', '.join(missing)}.")
 
 
 __all__ = [

@@ -118,13 +118,12 @@ class OFTAdapter(AbstractAdapter):
         name, wanted = ("r", r) if r else ("oft_block_size", values.get("oft_block_size", config.oft_block_size))
         divisors = [d for d in range(1, width + 1) if width % d == 0]
         found = min(divisors, key=lambda d: abs(d - wanted))  # of two as near the smaller, as PEFT has it
-        if found != wanted:
-            warnings.warn(
-                f"{name}={wanted} does not divide a layer's width {width}: {found} is used there.",
-                PeftWarning,
-                stacklevel=4,
-            )
-        return width // found if r else found
+        block = width // found if r else found
+        told = [f"{name}={wanted} does not divide a layer's width {width}: {found} is used there."] * (found != wanted)
+        told += ["A block of one channel rotates nothing: that layer is not adapted."] * (block == 1)
+        if told:
+            warnings.warn(" ".join(told), PeftWarning, stacklevel=4)
+        return block
 
     def initialise(self, p: Params, layer: Layer) -> None:
         with torch.no_grad():
