@@ -391,11 +391,8 @@ def _works_for(found: Survey, config: AdapterConfig, target: match.Target) -> li
     if isinstance(kind, ParameterKind):
         raise UnsupportedLayerError(f"{target.name} is adapted through target_parameters already: it cannot be both.")
     adapter = _adapter(found, config, kind, layer, target.name, target.overrides)
-    if adapter.quantises and not storage.in_place:
-        raise UnsupportedLayerError(
-            f"{target.name} is packed already ({storage.name}): start by True, then call replace_lora_weights_loftq "
-            "with the weights that it was packed from."
-        )
+    if adapter.unpacked_only is not None and not storage.in_place:
+        raise UnsupportedLayerError(f"{target.name} is packed already ({storage.name}): {adapter.unpacked_only}.")
     work = Work(target.name, parent, attribute, kind, adapter, found.tied(layer, kind.weight_name), target)
     if not isinstance(layer, nn.MultiheadAttention):
         return [work]

@@ -96,8 +96,8 @@ class AbstractAdapter(ABC):
     scaling: float | Tensor = 1.0
     # `saved` gives another adapter than the config says: the one that the config's `as_saved` describes.
     converts: bool = False
-    # It starts from what quantising the frozen weight would lose, so that one which is packed has no such start.
-    quantises: bool = False
+    # Why it has no start on a weight that is packed already, and what to do; None where it has one.
+    unpacked_only: str | None = None
 
     slots: dict[str, Slot]
 

@@ -21,6 +21,7 @@ from inlay.methods._abstract import AbstractLowRank, Layer, Params, Slot, as_dty
 from inlay.ops.low_rank import low_rank
 from inlay.report import LoadReport
 
+_PACKED = "start by True, then call replace_lora_weights_loftq with the weights that it was packed from"
 _OFFSETS = {"down0": "A", "up0": "B", "W0": "W"}
 
 
@@ -49,8 +50,8 @@ class StartedLowRank(AbstractLowRank):
         # PEFT starts a table as ever, whatever is asked for.
         self.start = None if kind.indexed or tied else inits.computed(self.init, loftq_config)
         if self.start is not None:
-            self.quantises = not self.converts
-            self.offset = ("W0",) if self.quantises else ("down0", "up0")
+            self.offset = ("down0", "up0") if self.converts else ("W0",)
+            self.unpacked_only = None if self.converts else _PACKED
         for key in self.offset:
             shape = self.slots[key[:-1]].shape if self.converts else kind.shape(base)
             self.slots[key] = Slot(shape, f"lora_offset_{_OFFSETS[key]}", trainable=False, filed=False)
