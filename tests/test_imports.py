@@ -43,6 +43,7 @@ RANKS = {
     "routing": 3,
     "storage": 3,
     "methods": 4,
+    "prompts": 4,
     # wrapping
     "replicate": 3,
     "adapted": 5,
@@ -77,6 +78,7 @@ EDGES = {"integrations": {"cli", "__main__"}, "cli": {"__main__"}}
 
 #: (importing module, imported room) that is excused from the rules above; each needs its reason beside it
 EXCUSED: set[tuple[str, str]] = {
+    ("inlay.config", "prompts"),  # the same
     ("inlay.config", "methods"),  # inside `from_dict`: the file's peft_type picks the config's class
     ("inlay.sources", "integrations"),  # inside `locate`, `base_file`: the hub's client, where the id is no directory
     ("inlay.model", "integrations"),  # inside `push_to_hub`

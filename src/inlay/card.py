@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from inlay.config import FORMAT_VERSION, AdapterConfig, TaskType
+from inlay.config import FORMAT_VERSION, PeftConfig, TaskType
 from inlay.errors import UnwritableError
 
 NAME = "README.md"
@@ -28,12 +28,12 @@ model = inlay.PeftModel.from_pretrained(base_model, "path or id of this adapter"
 """
 
 
-def text(directory: Path, config: AdapterConfig, model: nn.Module) -> str:
+def text(directory: Path, config: PeftConfig, model: nn.Module) -> str:
     """The card's text: of the one in ``directory`` with its metadata brought up to date, or a new one.
 
     Args:
         directory (`Path`): Where the adapter is saved.
-        config (`AdapterConfig`): The adapter's config.
+        config (`PeftConfig`): The adapter's config.
         model (`nn.Module`): The adapted model.
 
     Raises:

@@ -49,7 +49,7 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """Names of methods as they stand in files, one for each row of `inlay.methods.METHODS`."""
+    """Names of methods as they stand in files: the rows of `inlay.methods.METHODS` and `inlay.prompts.PROMPTS`."""
 
     LORA = "LORA"
     ADALORA = "ADALORA"
@@ -57,6 +57,12 @@ class PeftType(str, enum.Enum):
     LOHA = "LOHA"
     LOKR = "LOKR"
     OFT = "OFT"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    CPT = "CPT"
+    CARTRIDGE = "CARTRIDGE"
 
     @classmethod
     def open(cls, name: str) -> PeftType:
@@ -224,6 +230,10 @@ class PeftConfig:
             out[f.name] = _plain(value)
         return out
 
+    def as_saved(self) -> Self:
+        """The config of the file of an adapter that is saved as another one (`AbstractAdapter.converts`)."""
+        return self
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "the given dict") -> PeftConfig:
         """Makes the config that ``values["peft_type"]`` names.
@@ -241,18 +251,20 @@ class PeftConfig:
             ConfigError: A value has the wrong type or is out of range.
         """
         from inlay.methods import METHODS
+        from inlay.prompts import PROMPTS
 
+        table: dict[str, Any] = {**METHODS, **PROMPTS}
         name = values.get("peft_type")
         if name is None and cls is not PeftConfig and values:
             config_cls: type[PeftConfig] = cls
         elif not isinstance(name, str):
             raise WrongMethodError(f"{where} has no 'peft_type': it is not the config of an adapter.")
-        elif (key := name.rsplit(".", 1)[-1].upper()) not in METHODS:
+        elif (key := name.rsplit(".", 1)[-1].upper()) not in table:
             raise UnknownMethodError(
-                f"{where} is of the method {name!r}, which this library does not have; it has {', '.join(METHODS)}."
+                f"{where} is of the method {name!r}, which this library does not have; it has {', '.join(table)}."
             )
         else:
-            config_cls = METHODS[key].config
+            config_cls = table[key].config
         if not issubclass(config_cls, cls):
             raise WrongMethodError(f"{where} is a {config_cls.__name__}, asked for was a {cls.__name__}.")
         known = {f.name: f for f in fields(config_cls)}
@@ -400,10 +412,6 @@ class AdapterConfig(PeftConfig):
 
     def spell_out(self, model_type: str | None) -> None:
         """Writes what was left to the architecture's default into the config, for files; targets are spelt already."""
-
-    def as_saved(self) -> Self:
-        """The config of the file of an adapter that is saved as another one (`AbstractAdapter.converts`)."""
-        return self
 
     def unsupported(self, name: str, why: str = "is not built yet") -> UnsupportedFieldError:
         """The error for a field that asks for something this library does not do."""

@@ -15,7 +15,8 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   ├── NoMatchingPeftModuleError             nothing in the model matches
     │   ├── UnknownArchitectureError              no default targets for this model type
     │   ├── UnsupportedLayerError (TypeError)     a target that the method cannot adapt
-    │   └── PatternError                          a pattern that does not compile or may not come from a file
+    │   ├── PatternError                          a pattern that does not compile or may not come from a file
+    │   └── PromptError                           a prompt cannot act in this call, or on this model
     ├── AdapterNameError (ValueError, KeyError)
     │   ├── DuplicateAdapterError
     │   └── UnknownAdapterError
@@ -110,6 +111,10 @@ class UnsupportedLayerError(PlanError, TypeError):
 
 class PatternError(PlanError):
     """A pattern does not compile, or is one that may not come from a file."""
+
+
+class PromptError(PlanError):
+    """A prompt cannot act in this call, or on this model."""
 
 
 class AdapterNameError(PeftError, ValueError, KeyError):

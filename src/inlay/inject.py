@@ -33,6 +33,7 @@ from inlay.methods import METHODS, Method
 from inlay.methods._abstract import AbstractAdapter
 from inlay.methods.trainable_tokens import TrainableTokensAdapter
 from inlay.parametrized import ParameterKind
+from inlay.prompts import AnyConfig
 from inlay.routing import Router
 from inlay.storage import storage_of
 from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper, trainable_kind
@@ -243,7 +244,6 @@ class Prepared:
     """What a config would put into a model, with every shape; nothing has been touched."""
 
     config: AdapterConfig
-    method: Method
     survey: Survey
     plan: match.Plan
     works: list[Work]
@@ -284,7 +284,7 @@ def prepare(
                 f"Adapter {adapter_name!r} is already in the model: choose another name, or delete it first."
             )
     plan = match.plan(found.facts, found.parameters, _targeting(found, config, method, only))
-    prepared = Prepared(config, method, found, plan, [], [name for name, _ in plan.saved], [])
+    prepared = Prepared(config, found, plan, [], [name for name, _ in plan.saved], [])
     for target in plan.targets:
         prepared.works += _works_for(found, config, target)
     by_module: dict[str, list[match.ParameterTarget]] = {}
@@ -299,6 +299,28 @@ def prepare(
     prepared.tokens = _token_works(found, config)
     _check_apart(prepared)
     return prepared
+
+
+def prepare_saved(model: nn.Module, names: Iterable[str], adapter_name: str) -> Prepared:
+    """Plans to train modules whole beside an adapter that stands in no layer.
+
+    Args:
+        model (`nn.Module`): The model; it is only read.
+        names (`Iterable[str]`): As in ``modules_to_save``.
+        adapter_name (`str`): Whose they are.
+
+    Raises:
+        UnsupportedLayerError: One of them cannot be copied.
+    """
+    config = AdapterConfig(target_modules=[], modules_to_save=sorted(names))
+    found = survey(model)
+    targeting = match.Targeting(
+        target_modules=[], modules_to_save=config.modules_to_save, supported=frozenset(), optional=True
+    )
+    plan = match.plan(found.facts, (), targeting)
+    for path, _ in plan.saved:
+        ModulesToSaveWrapper.check(_unwrapped_saved(found.modules[path]), path)
+    return Prepared(config, found, plan, [], [path for path, _ in plan.saved], [])
 
 
 def _follow_ties(prepared: Prepared) -> None:
@@ -561,6 +583,7 @@ def apply(
     autocast: bool = True,
     activate: bool = True,
     trainable: bool = True,
+    router: Router | None = None,
 ) -> None:
     """Puts a prepared adapter into its model; on any error the model is as it was.
 
@@ -571,10 +594,11 @@ def apply(
         autocast (`bool`, *optional*, defaults to `True`): Keep tensors in fp32 where the layer is in 16 bits or fewer.
         activate (`bool`, *optional*, defaults to `True`): Make it the default.
         trainable (`bool`, *optional*, defaults to `True`): Whether it is trained when active.
+        router (`Router`, *optional*): The routing of a model without wrappers yet.
     """
     found = prepared.survey
     first = found.router is None
-    router = found.router or Router()
+    router = found.router or router or Router()
     done = _Done(name, meta, autocast, activate, activate and trainable)
     modules = (found.model, *found.modules.values()) if first else ()
     grads = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
@@ -708,7 +732,7 @@ def _train_biases(prepared: Prepared, trainable: bool) -> None:
         parameter.requires_grad_(trainable)
 
 
-def biases(model: nn.Module, config: AdapterConfig, paths: Iterable[str] = ()) -> Iterator[tuple[str, nn.Parameter]]:
+def biases(model: nn.Module, config: AnyConfig, paths: Iterable[str] = ()) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of the model's own biases that ``config`` trains; ``paths`` are the adapted layers."""
     only = None if config.bias == "all" else {f"{p}.base_layer.bias" for p in paths}
     for name, module in own_modules(model):
@@ -801,7 +825,7 @@ def with_targets(config: AdapterConfig, prepared: Prepared) -> None:
     spelt = config.target_modules
     if spelt is None:
         if prepared.plan.targets:
-            defaults = _defaults(prepared.survey, prepared.method)
+            defaults = _defaults(prepared.survey, method_of(config))
             config.target_modules = defaults if isinstance(defaults, str) else set(defaults)
     elif not isinstance(spelt, str) or spelt.lower() == "all-linear":
         paths = [t.name for t in prepared.plan.targets] if isinstance(spelt, str) else sorted(spelt)

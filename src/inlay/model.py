@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,6 +23,7 @@ from inlay.errors import (
     ConfigError,
     DuplicateAdapterError,
     MissingFileError,
+    NotMergeableError,
     PeftWarning,
     PlanError,
     RowsError,
@@ -42,11 +43,14 @@ from inlay.inject import (
     model_config,
     own_modules,
     prepare,
+    prepare_saved,
     remove,
     tell_rounding,
     with_targets,
     wrappers,
 )
+from inlay.prompts import AbstractPrompt, AnyConfig, PromptLearningConfig, encoder_for
+from inlay.prompts.attach import Prompts
 from inlay.replicate import replicated
 from inlay.report import BASE_KEY, LoadReport
 from inlay.routing import BASE, Bound, Route, Router, Rows
@@ -66,10 +70,11 @@ class Tuner(nn.Module):
         super().__init__()
         self.model = model
         self.training = model.training
-        self.peft_config: dict[str, AdapterConfig] = {}
+        self.peft_config: dict[str, AnyConfig] = {}
         self.hooks: dict[str, TrainingHooks] = {}
         self._hooked: dict[str, list[tuple[str, Adapted]]] = {}
         self._active: tuple[str, ...] = ()
+        self.prompts: Prompts | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.with_loss(self.model(*args, **kwargs))
@@ -85,14 +90,17 @@ class Tuner(nn.Module):
     @property
     def router(self) -> Router:
         """The routing that all wrappers of this model share."""
-        for _, wrapper in wrappers(self.model):
-            return wrapper.router
+        if "_router" not in self.__dict__:
+            for _, wrapper in wrappers(self.model):
+                return wrapper.router
         return self.__dict__.setdefault("_router", Router())  # type: ignore[no-any-return]
 
     @property
     def prefix(self) -> str:
         """What the names of the method's slots begin with."""
         config = next(iter(self.peft_config.values()), None)
+        if isinstance(config, PromptLearningConfig):
+            return f"{config.method.lower()}_"
         return "" if config is None else method_of(config).prefix
 
     @property
@@ -108,6 +116,10 @@ class Tuner(nn.Module):
     def layers(self) -> Iterator[tuple[str, Adapted]]:
         """(name, wrapper) of every adapted layer."""
         return ((name, w) for name, w in wrappers(self.model) if isinstance(w, Adapted))
+
+    def _standing(self) -> list[Any]:
+        """Everything with adapters of its own: wrappers, and the prompts before the model."""
+        return [*(w for _, w in wrappers(self.model)), *([self.prompts] if self.prompts is not None else [])]
 
     def add(self, adapter_name: str, config: AdapterConfig, prepared: Prepared, active: bool) -> None:
         """Registers an adapter that stands in the layers."""
@@ -144,15 +156,15 @@ class Tuner(nn.Module):
             )
             self.unmerge_adapter()
         with self._changing():
-            for _, wrapper in wrappers(self.model):
+            for wrapper in self._standing():
                 wrapper.set_adapter(list(names), inference_mode=inference_mode)
             self._active = names
             for name, config in self.peft_config.items():
                 for parameter in self._biases(name, config):
                     parameter.requires_grad_(name in names and not inference_mode)
 
-    def _biases(self, name: str, config: AdapterConfig) -> list[nn.Parameter]:
-        if config.bias == "none":
+    def _biases(self, name: str, config: AnyConfig) -> list[nn.Parameter]:
+        if config.bias == "none" or isinstance(config, PromptLearningConfig):
             return []
         return [p for _, p in biases(self.model, config, [path for path, w in self.layers() if name in w.methods])]
 
@@ -163,7 +175,7 @@ class Tuner(nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Trains or freezes adapters, active or not."""
-        for _, wrapper in wrappers(self.model):
+        for wrapper in self._standing():
             wrapper.set_requires_grad(adapter_names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
@@ -172,7 +184,7 @@ class Tuner(nn.Module):
 
     def _enable(self, enabled: bool) -> None:
         with self._changing():
-            for _, wrapper in wrappers(self.model):
+            for wrapper in self._standing():
                 wrapper.enable_adapters(enabled)
 
     def disable_adapter_layers(self) -> None:
@@ -189,7 +201,7 @@ class Tuner(nn.Module):
             PlanError: It is merged.
         """
         self.check_known([adapter_name])
-        found = [w for _, w in wrappers(self.model)]
+        found = self._standing()
         if any(isinstance(w, Adapted) and adapter_name in w.merged_adapters for w in found):
             raise PlanError(f"Adapter {adapter_name!r} is merged: unmerge it, then delete it.")
         left = tuple(n for n in self._active if n != adapter_name)
@@ -219,7 +231,7 @@ class Tuner(nn.Module):
         """(name, hooks, layers) of every adapter that is trained and whose method asks something of training."""
         for name, hooks in self.hooks.items():
             if name not in self._hooked:
-                adapter = method_of(self.peft_config[name]).adapter
+                adapter = method_of(self.peft_config[name]).adapter  # type: ignore[arg-type]  # it has hooks
                 found = [(state.without_foreign(path), w) for path, w in self.layers() if not isinstance(w, Tied)]
                 self._hooked[name] = [(path, w) for path, w in found if isinstance(w.methods.get(name), adapter)]
             layers = [Served(path, w.methods[name], w.params(name)) for path, w in self._hooked[name]]
@@ -266,6 +278,11 @@ class Tuner(nn.Module):
 
     # ------------------------------------------------------------------ merging
 
+    def _check_writable(self, names: Sequence[str]) -> None:
+        self.check_known(names)
+        if prompts := [n for n in names if isinstance(self.peft_config[n], PromptLearningConfig)]:
+            raise NotMergeableError(f"{prompts[0]!r} is a prompt before the input: no weight can hold it.")
+
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_base: bool = True
     ) -> None:
@@ -284,7 +301,7 @@ class Tuner(nn.Module):
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
-        self.check_known(adapter_names or ())
+        self._check_writable(adapter_names or ())
         with self.router.writing():
             changing = [layer for _, layer in self.layers() if layer.check_merge(adapter_names, safe_merge)]
             if not changing:
@@ -325,7 +342,7 @@ class Tuner(nn.Module):
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
-        self.check_known(adapter_names or ())
+        self._check_writable(adapter_names or self._active)
         if any(config.layer_replication for config in self.peft_config.values()):
             raise UnsupportedLayerError(
                 "Replicated layers share one weight and have an adapter each: they cannot merge."
@@ -366,6 +383,9 @@ class Tuner(nn.Module):
         self.peft_config = {}
         self.hooks, self._hooked = {}, {}
         self._active = ()
+        if self.prompts is not None:
+            self.prompts.encoders.clear()
+            self.prompts.set_adapter([])
         if "peft_config" in self.model.__dict__:
             del self.model.peft_config
         return self.model
@@ -386,7 +406,7 @@ class PeftModel(nn.Module):
 
     Args:
         model (`nn.Module`): The model to adapt; it is changed in place.
-        peft_config (`AdapterConfig`): What to put into it.
+        peft_config (`AdapterConfig` or `PromptLearningConfig`): What to put into it, or before it.
         adapter_name (`str`, *optional*, defaults to `"default"`): The adapter's name.
         autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): Keep the adapter in fp32 where the model is in
             16 bits or fewer.
@@ -415,7 +435,7 @@ class PeftModel(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        peft_config: AdapterConfig,
+        peft_config: AnyConfig,
         adapter_name: str = DEFAULT_ADAPTER,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
@@ -439,24 +459,55 @@ class PeftModel(nn.Module):
         handle._surround(model)
         return handle
 
-    def _inject(self, name: str, config: AdapterConfig, autocast: bool, meta: bool, activate: bool) -> None:
+    def _inject(self, name: str, config: AnyConfig, autocast: bool, meta: bool, activate: bool) -> None:
         check_adapter_name(name, FORBIDDEN_NAMES)
         self._check_beside(name, config)
+        if isinstance(config, PromptLearningConfig):
+            self._put_before(name, config, activate, not config.inference_mode)
+            return
         with self._with_heads(config), replicated(self.base_model.model, self._ranges(config)):
             prepared = prepare(self.base_model.model, config, adapter_name=name)
             for text in prepared.plan.warnings:
                 warnings.warn(text, PeftWarning, stacklevel=5)
             trainable = not config.inference_mode
-            apply(prepared, name, meta=meta, autocast=autocast, activate=activate, trainable=trainable)
+            router = self.base_model.router
+            apply(prepared, name, meta=meta, autocast=autocast, activate=activate, trainable=trainable, router=router)
         self.base_model.add(name, config, prepared, activate)
 
-    def _ranges(self, config: AdapterConfig) -> list[tuple[int, int]] | None:
+    def _put_before(
+        self,
+        name: str,
+        config: PromptLearningConfig,
+        activate: bool,
+        trained: bool,
+        read: Callable[[AbstractPrompt, Prepared], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Puts a prompt before the model, fresh or as ``read`` gives it; on any error the model is as it was."""
+        tuner = self.base_model
+        prompts = tuner.prompts or Prompts(tuner.model)
+        with self._with_heads(config):
+            fitted = config.fitted(prompts.host)
+            prompt = encoder_for(fitted, prompts.host)
+            prompts.check(prompt, trained)
+            prepared = prepare_saved(tuner.model, fitted.modules_to_save or (), name)
+            tensors = {} if read is None else read(prompt, prepared)
+            if prepared.saved or not self.peft_config:
+                apply(prepared, name, activate=activate, trainable=trained, router=tuner.router)
+        with tuner.router.writing():
+            state.take_prompt(tuner.model, name, prompt, tensors)
+            config.spell_out(fitted)
+            tuner.peft_config[name] = config
+            tuner.prompts, self.prompt_encoder = prompts, prompts.encoders
+            prompts.add(name, prompt, activate, trained)
+            tuner._active = (name,) if activate else tuner._active
+
+    def _ranges(self, config: AnyConfig) -> list[tuple[int, int]] | None:
         """The layers still to be replicated: the first adapter that asks for it does it for all."""
         done = any(c.layer_replication for c in self.peft_config.values())
         return None if done else config.layer_replication
 
     @contextmanager
-    def _with_heads(self, config: AdapterConfig) -> Iterator[None]:
+    def _with_heads(self, config: AnyConfig) -> Iterator[None]:
         """Adds the task's heads to what ``config`` trains whole; a failure inside takes them out again."""
         asked = config.modules_to_save
         listed = list(asked or ())
@@ -468,10 +519,14 @@ class PeftModel(nn.Module):
             config.modules_to_save = asked
             raise
 
-    def _check_beside(self, name: str, config: AdapterConfig) -> None:
-        """Raises `ConfigError` where the adapter cannot stand beside the model's others."""
+    def _check_beside(self, name: str, config: AnyConfig) -> None:
+        """Raises `ConfigError` where the adapter cannot stand beside the model's others; a prompt can beside any."""
+        if isinstance(config, PromptLearningConfig):
+            return
         method = method_of(config)
         for one, standing in self.peft_config.items():
+            if isinstance(standing, PromptLearningConfig):
+                continue
             if not self.mixed and method_of(standing) is not method:
                 raise ConfigError(
                     f"{name!r} is of {config.method} and {one!r} of {standing.method}: a PeftModel holds one method. "
@@ -509,16 +564,30 @@ class PeftModel(nn.Module):
             UnknownAdapterError: A name that is no adapter.
             RowsError: Not one name per row, or a module's rows are not the batch's.
         """
+        if self.base_model.prompts is not None:
+            return self._forward_with_prompts(adapter_names, args, kwargs)
         if adapter_names is None and torch.compiler.is_compiling():
             return self.base_model.with_loss(self.base_model.model(*args, **kwargs))
         with self._call(adapter_names, args, kwargs, ()):
             return self.base_model.with_loss(self.base_model.model(*args, **kwargs))
+
+    def _forward_with_prompts(self, adapter_names: Sequence[str] | None, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        tuner, compiled = self.base_model, adapter_names is None and torch.compiler.is_compiling()
+        with nullcontext() if compiled else self._call(adapter_names, args, kwargs, ()):
+            choice = tuner.prompts.choice(tuner.router.route())  # type: ignore[union-attr]  # asked before
+            if choice is None:
+                return tuner.with_loss(tuner.model(*args, **kwargs))
+            return tuner.with_loss(tuner.prompts.forward(choice, args, kwargs))  # type: ignore[union-attr]
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's own ``generate``; ``adapter_names`` has one adapter for each prompt."""
         config = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)
         repeats = [kwargs.get(k) or getattr(config, k, None) or 1 for k in ("num_beams", "num_return_sequences")]
         with self._call(adapter_names, args, kwargs, repeats):
+            prompts = self.base_model.prompts
+            choice = None if prompts is None else prompts.choice(self.base_model.router.route())
+            if prompts is not None and choice is not None:
+                return prompts.generate(choice, args, kwargs)
             return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
@@ -587,7 +656,7 @@ class PeftModel(nn.Module):
     # ------------------------------------------------------------------ adapters
 
     @property
-    def peft_config(self) -> dict[str, AdapterConfig]:
+    def peft_config(self) -> dict[str, AnyConfig]:
         """Configs by adapter name."""
         return self.base_model.peft_config
 
@@ -602,7 +671,7 @@ class PeftModel(nn.Module):
         return next(iter(self.base_model._active), DEFAULT_ADAPTER)
 
     @property
-    def active_peft_config(self) -> AdapterConfig:
+    def active_peft_config(self) -> AnyConfig:
         """Its config."""
         self.base_model.check_known([self.active_adapter])
         return self.peft_config[self.active_adapter]
@@ -613,6 +682,8 @@ class PeftModel(nn.Module):
         route = self.base_model.router.route()
         if route is not None and route.rows is not None:
             route = Route(route.rows.names)
+        if self.base_model.prompts is not None and self.base_model.prompts.choice(route) is not None:
+            return True
         return any(
             layer._run if route is None else route.run(layer, layer._run, layer.methods)
             for _, layer in self.base_model.layers()
@@ -636,7 +707,7 @@ class PeftModel(nn.Module):
     def add_adapter(
         self,
         adapter_name: str,
-        peft_config: AdapterConfig,
+        peft_config: AnyConfig,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
@@ -758,7 +829,7 @@ class PeftModel(nn.Module):
         self,
         directory: Path,
         name: str,
-        config: AdapterConfig,
+        config: AnyConfig,
         tensors: Mapping[str, Tensor],
         safe: bool,
     ) -> None:
@@ -832,7 +903,7 @@ class PeftModel(nn.Module):
         Raises:
             LoadError, FileError, PlanError, ConfigError: It cannot be used; the model is as it was.
         """
-        if config is not None and not isinstance(config, AdapterConfig):
+        if config is not None and not isinstance(config, AnyConfig):
             raise ConfigError(f"config must be an adapter's config, got {type(config).__name__}.")
         source = _open(model_id, config, kwargs)
         with source.weights:
@@ -914,13 +985,15 @@ class PeftModel(nn.Module):
         **kwargs: Any,
     ) -> LoadReport:
         config, model = source.config, self.base_model.model
-        if not isinstance(config, AdapterConfig):
+        if not isinstance(config, AnyConfig):
             raise ConfigError(f"{source.directory} holds a {type(config).__name__}, which adapts no layer.")
         check_adapter_name(name, FORBIDDEN_NAMES)
         config.inference_mode = not trainable
         if name in self.peft_config:
             return self._reload(source, name, config, trainable, key_mapping, strict)
         self._check_beside(name, config)
+        if isinstance(config, PromptLearningConfig):
+            return self._load_before(source, name, config, trainable, strict, activate)
         with self._with_heads(config), replicated(model, self._ranges(config)):
             report, prepared = state.load_into(
                 model,
@@ -934,6 +1007,7 @@ class PeftModel(nn.Module):
                 key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None),
                 ignore_mismatched_sizes=bool(kwargs.get("ignore_mismatched_sizes", False)),
                 base_name=model.__dict__.get("name_or_path"),
+                router=self.base_model.router,
             )
         self.base_model.add(name, config, prepared, activate)
         if trainable:
@@ -941,16 +1015,44 @@ class PeftModel(nn.Module):
         self.__dict__["load_report"] = report
         return report
 
+    def _load_before(
+        self,
+        source: state.Source,
+        name: str,
+        config: PromptLearningConfig,
+        trainable: bool,
+        strict: bool | None,
+        activate: bool,
+    ) -> LoadReport:
+        """Loads a prompt."""
+        reports: list[LoadReport] = []
+
+        def read(prompt: AbstractPrompt, prepared: Prepared) -> Mapping[str, Tensor]:
+            model = self.base_model.model
+            report, tensors = state.load_prompt(
+                model, source, name, prompt, prepared, strict, model.__dict__.get("name_or_path")
+            )
+            reports.append(report)
+            return tensors
+
+        self._put_before(name, config, activate, trainable, read)
+        if trainable:
+            self.set_requires_grad(name)
+        self.__dict__["load_report"] = reports[0]
+        return reports[0]
+
     def _reload(
         self,
         source: state.Source,
         name: str,
-        config: AdapterConfig,
+        config: AnyConfig,
         trainable: bool,
         key_mapping: Mapping[str, str] | None,
         strict: bool | None,
     ) -> LoadReport:
         state.check_same(self, config, name)
+        if (prompt := state.prompt_of(self, name)) is not None:
+            Prompts.check_resumable(prompt, trainable)
         with self.base_model.router.writing():
             report = state.reload(self, source, name, key_mapping, strict)
         if name in self.active_adapters:
@@ -1024,7 +1126,7 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
 
 def get_peft_model(
     model: nn.Module,
-    peft_config: AdapterConfig,
+    peft_config: AnyConfig,
     adapter_name: str = DEFAULT_ADAPTER,
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
@@ -1035,7 +1137,7 @@ def get_peft_model(
 
     Args:
         model (`nn.Module`): The model; it is changed in place, and every parameter but the adapter's is frozen.
-        peft_config (`AdapterConfig`): The adapter's config, such as `LoraConfig`.
+        peft_config (`AdapterConfig` or `PromptLearningConfig`): The adapter's config, such as `LoraConfig`.
         adapter_name (`str`, *optional*, defaults to `"default"`): Its name.
         mixed (`bool`, *optional*, defaults to `False`): Give a `PeftMixedModel`, which may hold several methods.
         autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): Keep it in fp32 on a 16-bit model.
@@ -1059,7 +1161,7 @@ def get_peft_model(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if not isinstance(peft_config, AdapterConfig):
+    if not isinstance(peft_config, AnyConfig):
         raise ConfigError(
             f"peft_config must be a method's config, such as LoraConfig, got {type(peft_config).__name__}."
         )

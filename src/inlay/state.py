@@ -6,6 +6,7 @@ handle (`inlay.PeftModel`) they begin with ``base_model.model.``, with a bare mo
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +24,12 @@ from inlay.formats import files
 from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
 from inlay.inject import Prepared, apply, biases, own_modules, prepare, wrappers
 from inlay.methods._abstract import AbstractAdapter
+from inlay.prompts import AbstractPrompt, AnyConfig
 from inlay.report import BASE_KEY, LoadReport, base_fingerprint
+from inlay.routing import Router
 from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper
 
+PROMPT_PREFIX = "base_model."  # what the keys of heads beside a prompt begin with
 EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head"})
 # Components that other wrappers put into module paths and that files do not have.
 _FOREIGN = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -50,13 +54,13 @@ def root_of(model: nn.Module) -> tuple[nn.Module, str]:
     return (inner, PREFIX) if is_handle and inner is not None else (model, "")
 
 
-def config_of(model: nn.Module, adapter_name: str) -> AdapterConfig:
+def config_of(model: nn.Module, adapter_name: str) -> AnyConfig:
     """The config of an adapter in a handle or a bare model.
 
     Raises:
         UnknownAdapterError: No such adapter.
     """
-    configs: dict[str, AdapterConfig] = getattr(model, "peft_config", {})
+    configs: dict[str, AnyConfig] = getattr(model, "peft_config", {})
     if adapter_name not in configs:
         raise UnknownAdapterError(f"The model has no adapter {adapter_name!r}; it has {list(configs)}.")
     return configs[adapter_name]
@@ -131,11 +135,13 @@ def get_peft_model_state_dict(
     if unwrap_compiled and "_orig_mod" in model._modules:
         model = model._modules["_orig_mod"]  # type: ignore[assignment]
     config = config_of(model, adapter_name)
-    root, prefix = root_of(model)
+    root, live = root_of(model)
+    prompt = prompt_of(model, adapter_name)
+    prefix = live if prompt is None else PROMPT_PREFIX
     out: dict[str, Tensor] = {}
     own = list(places(root, adapter_name))
     for place in own:
-        t = _value(place) if state_dict is None else state_dict.get(prefix + place.live)
+        t = _value(place) if state_dict is None else state_dict.get(live + place.live)
         if t is not None or not place.filed:  # who gathers what is trained leaves out what is frozen
             out[prefix + place.key] = _value(place) if t is None else t
     for method, here in _adapted(root, adapter_name):
@@ -146,11 +152,32 @@ def get_peft_model_state_dict(
     for path, wrapper in wrappers(root):
         if isinstance(wrapper, Tied) and state_dict is None:
             out.update({f"{prefix}{path}.{key}": t for key, t in wrapper.computed(adapter_name)})
-    for key, live, t in _extras(root, config, own, adapter_name, save_embedding_layers):
-        found = t if state_dict is None else state_dict.get(prefix + live)
+    for key, at, t in _extras(root, config, own, adapter_name, save_embedding_layers):
+        found = t if state_dict is None else state_dict.get(live + at)
         if found is not None:
             out[prefix + key] = found
+    if prompt is not None:
+        out.update(_filed_prompt(prompt, adapter_name, state_dict))
     return {without_foreign(k): v for k, v in out.items()}
+
+
+def prompt_of(model: nn.Module, adapter_name: str) -> AbstractPrompt | None:
+    """The prompt of an adapter in a handle, where it is one."""
+    encoders: Any = model._modules.get("prompt_encoder")
+    return encoders[adapter_name] if encoders is not None and adapter_name in encoders else None
+
+
+def _filed_prompt(
+    prompt: AbstractPrompt, adapter_name: str, state_dict: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    with torch.no_grad():
+        if state_dict is None:
+            return {key: t.detach() for key, t in prompt.filed().items()}
+        start = f"prompt_encoder.{adapter_name}."
+        given = {k.removeprefix(start): t for k, t in state_dict.items() if k.startswith(start)}
+        gathered = copy.deepcopy(prompt)
+        gathered.load_state_dict({**prompt.state_dict(), **given}, assign=True)
+        return {key: t.detach() for key, t in gathered.filed().items()}
 
 
 def _initial(initial: Mapping[str, Tensor], here: Mapping[str, Place]) -> dict[str, Tensor]:
@@ -169,7 +196,7 @@ def _initial(initial: Mapping[str, Tensor], here: Mapping[str, Place]) -> dict[s
     return out
 
 
-def saved_config(model: nn.Module, adapter_name: str, converted: bool = False) -> AdapterConfig:
+def saved_config(model: nn.Module, adapter_name: str, converted: bool = False) -> AnyConfig:
     """The config of an adapter as files hold it, beside `get_peft_model_state_dict`."""
     config, (root, _) = config_of(model, adapter_name), root_of(model)
     return config.as_saved() if converted or any(m.converts for m, _ in _adapted(root, adapter_name)) else config
@@ -188,7 +215,7 @@ def _value(place: Place) -> Tensor:
 
 
 def _extras(
-    root: nn.Module, config: AdapterConfig, own: list[Place], adapter_name: str, embeddings: bool | str
+    root: nn.Module, config: AnyConfig, own: list[Place], adapter_name: str, embeddings: bool | str
 ) -> Iterator[tuple[str, str, Tensor]]:
     """The model's own tensors that go into the file too: trained biases, and embeddings."""
     if config.bias != "none":
@@ -223,7 +250,7 @@ def embedding_weights(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{name}.weight", W
 
 
-def _embeddings_to_save(root: nn.Module, config: AdapterConfig, adapter_name: str) -> Sequence[str]:
+def _embeddings_to_save(root: nn.Module, config: AnyConfig, adapter_name: str) -> Sequence[str]:
     """Beginnings of the names of embeddings that go into a file: those that are adapted, or all after a resize."""
     if config.trainable_token_indices is not None:
         return ()
@@ -275,25 +302,32 @@ def set_peft_model_state_dict(
         UnknownAdapterError: No such adapter.
         LoadError: A tensor has another shape; nothing was changed.
     """
-    config_of(model, adapter_name)
     root, _ = root_of(model)
-    _check_unmerged(root, adapter_name)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
-    tensors, frozen = _restored(root, adapter_name, _renamed(peft_model_state_dict, key_mapping))
-    report = _compared(root, adapter_name, targets, tensors)
+    _check_unmerged(root, adapter_name)
+    prompt = prompt_of(model, adapter_name)
+    tensors, frozen = _restored(root, adapter_name, _renamed(peft_model_state_dict, key_mapping, prompt))
+    report = _compared(root, adapter_name, targets, tensors, prompt)
     if report.shape and not ignore_mismatched_sizes:
         raise LoadError(f"Tensors do not fit the adapter {adapter_name!r}; nothing was changed.\n{report}", report)
     for key in (key for key, *_ in report.shape):
         tensors.pop(key)
     report.dtype.extend(assign(root, targets, {**tensors, **frozen}))
+    if prompt is not None:
+        prompt.take(tensors)
     return report
 
 
 def _compared(
-    root: nn.Module, adapter_name: str, targets: Mapping[str, Target], tensors: Mapping[str, Tensor]
+    root: nn.Module,
+    adapter_name: str,
+    targets: Mapping[str, Target],
+    tensors: Mapping[str, Tensor],
+    prompt: AbstractPrompt | None,
 ) -> LoadReport:
     unfiled = {place.key for place in places(root, adapter_name) if not place.filed}
     shapes = {k: tuple(getattr(o, a).shape) for k, (o, a, _) in targets.items() if k not in unfiled}
+    shapes.update({} if prompt is None else prompt.filed_shapes())
     return compare(shapes, _shapes(tensors), _optional(root))
 
 
@@ -319,8 +353,13 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 _REPEATED = (".original_module.bias", ".modules_to_save.bias")
 
 
-def _renamed(entries: Mapping[str, Any], key_mapping: Mapping[str, str] | None) -> dict[str, Any]:
-    stripped = strip_prefix(entries)
+def _renamed(
+    entries: Mapping[str, Any], key_mapping: Mapping[str, str] | None, prompt: AbstractPrompt | None = None
+) -> dict[str, Any]:
+    if prompt is None:
+        stripped = strip_prefix(entries)
+    else:
+        stripped = {key.removeprefix(PREFIX).removeprefix(PROMPT_PREFIX): value for key, value in entries.items()}
     names = apply_key_mapping(stripped, key_mapping)
     return {names[key]: value for key, value in stripped.items() if not key.endswith(_REPEATED)}
 
@@ -335,7 +374,7 @@ def _check_unmerged(root: nn.Module, adapter_name: str) -> None:
 Target = tuple[nn.Module, str, torch.device]
 
 
-def _targets(root: nn.Module, adapter_name: str, config: AdapterConfig) -> dict[str, Target]:
+def _targets(root: nn.Module, adapter_name: str, config: AnyConfig) -> dict[str, Target]:
     targets: dict[str, Target] = {p.key: (p.owner, p.attribute, p.device) for p in places(root, adapter_name)}
     if config.bias != "none":
         paths = [p for p, w in wrappers(root) if isinstance(w, Adapted) and adapter_name in w.methods]
@@ -467,6 +506,7 @@ def load_into(
     key_mapping: Mapping[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
     base_name: str | None = None,
+    router: Router | None = None,
 ) -> tuple[LoadReport, Prepared]:
     """Loads an opened adapter into a bare model, everything checked before anything is touched.
 
@@ -502,7 +542,7 @@ def load_into(
     for key, *_ in report.shape:
         tensors.pop(key)
     whole = not report.missing and not report.shape
-    apply(prepared, adapter_name, meta=whole, autocast=autocast, activate=activate, trainable=trainable)
+    apply(prepared, adapter_name, meta=whole, autocast=autocast, activate=activate, trainable=trainable, router=router)
     report.dtype.extend(assign(root, _targets(root, adapter_name, config), tensors))
     return report, prepared
 
@@ -575,7 +615,7 @@ def live_fingerprint(root: nn.Module, adapter_name: str) -> str:
     )
 
 
-def check_same(model: nn.Module, other: AdapterConfig, adapter_name: str) -> None:
+def check_same(model: nn.Module, other: AnyConfig, adapter_name: str) -> None:
     """Raises `DuplicateAdapterError` where a file's config is another adapter's than the one of this name."""
     ignored = {"inference_mode", "peft_version", "base_model_name_or_path", "auto_mapping", "revision"}
     b = other.to_dict()
@@ -601,9 +641,10 @@ def reload(
     """
     root, _ = root_of(model)
     _check_unmerged(root, adapter_name)
+    prompt = prompt_of(model, adapter_name)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
-    tensors, frozen = _restored(root, adapter_name, _renamed(source.weights.read(), key_mapping))
-    report = _compared(root, adapter_name, targets, tensors)
+    tensors, frozen = _restored(root, adapter_name, _renamed(source.weights.read(), key_mapping, prompt))
+    report = _compared(root, adapter_name, targets, tensors, prompt)
     report.non_finite.extend(non_finite(tensors))
     if settings.strict_load if strict is None else strict:
         report.raise_for_problems()
@@ -612,7 +653,49 @@ def reload(
     elif not report.ok:
         warnings.warn(report.summary(), PeftWarning, stacklevel=4)
     report.dtype.extend(assign(root, targets, {**tensors, **frozen}))
+    if prompt is not None:
+        prompt.take(tensors)
     return report
+
+
+def load_prompt(
+    root: nn.Module,
+    source: Source,
+    adapter_name: str,
+    prompt: AbstractPrompt,
+    prepared: Prepared,
+    strict: bool | None = None,
+    base_name: str | None = None,
+) -> tuple[LoadReport, dict[str, Tensor]]:
+    """Reads the file of a prompt and of the heads beside it, and compares it with both; nothing is changed.
+
+    Returns:
+        (`LoadReport`, `dict[str, Tensor]`): What they disagree on, and what is to be taken up.
+
+    Raises:
+        LoadError: The file does not fit, and ``strict`` or there is no way to go on.
+    """
+    strict = settings.strict_load if strict is None else strict
+    header = _renamed(source.weights.header, None, prompt)
+    wanted = {**expected(prepared), **prompt.filed_shapes()}
+    report = compare(wanted, {k: tuple(info.shape) for k, info in header.items()}, _optional(root))
+    _base_notes(report, prepared, source, base_name)
+    if report.shape or strict:
+        report.raise_for_problems()
+    tensors = _renamed(source.weights.read(), None, prompt)
+    report.non_finite.extend(non_finite(tensors))
+    if strict:
+        report.raise_for_problems()
+    elif not report.ok:
+        warnings.warn(report.summary(), PeftWarning, stacklevel=4)
+    return report, tensors
+
+
+def take_prompt(root: nn.Module, adapter_name: str, prompt: AbstractPrompt, tensors: Mapping[str, Tensor]) -> None:
+    """Gives a prompt and the heads that stand beside it what `load_prompt` has read."""
+    heads: dict[str, Target] = {p.key: (p.owner, p.attribute, p.device) for p in places(root, adapter_name)}
+    assign(root, heads, {key: t for key, t in tensors.items() if key in heads})
+    prompt.take(tensors)
 
 
 def _config_notes(report: LoadReport, prepared: Prepared) -> None:

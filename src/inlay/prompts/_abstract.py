@@ -1,0 +1,287 @@
+"""What every prompt shares: the fields of its config, what it has to know of its model, and the encoder's contract.
+
+A prompt is T virtual tokens before a model's input. An encoder makes them out of its parameters: as embeddings (T, D)
+that stand in front of the input's, or as keys and values (T, layers * 2 * D) that stand in the cache. How they come
+in is `inlay.prompts.attach`'s business, once for all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from inlay.config import RANKS, PeftConfig, TaskType, within
+from inlay.errors import ConfigError, PromptError
+
+EMBEDDINGS = "prompt_embeddings"  # the name that files have for what an encoder gives
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """How long a prompt is and what model it stands before; what is not given is the model's.
+
+    Args:
+        num_virtual_tokens (`int`): T, how many tokens the prompt has.
+        token_dim (`int`, *optional*): Width of an embedding; of all key heads together for prompts in the cache.
+        num_transformer_submodules (`int`, *optional*): How many prompts there are: 2 for an encoder-decoder (one for
+            its decoder), else 1.
+        num_attention_heads (`int`, *optional*): Number of attention heads; of key heads for prompts in the cache.
+        num_layers (`int`, *optional*): Number of layers.
+        modules_to_save (`list[str]`, *optional*): Modules that are copied, trained whole and saved.
+    """
+
+    num_virtual_tokens: int | None = field(default=None, metadata=within(RANKS))
+    token_dim: int | None = field(default=None, metadata=within(RANKS))
+    num_transformer_submodules: int | None = field(default=None, metadata=within("[1, 2]"))
+    num_attention_heads: int | None = field(default=None, metadata=within(RANKS))
+    num_layers: int | None = field(default=None, metadata=within(RANKS))
+    modules_to_save: list[str] | set[str] | None = None
+
+    is_prompt_learning: ClassVar[bool] = True
+    # Whether the prompt stands in the cache, and the fields above are those of keys.
+    in_cache: ClassVar[bool] = False
+    # What a layer method's config has and a prompt's has not, at the value that means nothing.
+    bias: ClassVar[str] = "none"
+    layer_replication: ClassVar[None] = None
+    trainable_token_indices: ClassVar[None] = None
+
+    def fitted(self, host: Host) -> Self:
+        """The same config with what was left to the model filled in.
+
+        Raises:
+            ConfigError: The number of tokens is missing, or the model does not say what is left to it.
+            PromptError: The prompt takes all of the model's positions.
+        """
+        if self.num_virtual_tokens is None:
+            raise ConfigError(f"{type(self).__name__} needs num_virtual_tokens: say how long the prompt is.")
+        heads = self.num_attention_heads or host.number("num_attention_heads", "n_head", "num_heads")
+        if not self.in_cache:
+            width = host.table.shape[1]
+        else:
+            width = self.token_dim or host.number("hidden_size", "n_embd", "d_model")
+            if self.token_dim is None and "num_key_value_heads" in host.config:
+                heads, width = host.keys(heads, width)
+        if width != (self.token_dim or width):
+            raise PromptError(
+                f"The prompt is {self.token_dim} wide and the model's embeddings are {width}: it was made for another "
+                "model, or leave token_dim out."
+            )
+        submodules = self.num_transformer_submodules or (2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1)
+        layers = self.num_layers or host.number("num_hidden_layers", "num_layers", "n_layer")
+        if host.positions is not None and self.num_virtual_tokens >= host.positions:
+            raise PromptError(
+                f"A prompt of {self.num_virtual_tokens} tokens leaves nothing of the model's {host.positions} "
+                "positions: make num_virtual_tokens smaller."
+            )
+        return replace(
+            self,
+            token_dim=width,
+            num_attention_heads=heads,
+            num_layers=layers,
+            num_transformer_submodules=submodules,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the table of embeddings: the prompts of all submodules."""
+        return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
+
+    def spell_out(self, fitted: PromptLearningConfig) -> None:
+        """Takes up what `fitted` has filled in, for files."""
+        self.__dict__.update(fitted.__dict__)
+
+
+class Host:
+    """What a prompt has to know of the model before which it stands.
+
+    Args:
+        model (`nn.Module`): The user's model.
+
+    Raises:
+        PromptError: It has no input embeddings, or no config.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        get: Any = getattr(model, "get_input_embeddings", None)
+        try:
+            found = get() if callable(get) else None
+        except NotImplementedError:
+            found = None
+        if found is None or getattr(model, "config", None) is None:
+            raise PromptError(
+                f"A prompt stands before the embeddings of a transformers model; {type(model).__name__} has no config "
+                "or no get_input_embeddings()."
+            )
+        self._model = model
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+        return self._model
+
+    @property
+    def embeddings(self) -> nn.Module:
+        """Its input embeddings, as they stand now."""
+        found: nn.Module = self.model.get_input_embeddings()
+        return found
+
+    @property
+    def table(self) -> Tensor:
+        """Their weight (V, D)."""
+        inner: Any = self.embeddings
+        return inner.weight  # type: ignore[no-any-return]  # of a wrapper too, which passes the name on
+
+    @cached_property
+    def text(self) -> Any:
+        """The config of the model, or of its text part."""
+        get = getattr(self.model.config, "get_text_config", None)
+        return get() if callable(get) else self.model.config
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The same as plain values."""
+        return self.text.to_dict()  # type: ignore[no-any-return]
+
+    def number(self, *names: str) -> int:
+        """The first of these that the model's config has; attributes count, for older names are kept as such."""
+        for name in (*names, "encoder_attention_heads") if "num_heads" in names else names:
+            value = self.config.get(name, getattr(self.text, name, None))
+            if isinstance(value, int):
+                return value
+        raise ConfigError(f"The model's config says none of {', '.join(names)}: give it in the prompt's config.")
+
+    def keys(self, heads: int, width: int) -> tuple[int, int]:
+        """(number of key heads, their width together): fewer than query heads, and perhaps of another width."""
+        size = self.config.get("head_dim") or width // heads
+        groups: int = self.config["num_key_value_heads"]
+        for layer in (self.config.get("per_layer_config") or {}).values():  # the widest: the others leave the rest
+            if layer.get("head_dim", size) > size:
+                size, groups = layer["head_dim"], layer.get("num_key_value_heads", groups)
+        if self.config.get("global_head_dim"):
+            size, groups = self.config["global_head_dim"], self.config.get("num_global_key_value_heads") or groups
+        return groups, groups * size
+
+    @cached_property
+    def positions(self) -> int | None:
+        """How many positions the model has, where it has a table of them."""
+        if self.relative or any(k in self.config for k in ("rope_parameters", "rope_theta", "rotary_dim")):
+            return None
+        found = self.config.get("max_position_embeddings", self.config.get("n_positions"))
+        return found if isinstance(found, int) and found > 0 else None
+
+    @cached_property
+    def relative(self) -> bool:
+        """Whether only distances between tokens count, so that masked tokens in front change nothing."""
+        return "relative_attention_num_buckets" in self.config or self.text.model_type in ("bloom", "mpt")
+
+    @cached_property
+    def seq2seq(self) -> bool:
+        """Whether it has an encoder and a decoder."""
+        return bool(getattr(self.text, "is_encoder_decoder", False))
+
+    @cached_property
+    def bidirectional(self) -> bool:
+        """Whether tokens see those behind them, and the first may stand for all."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked
+
+        return self.text.model_type in masked and not getattr(self.text, "is_decoder", False)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether it computes activations again in backward, as it stands now."""
+        # transformers' later name first: where both are there, the earlier one warns
+        found = getattr(self.model, "is_activation_checkpointing", None)
+        return bool(getattr(self.model, "is_gradient_checkpointing", False) if found is None else found)
+
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """What its forward takes."""
+        return inspect.signature(type(self.model).forward).parameters
+
+    def takes(self, name: str) -> bool:
+        """Whether forward takes ``name``, or passes on what it does not know."""
+        return name in self.parameters or any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
+
+
+class AbstractPrompt(nn.Module):
+    """Parameters, and how they become virtual tokens; one adapter's, at ``prompt_encoder.<adapter>``.
+
+    Args:
+        config (`PromptLearningConfig`): Fitted to the model.
+        host (`Host`): The model.
+    """
+
+    embedding: nn.Embedding  # the table, at this live name in every method
+
+    # Whether a file holds all that training goes on from; where it holds what the encoder gave, it does not.
+    resumable = True
+    # Parameters, by name, that are never trained.
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    # Whether it has a loss or a decoder's prompt of its own, so that it is trained on whole batches only.
+    alone: ClassVar[bool] = False
+
+    def __init__(self, config: Any, host: Host) -> None:
+        super().__init__()
+        self.config = config
+        self.fixed = config.inference_mode  # what the file holds is the table itself, whatever made it
+
+    @property
+    def length(self) -> int:
+        """T, tokens before each row."""
+        return self.config.num_virtual_tokens  # type: ignore[no-any-return]
+
+    def forward(self, task_ids_B: Tensor | None = None) -> Tensor:
+        """The prompt: (T * submodules, D), or (B, T * submodules, D) where it depends on the task."""
+        raise NotImplementedError
+
+    def filed(self) -> dict[str, Tensor]:
+        """The tensors that files hold, by their names there."""
+        return {EMBEDDINGS: self()}
+
+    def filed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Their shapes; nothing is computed."""
+        with torch.device("meta"):
+            shapes = torch.func.functional_call(self, {k: t.to("meta") for k, t in self.state_dict().items()}, ())
+        return {EMBEDDINGS: tuple(shapes.shape)}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes up the tensors of a file, or some of them."""
+        raise NotImplementedError
+
+    def settle(self, prompt: Tensor) -> None:
+        """Makes a file's prompt the table, which is then the prompt itself where an encoder had made it."""
+        W = self.embedding.weight
+        self.fixed = self.fixed or not self.resumable
+        if W.shape == prompt.shape:
+            with torch.no_grad():
+                W.copy_(prompt)
+        else:
+            rows, width = prompt.shape
+            self.embedding = table(rows, width, W.requires_grad).to(W)
+            self.settle(prompt)
+
+    # -- what a method may do to a call beside putting its tokens in
+
+    def labels(self, labels_BL: Tensor, given: dict[str, Any]) -> Tensor:
+        """Labels of the prompt and the input; those of the prompt count for nothing."""
+        return torch.cat([labels_BL.new_full((len(labels_BL), self.length), -100), labels_BL], 1)
+
+    def loss(self, logits_BLV: Tensor, labels_BL: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+        """The method's own loss, for the labels that `labels` gave; None for the model's."""
+        return None
+
+    # Names of arguments of a call that are the method's own.
+    arguments: ClassVar[tuple[str, ...]] = ()
+
+
+def table(rows: int, width: int, trained: bool = True) -> nn.Embedding:
+    """A table of embeddings, which live names call ``embedding.weight``."""
+    made = nn.Embedding(rows, width)
+    made.weight.requires_grad_(trained)
+    return made

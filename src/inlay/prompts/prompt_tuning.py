@@ -1,0 +1,115 @@
+"""Prompt tuning, Lester et al. 2021 (https://arxiv.org/abs/2104.08691).
+
+The prompt is a table of embeddings P (T, D), trained as it stands; the input becomes [P; x].
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.errors import ConfigError, PromptError
+from inlay.prompts._abstract import EMBEDDINGS, AbstractPrompt, Host, PromptLearningConfig, table
+
+
+class PromptTuningInit(str, enum.Enum):
+    """Where a prompt starts: at random numbers, at tokens drawn from the vocabulary, or at those of a text."""
+
+    RANDOM = "RANDOM"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    TEXT = "TEXT"
+
+
+@dataclass
+class PromptTuningConfig(PromptLearningConfig):
+    """Config of prompt tuning.
+
+    Args:
+        prompt_tuning_init (`PromptTuningInit` or `str`, *optional*, defaults to ``"RANDOM"``): ``"RANDOM"``,
+            ``"SAMPLE_VOCAB"`` or ``"TEXT"``.
+        prompt_tuning_init_text (`str`, *optional*): The text to start at; it is repeated up to the prompt's length.
+        tokenizer_name_or_path (`str`, *optional*): The tokenizer of that text.
+        tokenizer_kwargs (`dict`, *optional*): For its ``from_pretrained``.
+
+    Raises:
+        ConfigError: A text start lacks its text or its tokenizer.
+
+    Example:
+        >>> PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8).prompt_tuning_init
+        'RANDOM'
+    """
+
+    prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM.value
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    method = "PROMPT_TUNING"
+    example = {"num_virtual_tokens": 8}
+    starts = tuple(kind.value for kind in PromptTuningInit)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind = getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
+        if kind not in self.starts:
+            raise ConfigError(f"prompt_tuning_init must be one of {', '.join(self.starts)}, got {kind!r}.")
+        missing = [n for n in ("tokenizer_name_or_path", "prompt_tuning_init_text") if not getattr(self, n)]
+        if kind == "TEXT" and missing:
+            raise ConfigError(f"prompt_tuning_init='TEXT' needs {' and '.join(missing)}.")
+        if self.tokenizer_kwargs and kind != "TEXT":
+            raise ConfigError(f"tokenizer_kwargs is for prompt_tuning_init='TEXT', which is {kind!r} here.")
+
+
+class PromptEmbedding(AbstractPrompt):
+    """A table of embeddings."""
+
+    def __init__(self, config: PromptTuningConfig, host: Host) -> None:
+        super().__init__(config, host)
+        start = None if config.inference_mode else first_tokens(config, host)
+        self.embedding = table(config.tokens, config.token_dim or 0)
+        if start is not None:
+            with torch.no_grad():
+                self.embedding.weight.copy_(host.table[start.to(host.table.device)])
+
+    def forward(self, task_ids_B: Tensor | None = None) -> Tensor:
+        return self.embedding.weight
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        if EMBEDDINGS in tensors:
+            self.settle(tensors[EMBEDDINGS])
+
+
+def first_tokens(config: Any, host: Host) -> Tensor | None:
+    """The tokens whose embeddings a prompt starts at, or None for random numbers."""
+    kind = getattr(config.prompt_tuning_init, "value", config.prompt_tuning_init)
+    if kind == "SAMPLE_VOCAB":
+        return torch.randint(0, len(host.table), (config.tokens,))
+    if kind != "TEXT":
+        return None
+    ids = _tokenizer(config)(config.prompt_tuning_init_text)["input_ids"]
+    if not ids or len(ids) > config.tokens:
+        raise PromptError(
+            f"prompt_tuning_init_text has {len(ids)} tokens, the prompt has {config.tokens}: "
+            f"{'give a text' if not ids else 'shorten the text, or make num_virtual_tokens larger'}."
+        )
+    if max(ids) >= len(host.table):
+        raise PromptError(
+            f"The tokenizer gives the token {max(ids)}, the model's vocabulary has {len(host.table)}: they do not "
+            "belong together."
+        )
+    return torch.tensor((ids * config.tokens)[: config.tokens])
+
+
+def _tokenizer(config: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    options = {**(config.tokenizer_kwargs or {}), "trust_remote_code": False}
+    try:
+        return AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
+    except (OSError, ValueError) as error:
+        raise PromptError(f"The tokenizer {config.tokenizer_name_or_path!r} cannot be had: {error}") from error
