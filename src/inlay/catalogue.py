@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from inlay.layers import KINDS, LayerKind
 from inlay.methods import METHODS, Method
 from inlay.methods._abstract import AbstractAdapter
 from inlay.parametrized import ParameterKind
+from inlay.prompts import PROMPTS, Host, PromptMethod, encoder_for
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,67 @@ class MethodRow:
     kinds: tuple[Capability, ...]
 
 
+@dataclass(frozen=True)
+class PromptRow:
+    """One way to learn a prompt.
+
+    Args:
+        name (`str`): As in ``peft_type``.
+        config (`str`): Its config's class.
+        paper (`str`): Address of its paper.
+        tokens (`int`): How many virtual tokens the example has.
+        trained (`int`): Trained parameters of the example before a model ``width`` wide with ``layers`` layers.
+        comes_in (`str`): ``"embeddings"`` in front of the input's, or ``"cache"``: keys and values of every layer.
+    """
+
+    name: str
+    config: str
+    paper: str
+    tokens: int
+    trained: int
+    comes_in: str
+
+
+def prompts(width: int = 1024, layers: int = 24) -> list[PromptRow]:
+    """The table of prompt methods, one row each, from their code.
+
+    Args:
+        width (`int`, *optional*, defaults to 1024), layers (`int`, *optional*, defaults to 24): Size of the model that
+            trained parameters are counted on.
+
+    Example:
+        >>> row = prompts(16, 2)[0]
+        >>> row.name, row.tokens, row.trained, row.comes_in
+        ('PROMPT_TUNING', 8, 128, 'embeddings')
+    """
+    host = Host(_Sample(width, layers))
+    return [_prompt_row(name, method, host) for name, method in PROMPTS.items()]
+
+
+class _Sample(nn.Module):
+    """What a prompt asks of a model, and nothing more."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(64, width, device="meta")
+        values = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 1}
+        self.config = SimpleNamespace(**values, model_type="sample", to_dict=lambda: values)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+
+def _prompt_row(name: str, method: PromptMethod, host: Host) -> PromptRow:
+    config = method.config(task_type="CAUSAL_LM", **method.config.example).fitted(host)
+    with torch.device("meta"):
+        prompt = encoder_for(config, host)
+    trained = sum(p.numel() for key, p in prompt.named_parameters() if key not in prompt.frozen)
+    met = "cache" if config.in_cache else "embeddings"
+    return PromptRow(
+        name, method.config.__name__, _paper(method.encoder), config.num_virtual_tokens or 0, trained, met
+    )
+
+
 def methods(outs: int = 1024, ins: int = 1024) -> list[MethodRow]:
     """The table of methods, one row each, from the code of the methods themselves.
 
@@ -73,11 +136,14 @@ def methods(outs: int = 1024, ins: int = 1024) -> list[MethodRow]:
 def _row(name: str, method: Method, outs: int, ins: int) -> MethodRow:
     adapter = _adapter(method, KINDS[0], nn.Linear(ins, outs, device="meta"))
     met = "weight" if adapter.through_weight else "input" if adapter.changes_input else "output"
-    text = sys.modules[method.adapter.__module__].__doc__ or ""
-    paper = next((w.strip("(),.;") for w in text.split() if "arxiv.org" in w), "")
     trained = sum(math.prod(slot.shape) for slot in adapter.slots.values() if slot.trainable)
     kinds = tuple(_capability(method, kind, layer) for kind, layer in _samples())
-    return MethodRow(name, method.config.__name__, paper, trained, met, kinds)
+    return MethodRow(name, method.config.__name__, _paper(method.adapter), trained, met, kinds)
+
+
+def _paper(cls: type) -> str:
+    text = sys.modules[cls.__module__].__doc__ or ""
+    return next((w.strip("(),.;:") for w in text.split() if "arxiv.org" in w), "")
 
 
 def _adapter(method: Method, kind: LayerKind, layer: nn.Module) -> AbstractAdapter:

@@ -18,6 +18,7 @@ from integrations.tiny_runs import TASKS, model_folder, sentences, tree, write_r
 import inlay
 from inlay import cli
 from inlay.methods import METHODS
+from inlay.prompts import PROMPTS
 
 SRC = Path(__file__).parents[2] / "src"
 Result = tuple[int, str, str]
@@ -63,6 +64,9 @@ def test_methods_lists_the_table(run: Inlay) -> None:
     assert all(sum(line.startswith(f"{name} ") for line in lines) >= 2 for name in METHODS)  # whole, in both tables
     lora = next(line for line in lines if line.startswith("LORA "))
     assert lora.split()[:5] == ["LORA", "output", str(8 * (16 + 32)), "mR", "mr"]
+    prompt = next(line for line in lines if line.startswith("PREFIX_TUNING "))
+    assert prompt.split() == ["PREFIX_TUNING", "cache", "8", f"{8 * 24 * 2 * 16:,}"]
+    assert all(sum(line.startswith(f"{name} ") for line in lines) == 2 for name in PROMPTS)
     assert max(map(len, lines)) <= 100
 
 

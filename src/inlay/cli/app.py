@@ -135,11 +135,15 @@ def methods(
 ) -> None:
     """List the methods: what each trains, on which kinds of layers, and whether it merges and serves rows."""
     from inlay import catalogue
-    from inlay.cli.show import console, print_methods
+    from inlay.cli.show import console, print_methods, print_prompts
 
     screen = console()
     print_methods(screen, catalogue.methods(outs, ins), why=why)
-    screen.print(f"\nParameters are those of one linear layer of {outs} x {ins}, with the defaults of each config.")
+    print_prompts(screen, catalogue.prompts(outs))
+    screen.print(
+        f"\nParameters are those of one linear layer of {outs} x {ins}, with the defaults of each config; a prompt's "
+        f"those before a model of 24 layers, {outs} wide."
+    )
 
 
 @app.command()

@@ -16,7 +16,7 @@ from inlay.explanation import size
 from inlay.integrations.train import TrainReport, is_main_process
 
 if TYPE_CHECKING:
-    from inlay.catalogue import Capability, MethodRow
+    from inlay.catalogue import Capability, MethodRow, PromptRow
     from inlay.inspect import AdapterReport
     from inlay.integrations.demo import DemoReport
 
@@ -179,6 +179,15 @@ def print_methods(screen: Console, found: Sequence[MethodRow], why: bool) -> Non
     if why and gaps:
         screen.print()
         screen.print(grid(gaps))
+
+
+def print_prompts(screen: Console, found: Sequence[PromptRow]) -> None:
+    """The table of prompt methods."""
+    screen.print()
+    rows = ((row.name, row.comes_in, str(row.tokens), f"{row.trained:,}") for row in found)
+    screen.print(grid(rows, "prompt method", "comes in as", "tokens", "trained"))
+    screen.print()
+    screen.print(grid((row.name, row.config, row.paper) for row in found))
 
 
 def _capability(kind: Capability) -> str:

@@ -20,6 +20,7 @@ from inlay.integrations.tasks import TASKS, AbstractTask, examples_to_features
 from inlay.integrations.train_config import TrainConfig, raise_all
 from inlay.integrations.trainer import build_trainer
 from inlay.methods import METHODS
+from inlay.prompts import PROMPTS
 
 Say = Callable[[str], None]
 
@@ -64,9 +65,10 @@ def is_main_process() -> bool:
 def adapter_config(config: TrainConfig) -> Any:
     """The method's own config from the ``adapter`` section, or a `ConfigError`."""
     name = config.adapter.method
-    method = METHODS.get(name.upper())
+    table: dict[str, Any] = {**METHODS, **PROMPTS}
+    method = table.get(name.upper())
     if method is None:
-        known = [one.lower() for one in METHODS]
+        known = [one.lower() for one in table]
         raise UnknownMethodError(f"no method {name!r}{nearest(name.lower(), known)}; known: {', '.join(known)}")
     options = config.adapter.options
     if "task_type" in options:
