@@ -139,7 +139,8 @@ def methods(
 
     screen = console()
     print_methods(screen, catalogue.methods(outs, ins), why=why)
-    screen.print(f"\nParameters are those of one linear layer of {outs} x {ins}, with the defaults of each config.")
+    layer = f"one linear layer of {outs} x {ins}, or of one attention made of such"
+    screen.print(f"\nParameters are those of {layer}, with the defaults of each config.")
 
 
 @app.command()
