@@ -20,6 +20,8 @@ ROWS = 8
 
 def measure(setting: Setting) -> Iterator[Figure]:
     for name, method in METHODS.items():
+        if "Linear" not in method.kinds:
+            continue
         build = partial(one_linear, config=method.config.__name__, fields=method.config.example)
         race = Race(setting.both(build), alike=["incumbent", "candidate"])
         outcomes = race.run(seconds=setting.pick(4, 0.5), least=5)

@@ -46,6 +46,17 @@ class SelfAttention(Net):
         return h
 
 
+class Decoder(Net):
+    """Calls attention as transformers does, with positions where it wants them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[1]).outer(torch.tensor([1.0, 0.1])).repeat(1, 2).to(x.dtype)
+        positions = (angles.cos()[None], angles.sin()[None])
+        named = {} if "c_attn" in dict(self.m.named_modules()) else {"position_embeddings": positions}
+        h: Tensor = self.m(hidden_states=x, attention_mask=None, **named)[0]
+        return h
+
+
 class Fused(nn.Module):
     """A weight without a layer of its own."""
 
@@ -71,6 +82,26 @@ def _attention() -> nn.Module:
     layer = nn.MultiheadAttention(6, 2, batch_first=True)
     for vector in (layer.in_proj_bias, layer.out_proj.bias):
         nn.init.normal_(vector)
+    return layer
+
+
+def _attention_of_llama() -> nn.Module:
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig
+
+    config = LlamaConfig(hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+    config._attn_implementation = "sdpa"
+    layer = LlamaAttention(config, layer_idx=0)
+    nn.init.normal_(layer.v_proj.weight)
+    return layer
+
+
+def _attention_of_gpt2() -> nn.Module:
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Config
+
+    config = GPT2Config(n_embd=8, n_head=2, n_positions=8, attn_pdrop=0.0, resid_pdrop=0.0)
+    config._attn_implementation = "sdpa"
+    layer = GPT2Attention(config, layer_idx=0)
+    nn.init.normal_(layer.c_attn.weight)
     return layer
 
 
@@ -125,6 +156,8 @@ KINDS: dict[str, Kind] = {
     "MultiheadAttention without bias": Kind(
         "MultiheadAttention", lambda: nn.MultiheadAttention(6, 2, bias=False), _floats(6), SelfAttention, rows=False
     ),
+    "Attention": Kind("Attention", _attention_of_llama, _floats(3, 8), net=Decoder),
+    "Attention of GPT-2": Kind("Attention", _attention_of_gpt2, _floats(3, 8), net=Decoder),
     "Parameter": Kind("Parameter", lambda: Fused(6, 5), _floats(5), rows=False),
     "Parameter of experts": Kind("Parameter", lambda: Fused(3, 6, 5), _floats(5), rows=False),
 }
@@ -276,10 +309,14 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "random": Option({"r": 1, "init_weights": False}, {"r": 4}, identity=False, narrow=0.1),
         "dropout": Option({"r": 1, "rank_dropout": 0.3, "rank_dropout_scale": True}, narrow=0.1),
     },
+    "ADAPTION_PROMPT": {"plain": Option({"adapter_len": 3, "adapter_layers": 1}, {"adapter_len": 2})},
 }
 
 _ATTENTION_ONLY_WEIGHT = (UnsupportedLayerError, "its weight is handed to one call: nothing stands beside it")
 _PARAMETER_ONLY_WEIGHT = (UnsupportedLayerError, "a bare weight has no input and no output of its own")
+
+_CALL_ONLY = (UnsupportedLayerError, "it is looked at by attention, and by nothing else")
+_WEIGHT_ONLY = (UnsupportedLayerError, "it changes a weight, and attention has none but its projections'")
 
 _ONE_MATRIX = (UnsupportedLayerError, "it is defined on one matrix, and files have no shape for several")
 
@@ -335,6 +372,13 @@ UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
             ("Parameter", _PARAMETER_ONLY_WEIGHT),
         )
     },
+    **{
+        (method, option, kind): _CALL_ONLY if method == "ADAPTION_PROMPT" else _WEIGHT_ONLY
+        for method, ways in OPTIONS.items()
+        for option in ways
+        for kind, way in KINDS.items()
+        if (method == "ADAPTION_PROMPT") != (way.row == "Attention")
+    },
 }
 
 #: (method, option, kind) -> the error that merging raises, and why
@@ -348,7 +392,17 @@ UNMERGEABLE: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
     },
     ("LORA", "bias", "Linear without bias"): (NotMergeableError, "there is no bias to write to"),
     ("LORA", "bias", "Conv2d dilated"): (NotMergeableError, "there is no bias to write to"),
+    **{
+        ("ADAPTION_PROMPT", "plain", kind): (NotMergeableError, "what attention sees depends on the input")
+        for kind in ("Attention", "Attention of GPT-2")
+    },
 }
+
+
+def home(method: str) -> Case:
+    """A cell of the method that is possible."""
+    option = next(iter(OPTIONS[method]))
+    return next(Case(method, option, kind) for kind in KINDS if (method, option, kind) not in UNSUPPORTED)
 
 
 @dataclass(frozen=True)
@@ -813,8 +867,8 @@ def base_may_change(case: Case) -> None:
         model(x)
         for each in (model, other):
             layer = each.base_model.model.m
-            W = layer.get_base_layer().get_parameter(layer.kind.weight_name)
-            W.mul_(0.5)
+            module, name = layer.kind.keeper(layer.get_base_layer())
+            module.get_parameter(name).mul_(0.5)
         close(model(x), other(x))
         other = case.adapted()
         other.load_state_dict(bits(model))

@@ -88,11 +88,7 @@ INDUCTOR = [
     pytest.param(Case("LORA", "plain", "MultiheadAttention"), marks=pytest.mark.slow),
     pytest.param(Case("LORA", "plain", "Parameter of experts"), marks=pytest.mark.slow),
     Case("OFT", "plain", "Linear"),
-    *(
-        pytest.param(Case(method, "plain", "Linear"), marks=pytest.mark.slow)
-        for method in OPTIONS
-        if method not in ("LORA", "OFT")
-    ),
+    *(pytest.param(laws.home(method), marks=pytest.mark.slow) for method in OPTIONS if method not in ("LORA", "OFT")),
     pytest.param(Case("OFT", "plain", "Conv2d"), marks=pytest.mark.slow),
     pytest.param(Case("LOKR", "plain", "Conv2d"), marks=pytest.mark.slow),
 ]

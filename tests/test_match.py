@@ -20,7 +20,7 @@ from inlay.errors import (
 )
 from inlay.match import Module, Plan, Skip, Targeting, default_targets, plan, shrink
 
-SUPPORTED = frozenset({"Linear", "Conv1D", "Embedding", "MultiheadAttention"})
+SUPPORTED = frozenset({"Linear", "Conv1D", "Embedding", "MultiheadAttention", "Parameter"})
 
 
 def llama(layers: int = 3, prefix: str = "model.") -> list[Module]:
@@ -442,6 +442,23 @@ def test_layers_that_do_not_exist() -> None:
     assert result.warnings == ("layers_to_transform=[5, 6] are indices of no target module; they lie in layers 0-2.",)
 
 
+def test_the_last_layers_only() -> None:
+    result = made(target_modules=["v_proj", "q_proj"], exclude_modules=["layers.2.self_attn.v_proj"], adapter_layers=3)
+    assert names(result) == [f"model.layers.{i}.self_attn.{x}_proj" for i, x in ((1, "q"), (1, "v"), (2, "q"))]
+    assert {skip.reason for skip in result.skipped if ".0." in skip.name} == {
+        "below the last 3, which adapter_layers asks for"
+    }
+    with pytest.raises(PlanError, match="adapter_layers=4, and the model has 3 modules"):
+        made(target_modules=["v_proj"], adapter_layers=4)
+    with pytest.raises(NoMatchingPeftModuleError):
+        made(target_modules=["z_proj"], adapter_layers=4)
+
+
+def test_a_method_without_parameters() -> None:
+    with pytest.raises(UnsupportedLayerError, match="LoRA adapts no bare parameters"):
+        made(EXPERTS, EXPERT_PARAMETERS, target_parameters=["experts.up"], supported=frozenset({"Linear"}))
+
+
 def test_targets_that_are_all_left_out_beside_parameters() -> None:
     modules = [*EXPERTS, Module("fc", "Linear")]
     result = made(
@@ -583,9 +600,9 @@ def test_shrink() -> None:
 
 def test_default_targets() -> None:
     table: dict[str, Any] = {"llama": ["q_proj", "v_proj"], "gemma4": r".*\.(q_proj|v_proj)"}
-    assert default_targets("llama", table, llama()) == ["q_proj", "v_proj"]
-    assert default_targets("gemma4", table, llama()) == r".*\.(q_proj|v_proj)"
-    default_targets("llama", table, llama()).append("x")  # type: ignore[union-attr]
+    assert default_targets("llama", table, llama(), SUPPORTED) == ["q_proj", "v_proj"]
+    assert default_targets("gemma4", table, llama(), SUPPORTED) == r".*\.(q_proj|v_proj)"
+    default_targets("llama", table, llama(), SUPPORTED).append("x")  # type: ignore[union-attr]
     assert table["llama"] == ["q_proj", "v_proj"]
 
 
@@ -606,6 +623,6 @@ def test_default_targets() -> None:
 )
 def test_unknown_architecture(model_type: str | None, message: str) -> None:
     with pytest.raises(UnknownArchitectureError, match=re.escape(message)):
-        default_targets(model_type, {"llama": ["q_proj"]}, llama())
+        default_targets(model_type, {"llama": ["q_proj"]}, llama(), SUPPORTED)
     with pytest.raises(UnknownArchitectureError, match="linear layers: none"):
-        default_targets(model_type, {"llama": ["q_proj"]}, [])
+        default_targets(model_type, {"llama": ["q_proj"]}, [], SUPPORTED)

@@ -142,7 +142,7 @@ def _other_methods() -> list[str]:
 
 @pytest.mark.parametrize("method", _other_methods())
 def test_a_plain_handle_holds_one_method(method: str, tmp_path: Path) -> None:
-    lora, other = Case("LORA", "plain", "Linear"), Case(method, _first(method), "Linear")
+    lora, other = Case("LORA", "plain", "Linear"), laws.home(method)
     other.adapted().save_pretrained(tmp_path)
     model = lora.adapted()
     before = laws.bits(model)

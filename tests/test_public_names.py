@@ -18,6 +18,7 @@ PUBLIC_NAMES = [
     "__version__",
     # configs
     "AdaLoraConfig",
+    "AdaptionPromptConfig",
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",

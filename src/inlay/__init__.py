@@ -31,6 +31,7 @@ _HOME = {
     "LoftQConfig": "inits",
     "register_peft_method": "methods",
     "AdaLoraConfig": "methods.adalora",
+    "AdaptionPromptConfig": "methods.adaption_prompt",
     "IA3Config": "methods.ia3",
     "LoHaConfig": "methods.loha",
     "LoKrConfig": "methods.lokr",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
     from inlay.inits import LoftQConfig as LoftQConfig
     from inlay.methods import register_peft_method as register_peft_method
     from inlay.methods.adalora import AdaLoraConfig as AdaLoraConfig
+    from inlay.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from inlay.methods.ia3 import IA3Config as IA3Config
     from inlay.methods.loha import LoHaConfig as LoHaConfig
     from inlay.methods.lokr import LoKrConfig as LoKrConfig

@@ -13,6 +13,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractAdapter, Params, Slot, as_dtype
 from inlay.ops.rows import rows as rows_product
 from inlay.routing import Router, Rows
-from inlay.storage import Rounding, Storage, storage_of
+from inlay.storage import Rounding, Storage, facts, storage_of
 
 _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -280,6 +281,8 @@ class Adapted(_Light):
             return base(*args, **kwargs)
         if self.kind.by_weight:
             return self.kind.call(base, *self.effective(run), _resolve, args, kwargs)
+        if self.kind.composite:
+            return self.kind.around(base, self.part, args, kwargs, partial(self._forward_several, run))
         if self._merged:
             base = self._frozen()
         x = args[0] if args else kwargs.pop(_input_of(self.get_base_layer(), kwargs))
@@ -336,6 +339,13 @@ class Adapted(_Light):
         storage = self.storage
         return replica(self.base_layer, self._kept, None if storage.in_place else storage.settle)
 
+    def part(self, name: str) -> nn.Module:
+        """A module inside the frozen layer, without adapters of its own."""
+        module: nn.Module = getattr(self.get_base_layer(), name)
+        while isinstance(module, Adapted):
+            module = module._frozen() if module._merged else module.base_layer
+        return module
+
     def operate(self, x: Tensor, W_OI: Tensor) -> Tensor:
         """The layer's operation, without bias, with the matrix ``W_OI``."""
         return self.kind.apply(self.base_layer, x, W_OI)
@@ -345,13 +355,19 @@ class Adapted(_Light):
     def _forward_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         if self.kind.by_weight:
             return self._forward_unreachable(rows, *args, **kwargs)
+        base: Any = self._frozen() if self._merged else self._modules["base_layer"]
+        if self.kind.composite:
+            return self.kind.around(base, self.part, args, kwargs, partial(self._rows_of, rows))
         x = args[0] if args else kwargs.pop(_input_of(self.get_base_layer(), kwargs))
+        return self._rows_of(rows, base, x, *args[1:], **kwargs)
+
+    def _rows_of(self, rows: Rows, base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = rows.fitted(x.shape[self.kind.row_dim], x.device, self.path)
         stack = self._stack(rows.names)
         names = stack.apart
         z = self._into_rows(rows, names, x) if names else x
-        base: Any = self._frozen() if self._merged else self._modules["base_layer"]
-        h0 = h = base(z, *args[1:], **kwargs)
+        h: Tensor = base(z, *args, **kwargs)
+        h0 = h
         if stack.order:
             plain = type(base) is nn.Linear and not base._forward_hooks and not _global_forward_hooks
             fresh = plain and not names and not h.requires_grad
@@ -425,6 +441,8 @@ class Adapted(_Light):
 
     def _stored(self, parameter: str) -> Tensor:
         """A pristine parameter as it is stored."""
+        if self.kind.composite:
+            raise NotMergeableError(f"{self.path} ({self.kind.name}) is made of other layers: it has no weight.")
         if self._merged:
             if not self._kept:
                 raise BaseGoneError(
@@ -502,7 +520,7 @@ class Adapted(_Light):
             trained (`bool`, *optional*, defaults to `False`): Whether its tensors are trained.
         """
         if dtype is None:
-            dtype = self.storage.facts(self.base_layer, self.kind.weight_name)[0]
+            dtype = self.facts()[0]
         for slot in method.slots.values():
             group = self._modules.get(slot.name)
             if group is None:
@@ -532,8 +550,7 @@ class Adapted(_Light):
 
     def facts(self) -> tuple[torch.dtype, torch.device]:
         """dtype and device of the frozen weight."""
-        base = self.get_base_layer()
-        return storage_of(base).facts(base, self.kind.weight_name)
+        return facts(*self.kind.keeper(self.get_base_layer()))
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Trains or freezes adapters, active or not; names that are not here are passed over."""

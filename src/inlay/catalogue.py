@@ -44,7 +44,8 @@ class MethodRow:
         name (`str`): As in ``peft_type``.
         config (`str`): Its config's class.
         paper (`str`): Address of its paper.
-        trained (`int`): Trained parameters of the default config on one linear layer, ``outs`` x ``ins``.
+        trained (`int`): Trained parameters of the default config on one linear layer, ``outs`` x ``ins``, or on one
+            attention that has such ones.
         acts_on (`str`): ``"input"``, ``"output"`` or ``"weight"``: where it meets that layer.
         kinds (`tuple[Capability, ...]`): What it does on every kind of layer.
     """
@@ -134,7 +135,7 @@ def methods(outs: int = 1024, ins: int = 1024) -> list[MethodRow]:
 
 
 def _row(name: str, method: Method, outs: int, ins: int) -> MethodRow:
-    adapter = _adapter(method, KINDS[0], nn.Linear(ins, outs, device="meta"))
+    adapter = _adapter(method, *next(pair for pair in _samples(outs, ins) if pair[0].name in method.kinds))
     met = "weight" if adapter.through_weight else "input" if adapter.changes_input else "output"
     trained = sum(math.prod(slot.shape) for slot in adapter.slots.values() if slot.trainable)
     kinds = tuple(_capability(method, kind, layer) for kind, layer in _samples())
@@ -151,16 +152,18 @@ def _adapter(method: Method, kind: LayerKind, layer: nn.Module) -> AbstractAdapt
     return method.adapter(config, kind, layer, config.layer_values("layer", None))
 
 
-def _samples() -> list[tuple[LayerKind, nn.Module]]:
+def _samples(outs: int = 64, ins: int = 64) -> list[tuple[LayerKind, nn.Module]]:
     """A layer of every kind; GPT-2's is a linear one turned round, so that transformers is not needed."""
+    linear = nn.Linear(ins, outs, device="meta")
     made: dict[str, nn.Module] = {
-        "Linear": nn.Linear(64, 64, device="meta"),
+        "Linear": linear,
         "Embedding": nn.Embedding(64, 64, device="meta"),
         "Conv1D": nn.Linear(64, 64, device="meta"),
         "Conv1d": nn.Conv1d(64, 64, 3, device="meta"),
         "Conv2d": nn.Conv2d(64, 64, 3, device="meta"),
         "Conv3d": nn.Conv3d(64, 64, 3, device="meta"),
         "MultiheadAttention": nn.MultiheadAttention(64, 4, device="meta"),
+        "Attention": nn.ModuleDict({"q_proj": linear}),
     }
     return [*((kind, made[kind.name]) for kind in KINDS), (ParameterKind("weight"), made["Linear"])]
 

@@ -57,6 +57,7 @@ class PeftType(str, enum.Enum):
     LOHA = "LOHA"
     LOKR = "LOKR"
     OFT = "OFT"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
     PROMPT_TUNING = "PROMPT_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
     P_TUNING = "P_TUNING"
@@ -405,6 +406,10 @@ class AdapterConfig(PeftConfig):
     def patterns(self) -> dict[str, dict[str, Any]]:
         """``{"r": rank_pattern, ...}``: for every value that varies by layer, its table."""
         return {value: getattr(self, table) for value, table in self.patterned.items()}
+
+    def topmost(self) -> int | None:
+        """How many of the targets are adapted, the last ones of the model; `None` for all."""
+        return None
 
     def layer_values(self, path: str, model_type: str | None) -> dict[str, Any]:
         """What else the method decides by a layer's name; handed to its adapter with the values of `patterns`."""

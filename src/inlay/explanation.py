@@ -30,7 +30,7 @@ from inlay.match import ParameterTarget, Skip, why
 from inlay.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from inlay.replicate import replicated
 from inlay.state import EMBEDDING_NAMES, embedding_weights
-from inlay.storage import storage_of, stored_parameters
+from inlay.storage import facts, storage_of, stored_parameters
 
 T = TypeVar("T")
 _Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a model is called with
@@ -373,7 +373,7 @@ def _layer(work: inject.Work | inject.TokenWork) -> nn.Module:
 
 def _slots(work: inject.Work | inject.TokenWork, autocast: bool, trained: bool) -> list[Tensor]:
     layer = _layer(work)
-    dtype, _ = storage_of(layer).facts(layer, work.kind.weight_name)
+    dtype, _ = facts(*work.kind.keeper(layer))
     if autocast and dtype in inject._NARROW:
         dtype = torch.float32
     return [_empty(slot.shape, dtype, trained and slot.trainable) for slot in work.adapter.slots.values()]

@@ -35,7 +35,7 @@ from inlay.methods.trainable_tokens import TrainableTokensAdapter
 from inlay.parametrized import ParameterKind
 from inlay.prompts import AnyConfig
 from inlay.routing import Router
-from inlay.storage import storage_of
+from inlay.storage import facts, storage_of
 from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper, trainable_kind
 
 # An adapter's name becomes an attribute of every slot, so it may not be one already.
@@ -67,7 +67,7 @@ class Survey:
     def parent(self, path: str) -> tuple[nn.Module, str]:
         """The module that holds ``path`` and the attribute it stands at."""
         above, _, attribute = path.rpartition(".")
-        return (self.modules[above] if above else self.model), attribute
+        return (_unwrapped(self.modules[above]) if above else self.model), attribute
 
     def tied(self, module: nn.Module, parameter: str) -> bool:
         """Whether another module owns the same parameter."""
@@ -162,9 +162,14 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Adapted | ModulesToSaveWra
         prefix = f"{name}." if name else ""
         if isinstance(module, Adapted):
             yield name, module
-            stack.append((prefix + "base_layer", module.base_layer))
+            stack.append((within(name, module), module.base_layer))
             continue
         stack.extend((prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None)
+
+
+def within(path: str, wrapper: Adapted) -> str:
+    """How the names of what is inside an adapted layer begin in files: composite layers keep their own name there."""
+    return path if wrapper.kind.composite else f"{path}.base_layer" if path else "base_layer"
 
 
 # ---------------------------------------------------------------------- prepare
@@ -212,8 +217,7 @@ class Work:
 
     def kept_dtype(self) -> torch.dtype:
         """dtype of the frozen weight, as a float."""
-        name = self.kind.weight_name
-        return storage_of(self.layer, name).facts(self.layer, name)[0]
+        return facts(*self.kind.keeper(self.layer))[0]
 
     @property
     def layer(self) -> nn.Module:
@@ -374,13 +378,14 @@ def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Itera
         target_parameters=config.target_parameters,
         patterns=config.patterns(),
         supported=method.kinds,
+        adapter_layers=config.topmost() if only is None else None,
         optional=config.trainable_token_indices is not None,
         method=PeftType(config.peft_type).value,
     )
 
 
 def _defaults(found: Survey, method: Method) -> Any:
-    return match.default_targets(found.model_type, method.default_targets, found.facts)
+    return match.default_targets(found.model_type, method.default_targets, found.facts, method.kinds)
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
@@ -406,8 +411,9 @@ def _works_for(found: Survey, config: AdapterConfig, target: match.Target) -> li
     layer = _unwrapped(module)
     kind = module.kind if isinstance(module, Adapted) else kind_of(layer)
     assert kind is not None, "the plan holds supported kinds only"
-    storage = storage_of(layer, kind.weight_name)
-    why = kind.unadaptable(layer) or storage.unreadable(layer, kind.weight_name)
+    keeper, parameter = kind.keeper(layer)
+    storage = storage_of(keeper, parameter)
+    why = kind.unadaptable(layer) or storage.unreadable(keeper, parameter)
     if why is not None:
         raise UnsupportedLayerError(f"{target.name} ({type(layer).__name__}) cannot be adapted: {why}.")
     if isinstance(kind, ParameterKind):
@@ -749,11 +755,11 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         name, module = stack.pop()
         if isinstance(module, ModulesToSaveWrapper):
             continue
-        prefix = f"{name}." if name else ""
         if isinstance(module, Adapted):
-            stack.append((prefix + "base_layer", module.base_layer))
+            stack.append((within(name, module), module.base_layer))
             continue
         yield name, module
+        prefix = f"{name}." if name else ""
         stack.extend((prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None)
 
 

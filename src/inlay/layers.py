@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from inlay.errors import UnsupportedLayerError
 
 Resolve = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
+Part = Callable[[str], nn.Module]
 
 
 class LayerKind(ABC):
@@ -31,6 +32,8 @@ class LayerKind(ABC):
     matrix: ClassVar[bool] = False
     # The layer's result is not linear in the weight: adapters act on the weight, never beside the call.
     by_weight: ClassVar[bool] = False
+    # The layer is made of others that have the weights, and its call is more than a tensor in and a tensor out.
+    composite: ClassVar[bool] = False
     # Files of PEFT ask for dropout here, which it leaves out.
     ignores_dropout: ClassVar[bool] = False
     # Part of slot names ("lora_embedding_A") and whether tensors stand bare in their slot, as files have it.
@@ -107,6 +110,10 @@ class LayerKind(ABC):
         """How many matrices of one shape the weight stacks."""
         return 1
 
+    def keeper(self, layer: nn.Module) -> tuple[nn.Module, str]:
+        """The module and its parameter that tell dtype and device of the layer."""
+        return layer, self.weight_name
+
     def unadaptable(self, layer: nn.Module) -> str | None:
         """Why this one layer of the kind cannot be adapted, or None."""
         W = layer._parameters.get(self.weight_name)
@@ -121,6 +128,13 @@ class LayerKind(ABC):
     def call(self, layer: nn.Module, W: Tensor, b: Tensor | None, resolve: Resolve, args: Any, kwargs: Any) -> Any:
         """Runs a layer that is adapted by weight; ``resolve`` gives the weights of modules inside it."""
         raise UnsupportedLayerError(f"{self.name} is adapted beside its call, not through its weight.")
+
+    def around(self, layer: nn.Module, part: Part, args: Any, kwargs: Any, adapted: Callable[..., Tensor]) -> Any:
+        """Runs a composite layer; ``adapted(call, x)`` is what adapters make of ``call(x)``.
+
+        ``part`` gives a module inside the layer by name, without adapters of its own.
+        """
+        raise UnsupportedLayerError(f"{self.name} is called with a tensor and gives one.")
 
 
 class _Linear(LayerKind):
@@ -320,6 +334,69 @@ class _MultiheadAttention(LayerKind):
         return attention(mha, W, b, *resolve(mha.out_proj), *args, **kwargs)
 
 
+class Attention(LayerKind):
+    """An attention module of transformers, which is known by its class name: transformers stays unimported.
+
+    What adapters read of a call are its queries by heads, B x H x L x K, with their positions; what they change is the
+    first of its results, B x L x D.
+    """
+
+    name = "Attention"
+    composite = True
+    classes: ClassVar[frozenset[str]] = frozenset({"LlamaAttention", "MistralAttention", "GPT2Attention"})
+
+    def owns(self, layer: nn.Module) -> bool:
+        return any(
+            c.__name__ in self.classes and c.__module__.startswith("transformers.models.") for c in type(layer).__mro__
+        )
+
+    def packed(self, layer: nn.Module) -> bool:
+        """Whether one projection gives queries, keys and values, and positions are not told to the layer."""
+        return "c_attn" in layer._modules
+
+    def keeper(self, layer: nn.Module) -> tuple[nn.Module, str]:
+        return innermost(layer.get_submodule("c_attn" if self.packed(layer) else "q_proj")), "weight"
+
+    def unadaptable(self, layer: nn.Module) -> str | None:
+        if "q_attn" in layer._modules:
+            return "it attends to what an encoder gives, not to its own input"
+        return None if kind_of(self.keeper(layer)[0]) else "its projections are no linear layers that are known"
+
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        projection = self.keeper(layer)[0]
+        kind = kind_of(projection)
+        assert kind is not None, "looked at in unadaptable"
+        return kind.shape(projection)
+
+    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
+        raise UnsupportedLayerError("Attention has no one weight: its projections can be adapted, or its call.")
+
+    def project(self, layer: nn.Module, part: Part, x: Tensor, which: int) -> Tensor:
+        """Queries (0), keys (1) or values (2) of ``x``, by heads."""
+        if self.packed(layer):
+            h = part("c_attn")(x).chunk(3, -1)[which]
+        else:
+            h = part(("q_proj", "k_proj", "v_proj")[which])(x)
+        heads: Tensor = h.unflatten(-1, (-1, cast(int, layer.head_dim))).transpose(1, 2)
+        return heads
+
+    def around(self, layer: nn.Module, part: Part, args: Any, kwargs: Any, adapted: Callable[..., Tensor]) -> Any:
+        out = layer(*args, **kwargs)
+        q = self.project(layer, part, args[0] if args else kwargs["hidden_states"], 0)
+        if not self.packed(layer):
+            cos, sin = (t.unsqueeze(1) for t in (args[1] if len(args) > 1 else kwargs["position_embeddings"]))
+            a, b = q.chunk(2, -1)
+            q = q * cos + torch.cat((-b, a), -1) * sin
+        return adapted(lambda q: out[0], q), *out[1:]
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The layer under whatever wrappers stand around it."""
+    while (inner := module._modules.get("base_layer")) is not None:
+        module = inner
+    return module
+
+
 KINDS: tuple[LayerKind, ...] = (
     _Linear(),
     _Embedding(),
@@ -328,6 +405,7 @@ KINDS: tuple[LayerKind, ...] = (
     _Conv(1),
     _Conv(3),
     _MultiheadAttention(),
+    Attention(),
 )
 
 

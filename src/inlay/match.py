@@ -101,6 +101,7 @@ class Targeting:
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | set[str] | None = None
     target_parameters: list[str] | set[str] | None = None
+    adapter_layers: int | None = None  # only so many of the modules that target_modules names, the last ones
     # For every field that varies by layer its table: ``{"r": rank_pattern}``.
     patterns: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     supported: frozenset[str]  # kinds of layer that the method adapts
@@ -348,6 +349,7 @@ class _Planner:
             self._leave_out(name, _NESTED, f"inside {outer!r}, which is a target itself")
             del self.chosen[name]
         self._refuse_unsupported()
+        self._keep_topmost()
         for name, entry in self.saved.items():
             if outer := _first_in(self.chosen, _ancestors(name)):
                 raise PlanError(
@@ -381,11 +383,28 @@ class _Planner:
             return
         module, entry = bad[0]
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        kind = f"a {module.kind}" if module.kind else "a container or a layer of another kind"
+        kind = (
+            f"{'an' if module.kind[0] in 'AE' else 'a'} {module.kind}"
+            if module.kind
+            else "a container or a layer of another kind"
+        )
         raise UnsupportedLayerError(
             f"{entry!r} in target_modules names {module.name!r}{more}, which is {kind}; {self.asked.method} adapts "
             f"{', '.join(sorted(self.asked.supported))}. Name the layers inside it, or put it into exclude_modules."
         )
+
+    def _keep_topmost(self) -> None:
+        wanted = self.asked.adapter_layers
+        if wanted is None or not self.chosen:
+            return
+        if wanted > len(self.chosen):
+            raise PlanError(
+                f"adapter_layers={wanted}, and the model has {len(self.chosen)} modules that target_modules names: "
+                "ask for as many at most."
+            )
+        for name in list(self.chosen)[:-wanted]:
+            self._leave_out(name, "adapter_layers", f"below the last {wanted}, which adapter_layers asks for")
+            del self.chosen[name]
 
     def choose_parameters(self, parameters: Sequence[tuple[str, str]]) -> None:
         self.parameters_seen = len(parameters)
@@ -405,6 +424,10 @@ class _Planner:
             self.chosen_parameters.append(ParameterTarget(module, parameter, hits[0], self._overrides(names), reason))
 
     def _refuse_parameter(self, full: str, module: str, entry: str) -> None:
+        if "Parameter" not in self.asked.supported:
+            raise UnsupportedLayerError(
+                f"{entry!r} in target_parameters names {full!r}, and {self.asked.method} adapts no bare parameters."
+            )
         if not module:
             raise PlanError(
                 f"{entry!r} in target_parameters names {full!r}, a parameter of the model itself; only parameters of "
@@ -558,21 +581,24 @@ def shrink(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
 
 
 def default_targets(
-    model_type: str | None, table: Mapping[str, Sequence[str] | str], modules: Sequence[Module]
+    model_type: str | None,
+    table: Mapping[str, Sequence[str] | str],
+    modules: Sequence[Module],
+    supported: frozenset[str],
 ) -> list[str] | str:
     """The row of a method's table of default targets for an architecture as transformers names it.
 
     Raises:
-        UnknownArchitectureError: There is no such row; the message lists the model's linear layers by frequency.
+        UnknownArchitectureError: There is no such row; the message lists the layers that could be named, by frequency.
     """
     if model_type is not None and model_type in table:
         row = table[model_type]
         return row if isinstance(row, str) else list(row)
-    leaves = Counter(m.name.rsplit(".", 1)[-1] for m in modules if m.kind in ("Linear", "Conv1D"))
+    linear = supported & {"Linear", "Conv1D"}
+    leaves = Counter(m.name.rsplit(".", 1)[-1] for m in modules if m.kind in (linear or supported))
     listed = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.most_common(12)) or "none"
     found = "the model names no architecture (it has no config.model_type)"
     if model_type is not None:
         found = f"there are no default target_modules for the architecture {model_type!r}{nearest(model_type, table)}"
-    raise UnknownArchitectureError(
-        f"{found}. Pass target_modules: names of layers, or 'all-linear'. The model's linear layers: {listed}."
-    )
+    choices, of = ("layers, or 'all-linear'", "linear layers") if linear else ("layers", "layers of a kind it adapts")
+    raise UnknownArchitectureError(f"{found}. Pass target_modules: names of {choices}. The model's {of}: {listed}.")

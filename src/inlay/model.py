@@ -75,6 +75,7 @@ class Tuner(nn.Module):
         self._hooked: dict[str, list[tuple[str, Adapted]]] = {}
         self._active: tuple[str, ...] = ()
         self.prompts: Prompts | None = None
+        self._own_router: Router | None = None  # where no wrapper stood when it was first asked for
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.with_loss(self.model(*args, **kwargs))
@@ -90,10 +91,11 @@ class Tuner(nn.Module):
     @property
     def router(self) -> Router:
         """The routing that all wrappers of this model share."""
-        if "_router" not in self.__dict__:
+        if self._own_router is None:
             for _, wrapper in wrappers(self.model):
                 return wrapper.router
-        return self.__dict__.setdefault("_router", Router())  # type: ignore[no-any-return]
+            self._own_router = Router()
+        return self._own_router
 
     @property
     def prefix(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inlay.adapted import Adapted, replica
 from inlay.errors import UnsupportedLayerError
-from inlay.layers import LayerKind, Resolve
+from inlay.layers import LayerKind, Resolve, innermost
 
 
 class ParameterKind(LayerKind):
@@ -32,10 +32,10 @@ class ParameterKind(LayerKind):
         self.bias_name = ""
 
     def owns(self, layer: nn.Module) -> bool:
-        return self.weight_name in _innermost(layer)._parameters
+        return self.weight_name in innermost(layer)._parameters
 
     def _weight(self, layer: nn.Module) -> Tensor:
-        return _innermost(layer).get_parameter(self.weight_name)
+        return innermost(layer).get_parameter(self.weight_name)
 
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         W = self._weight(layer)
@@ -64,10 +64,6 @@ class ParameterKind(LayerKind):
             path = "base_layer." * _depth(layer) + self.weight_name
             return torch.func.functional_call(layer, {path: W}, args, kwargs)
         return _with(layer, self.weight_name, W)(*args, **kwargs)
-
-
-def _innermost(layer: nn.Module) -> nn.Module:
-    return _innermost(layer.base_layer) if isinstance(layer, Adapted) else layer
 
 
 def _depth(layer: nn.Module) -> int:

@@ -138,6 +138,7 @@ def get_peft_model_state_dict(
     root, live = root_of(model)
     prompt = prompt_of(model, adapter_name)
     prefix = live if prompt is None else PROMPT_PREFIX
+    state_dict = None if state_dict is None else _past_composites(root, live, state_dict)
     out: dict[str, Tensor] = {}
     own = list(places(root, adapter_name))
     for place in own:
@@ -178,6 +179,17 @@ def _filed_prompt(
         gathered = copy.deepcopy(prompt)
         gathered.load_state_dict({**prompt.state_dict(), **given}, assign=True)
         return {key: t.detach() for key, t in gathered.filed().items()}
+
+
+def _past_composites(root: nn.Module, prefix: str, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Live names as `wrappers` has them, where adapters stand inside an adapted layer that is made of others."""
+    around = {f"{prefix}{path}" for path, w in wrappers(root) if isinstance(w, Adapted) and w.kind.composite}
+
+    def past(key: str) -> str:
+        outer, _, inner = key.partition(".base_layer.")
+        return f"{outer}.{inner}" if outer in around and inner else key
+
+    return {past(key): t for key, t in state_dict.items()} if around else state_dict
 
 
 def _initial(initial: Mapping[str, Tensor], here: Mapping[str, Place]) -> dict[str, Tensor]:

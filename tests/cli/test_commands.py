@@ -70,6 +70,12 @@ def test_methods_lists_the_table(run: Inlay) -> None:
     assert max(map(len, lines)) <= 100
 
 
+def test_methods_fit_into_80_columns(run: Inlay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("methods")[1].splitlines()
+    assert all(sum(line.startswith(f"{name} ") for line in lines) >= 2 for name in METHODS)
+
+
 # ---------------------------------------------------------------- train and predict
 
 

@@ -228,6 +228,7 @@ CONFIGS = {
     "LOHA": "LoHaConfig",
     "LOKR": "LoKrConfig",
     "OFT": "OFTConfig",
+    "ADAPTION_PROMPT": "AdaptionPromptConfig",
 }
 
 

@@ -140,9 +140,10 @@ def methods(
     screen = console()
     print_methods(screen, catalogue.methods(outs, ins), why=why)
     print_prompts(screen, catalogue.prompts(outs))
+    layer = f"one linear layer of {outs} x {ins}, or of one attention made of such"
     screen.print(
-        f"\nParameters are those of one linear layer of {outs} x {ins}, with the defaults of each config; a prompt's "
-        f"those before a model of 24 layers, {outs} wide."
+        f"\nParameters are those of {layer}, with the defaults of each config; a prompt's those before a model of 24 "
+        f"layers, {outs} wide."
     )
 
 

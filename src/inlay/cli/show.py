@@ -163,14 +163,14 @@ def print_demo(screen: Console, report: DemoReport) -> None:
     screen.print(f"\n{total} in {duration(report.seconds)}, everything included")
 
 
-_SHORT = {"MultiheadAttention": "Attn.", "Embedding": "Embed.", "Parameter": "Param."}
+_SHORT = {"MultiheadAttention": "MHA", "Attention": "Attn.", "Embedding": "Emb.", "Parameter": "Param."}
 
 
 def print_methods(screen: Console, found: Sequence[MethodRow], why: bool) -> None:
     """The table of methods, and where ``why`` asks for it the reasons for its gaps."""
-    kinds = [_SHORT.get(kind.kind, kind.kind) for kind in found[0].kinds]
+    kinds = [_SHORT.get(kind.kind, kind.kind.replace("Conv", "Conv\n")) for kind in found[0].kinds]
     rows = ((row.name, row.acts_on, f"{row.trained:,}", *map(_capability, row.kinds)) for row in found)
-    table = grid(rows, "method", "acts on", "trained", *kinds)
+    table = grid(rows, "method", "acts\non", "trained", *kinds)
     table.padding = (0, 1, 0, 0)  # fits into 80 columns
     screen.print(table)
     screen.print("\nm: merges. Rows of a batch with adapters of their own: R in one product, r adapter by adapter.\n")

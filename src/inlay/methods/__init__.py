@@ -22,6 +22,7 @@ from inlay.methods._abstract import (
 from inlay.methods._budget import RankBudget
 from inlay.methods._targets import ADALORA_TARGETS, DEFAULT_TARGETS, IA3_TARGETS
 from inlay.methods.adalora import AdaLoraAdapter, AdaLoraConfig
+from inlay.methods.adaption_prompt import TARGETS, AdaptionPromptAdapter, AdaptionPromptConfig
 from inlay.methods.ia3 import IA3Adapter, IA3Config
 from inlay.methods.loha import LoHaAdapter, LoHaConfig
 from inlay.methods.lokr import LoKrAdapter, LoKrConfig
@@ -50,6 +51,7 @@ class Method:
     hooks: type[TrainingHooks] | None = None
 
 
+# Every kind that has a weight.
 ALL_KINDS = frozenset(
     {"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention", "Parameter"}
 )
@@ -61,6 +63,9 @@ METHODS: dict[str, Method] = {
     "OFT": Method(OFTConfig, OFTAdapter, "oft_", ALL_KINDS),
     "LOHA": Method(LoHaConfig, LoHaAdapter, "hada_", ALL_KINDS),
     "LOKR": Method(LoKrConfig, LoKrAdapter, "lokr_", ALL_KINDS),
+    "ADAPTION_PROMPT": Method(
+        AdaptionPromptConfig, AdaptionPromptAdapter, "adaption_", frozenset({"Attention"}), TARGETS
+    ),
 }
 
 
@@ -99,8 +104,9 @@ def register_peft_method(
     if hooks is not None:
         _check_class("hooks", hooks, TrainingHooks)
     chosen = frozenset([kinds] if isinstance(kinds, str) else kinds)
-    if strange := sorted(chosen - ALL_KINDS):
-        raise ConfigError(f"kinds must be names of layer kinds, {sorted(ALL_KINDS)}, got {strange}.")
+    known = ALL_KINDS | {"Attention"}
+    if strange := sorted(chosen - known):
+        raise ConfigError(f"kinds must be names of layer kinds, {sorted(known)}, got {strange}.")
     key, prefix = name.upper(), prefix or f"{name}_"
     if config_cls.method != key:
         raise ConfigError(f"{config_cls.__name__}.method must be {key!r}, got {config_cls.method!r}.")

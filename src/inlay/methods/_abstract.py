@@ -27,6 +27,9 @@ class Layer(Protocol):
     def base_layer(self) -> nn.Module: ...
     @property
     def training(self) -> bool: ...
+    def part(self, name: str) -> nn.Module:
+        """A module inside the frozen layer, without adapters of its own."""
+
     def operate(self, x: Tensor, W_OI: Tensor) -> Tensor:
         """The layer's operation, without bias, with another matrix."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from inlay.storage._abstract import Rounding, Storage
@@ -22,6 +23,11 @@ def storage_of(layer: nn.Module, parameter: str = "weight") -> Storage:
     return STORAGES[-1]
 
 
+def facts(layer: nn.Module, parameter: str) -> tuple[torch.dtype, torch.device]:
+    """dtype and device of what a method should compute in beside this parameter."""
+    return storage_of(layer, parameter).facts(layer, parameter)
+
+
 def stored_parameters(model: nn.Module) -> Iterator[tuple[Any, Storage]]:
     """Each parameter of a model once, as stored, with the row of `STORAGES` that owns it."""
     seen: set[int] = set()
@@ -33,4 +39,4 @@ def stored_parameters(model: nn.Module) -> Iterator[tuple[Any, Storage]]:
                 yield parameter if storage.in_place else storage.stored(module, name), storage
 
 
-__all__ = ["STORAGES", "Rounding", "Storage", "storage_of", "stored_parameters"]
+__all__ = ["STORAGES", "Rounding", "Storage", "facts", "storage_of", "stored_parameters"]
