@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -105,10 +106,8 @@ def words(value: Any) -> list[str]:
     """
     if isinstance(value, str):
         if value.lstrip().startswith("["):
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 return [str(one) for one in json.loads(value)]
-            except json.JSONDecodeError:
-                pass
         return value.split()
     return [str(one) for one in value]
 

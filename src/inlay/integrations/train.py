@@ -30,7 +30,6 @@ class TrainReport:
 
     task: str  # as in the config
     metric: str  # the name of the figure that the task is judged by
-    higher_is_better: bool  # which way that figure is better
     before: dict[str, float]  # scores on the held-out part with the fresh adapter, which is the frozen base
     after: dict[str, float]  # the same with the trained adapter
     train_rows: int  # rows trained on
@@ -180,8 +179,7 @@ def _facts(task: AbstractTask, examples: Examples, model: Any, folder: RunFolder
     trainable, parameters = model.get_nb_trainable_parameters()
     weights = folder.adapter / "adapter_model.safetensors"
     return {
-        "metric": task.metric.name,
-        "higher_is_better": task.metric.higher_is_better,
+        "metric": task.metric,
         "train_rows": len(examples.train),
         "held_out_rows": len(examples.held_out),
         "repeated_rows": examples.repeated,

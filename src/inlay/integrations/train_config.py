@@ -24,8 +24,6 @@ TaskName = Literal["causal-lm", "seq2seq", "sequence-classification", "token-cla
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 SHORT_LIST = 8
-
-
 _SIGNS = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
 
 
@@ -241,18 +239,14 @@ def _section(cls: type[Any], given: Any, where: str, complaints: list[str]) -> A
     for key, value in given.items():
         path = f"{where}.{key}".lstrip(".")
         if key not in hints:
-            complaints.append(f"{path}: no such key{nearest(str(key), hints) or _listed(hints)}")
+            known = ", ".join([*hints][:SHORT_LIST]) + (", ..." if len(hints) > SHORT_LIST else "")
+            complaints.append(f"{path}: no such key{nearest(str(key), hints) or f'; known: {known}'}")
         elif dataclasses.is_dataclass(hints[key]):
             values[key] = _section(cast(type[Any], hints[key]), {} if value is None else value, path, complaints)
         else:
             values[key] = _value(hints[key], value, path, complaints)
     complaints.extend(_out_of_range(cls, values, where))
     return cls(**values)
-
-
-def _listed(names: Iterable[str]) -> str:
-    listed = list(names)
-    return f"; known: {', '.join(listed[:SHORT_LIST])}{', ...' if len(listed) > SHORT_LIST else ''}"
 
 
 def _value(hint: Any, value: Any, path: str, complaints: list[str]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import Sampler
 from transformers.trainer_callback import PrinterCallback
 
 import inlay
@@ -86,9 +86,6 @@ class AdapterTrainer(transformers.Seq2SeqTrainer):  # type: ignore[misc]  # unty
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return SimilarLengths(self.lengths, batch, self.args.seed)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return SequentialSampler(eval_dataset)
 
     def score(self, features: list[Features]) -> dict[str, float]:
         """The task's scores on ``features``, and the mean loss."""
