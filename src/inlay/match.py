@@ -175,10 +175,8 @@ class _Matcher:
     A list costs one look-up per component of a name, however long it is.
     """
 
-    def __init__(
-        self, field_name: str, entries: Iterable[str] | str | None, linear: frozenset[str] = frozenset()
-    ) -> None:
-        self.field = field_name
+    def __init__(self, name: str, entries: Iterable[str] | str | None, linear: frozenset[str] = frozenset()) -> None:
+        self.field = name
         self.linear = linear if _is_all_linear(entries) else frozenset()
         self.regex = compile_pattern(entries) if isinstance(entries, str) and not self.linear else None
         self.entries = (entries,) if isinstance(entries, str) else tuple(dict.fromkeys(entries or ()))

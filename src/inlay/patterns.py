@@ -67,11 +67,8 @@ class Budget:
         """Takes ``steps`` away; a `PatternError` where nothing is left."""
         self.left -= steps
         if self.left < 0:
-            raise _fault(
-                pattern,
-                "takes too long to match; avoid quantifiers inside quantifiers, such as (a+)+, and leave out what "
-                "need not be checked",
-            )
+            advice = "avoid quantifiers inside quantifiers, such as (a+)+, and leave out what need not be checked"
+            raise _fault(pattern, f"takes too long to match; {advice}")
 
 
 @dataclass(eq=False, repr=False)

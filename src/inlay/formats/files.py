@@ -232,7 +232,7 @@ def read_config(directory: str | Path) -> dict[str, object]:
     return read_json(Path(directory) / CONFIG_NAME)
 
 
-class Weights:
+class Weights(contextlib.AbstractContextManager["Weights"]):
     """An open weights file: what it holds is known and checked, and nothing of it is read until :meth:`read`.
 
     The file stays open, so that what is read is what was checked even if the path is replaced meanwhile; it closes
@@ -263,9 +263,6 @@ class Weights:
     def close(self) -> None:
         """Closes the file; ``header`` and ``metadata`` stay."""
         self._finalizer()
-
-    def __enter__(self) -> Weights:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
