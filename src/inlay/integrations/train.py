@@ -28,14 +28,12 @@ Say = Callable[[str], None]
 class TrainReport:
     """What came out of a run; every figure was measured by it."""
 
-    task: str  # as in the config
     metric: str  # the name of the figure that the task is judged by
     before: dict[str, float]  # scores on the held-out part with the fresh adapter, which is the frozen base
     after: dict[str, float]  # the same with the trained adapter
     train_rows: int  # rows trained on
     held_out_rows: int  # rows judged on
     repeated_rows: int  # held-out rows whose input also stands in the training part
-    labels: list[str]
     trainable: int  # trained parameters
     parameters: int  # all parameters, the adapter's included
     adapter_bytes: int  # size of the adapter's weights on disk
@@ -158,7 +156,6 @@ def train(
     trainer.save_model(str(folder.adapter))
     trainer.accelerator.wait_for_everyone()
     report = TrainReport(
-        task=config.task,
         **_facts(task, examples, model, folder),
         before=before,
         after=after,
@@ -183,7 +180,6 @@ def _facts(task: AbstractTask, examples: Examples, model: Any, folder: RunFolder
         "train_rows": len(examples.train),
         "held_out_rows": len(examples.held_out),
         "repeated_rows": examples.repeated,
-        "labels": examples.labels,
         "trainable": trainable,
         "parameters": parameters,
         # A machine that shares no disk with the main process has no file to measure.
