@@ -137,8 +137,7 @@ def train(
     task = TASKS[config.task](config.data, tokenizer, examples.labels)
     features = examples_to_features(task, examples.held_out)
     train_features = examples_to_features(task, examples.train)
-    trainer = build_trainer(model, task, config, folder.checkpoints, train_features, callbacks)
-    trainer.eval_dataset = features
+    trainer = build_trainer(model, task, config, folder.checkpoints, train_features, features, callbacks)
 
     # A run that continues has the scores of the frozen base from its beginning.
     before = folder.read("before") if checkpoint else None
@@ -224,6 +223,6 @@ def predict(
     if merge:
         model = model.merge_and_unload()
     task = TASKS[config.task](config.data, tokenizer, labels)
-    trainer = build_trainer(model, task, config, folder.checkpoints, [], callbacks)
+    trainer = build_trainer(model, task, config, folder.checkpoints, [], [], callbacks)
     say(f"predicting {len(rows)} rows")
     return trainer.describe(rows, examples_to_features(task, rows))

@@ -117,9 +117,10 @@ def build_trainer(
     config: TrainConfig,
     folder: Path,
     train: list[Features],
+    held_out: list[Features],
     callbacks: Iterable[transformers.TrainerCallback] = (),
 ) -> AdapterTrainer:
-    """A silent trainer for an adapted model, or for a plain one to predict with; then ``train`` is empty."""
+    """A silent trainer for an adapted model, or for a plain one to predict with; then both lists are empty."""
     if config.training.gradient_checkpointing:
         model.enable_input_require_grads()
     trainer = AdapterTrainer(
@@ -127,6 +128,7 @@ def build_trainer(
         args=_arguments(config, task, folder),
         data_collator=task.collate,
         train_dataset=cast(Any, train),
+        eval_dataset=cast(Any, held_out),
         callbacks=list(callbacks),
         compute_metrics=lambda output: task.scores(output.predictions, output.label_ids),
         preprocess_logits_for_metrics=None if task.generates else cast(Any, task.reduce),
