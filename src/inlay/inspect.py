@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inlay.formats import files
+from inlay.formats.peft import PREFIX
 from inlay.patterns import KeyTable
 
-PREFIX = "base_model.model."
-# slot of A in the file -> slot of B, and whether the layer is an embedding, whose table is changed by the transpose
+# slot of A in the file -> slot of B
 FACTORS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 OTHER_SLOTS = (".lora_B.bias", ".lora_magnitude_vector")
 
@@ -40,7 +40,6 @@ class LayerRow:
     effective_rank: float  # in how many directions it goes, the mean over experts; 0 where the change is zero
     largest: float  # the largest singular value, how much an input can be moved
     parameters: int  # trained numbers, magnitudes and biases included
-    dtype: str  # as stored
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ class WholeRow:
     name: str  # its name in the base model
     shape: tuple[int, ...]
     norm: float  # its Frobenius norm: of the tensor, not of a change, which needs the base
-    dtype: str  # as stored
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class AdapterReport:
     path: Path  # the adapter's folder
     config: dict[str, Any]  # ``adapter_config.json`` as it stands
     rows: list[LayerRow]  # one per adapted layer, in the file's order
-    whole: list[WholeRow] = field(default_factory=list)  # tensors held whole
-    file_bytes: int = 0  # size of all tensors in the file
+    whole: list[WholeRow]  # tensors held whole
+    file_bytes: int  # size of all tensors in the file
 
     @property
     def parameters(self) -> int:
@@ -90,42 +88,37 @@ def inspect_adapter(path: str | Path) -> AdapterReport:
         used |= mine
         rows.append(_layer(stem.removeprefix(PREFIX), down, up, scaling, sum(tensors[name].numel() for name in mine)))
     whole = [
-        WholeRow(key.removeprefix(PREFIX), tuple(tensor.shape), float(_double(tensor).norm()), _dtype(tensor))
+        WholeRow(key.removeprefix(PREFIX), tuple(tensor.shape), float(tensor.double().norm()))
         for key, tensor in tensors.items()
         if key not in used
     ]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return AdapterReport(path, cast(dict[str, Any], dict(config)), rows, whole, size)
+    return AdapterReport(path, config, rows, whole, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 class _Scaling:
     """Rank and scaling of each module as the config says, patterns first."""
 
     def __init__(self, config: Mapping[str, object]) -> None:
-        self.rank = self._number(config.get("r"), 8)
-        self.alpha = self._number(config.get("lora_alpha"), 8)
-        self.ranks = KeyTable(self._table(config.get("rank_pattern")))
-        self.alphas = KeyTable(self._table(config.get("alpha_pattern")))
+        self.defaults = {"r": 8.0, "lora_alpha": 8.0, **_positive(config)}
+        self.ranks = KeyTable(_positive(config.get("rank_pattern")))
+        self.alphas = KeyTable(_positive(config.get("alpha_pattern")))
         self.root = bool(config.get("use_rslora"))
 
-    @staticmethod
-    def _number(value: object, default: float) -> float:
-        return float(value) if isinstance(value, (int, float)) and value > 0 else default
-
-    @staticmethod
-    def _table(value: object) -> dict[str, float]:
-        pairs = value.items() if isinstance(value, dict) else ()
-        return {str(key): float(one) for key, one in pairs if isinstance(one, (int, float)) and one > 0}
-
     def __call__(self, module: str) -> tuple[int, float]:
-        rank = (self.ranks.find(module) or ("", self.rank))[1]
-        alpha = (self.alphas.find(module) or ("", self.alpha))[1]
+        rank = (self.ranks.find(module) or ("", self.defaults["r"]))[1]
+        alpha = (self.alphas.find(module) or ("", self.defaults["lora_alpha"]))[1]
         return int(rank), alpha / (math.sqrt(rank) if self.root else rank)
+
+
+def _positive(values: object) -> dict[str, float]:
+    """The positive numbers in a JSON object; in anything else there are none."""
+    pairs = values.items() if isinstance(values, Mapping) else ()
+    return {key: float(value) for key, value in pairs if isinstance(value, int | float) and value > 0}
 
 
 def _layer(module: str, down: Tensor, up: Tensor, scaling: _Scaling, parameters: int) -> LayerRow:
     rank, s = scaling(module)
-    down_RI, up_OR = _double(down).flatten(1), _double(up).flatten(1)
+    down_RI, up_OR = down.double().flatten(1), up.double().flatten(1)
     # Stacked experts keep all their A's as rows of one matrix, and their B's as interleaved columns of another.
     experts = down_RI.shape[0] // rank if rank and down_RI.shape[0] % rank == 0 else 1
     down_ERI = down_RI.reshape(experts, -1, down_RI.shape[1])
@@ -141,7 +134,6 @@ def _layer(module: str, down: Tensor, up: Tensor, scaling: _Scaling, parameters:
         effective_rank=sum(map(effective_rank, sigma_ER)) / experts,
         largest=float(sigma_ER.max()),
         parameters=parameters,
-        dtype=_dtype(down),
     )
 
 
@@ -175,24 +167,21 @@ def effective_rank(sigma_R: Tensor) -> float:
 
 def plot(report: AdapterReport, file: str | Path) -> Path:
     """Draw norms and effective ranks over the depth of the model into a PNG, one line per kind of projection."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
     for label, points in _series(report.rows).items():
         depth = [x for x, _ in points]
         upper.plot(depth, [row.norm for _, row in points], marker="o", markersize=3, label=label)
         lower.plot(depth, [row.effective_rank for _, row in points], marker="o", markersize=3, label=label)
-    upper.set_ylabel("Frobenius norm of the change")
-    lower.set_ylabel("effective rank")
-    lower.set_xlabel("layer")
+    title = f"{report.path.name}: {len(report.rows)} adapted layers"
+    upper.set(title=title, ylabel="Frobenius norm of the change")
+    lower.set(xlabel="layer", ylabel="effective rank")
     lower.xaxis.get_major_locator().set_params(integer=True)
     for axes in (upper, lower):
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    upper.set_title(f"{report.path.name}: {len(report.rows)} adapted layers")
     if report.rows:
         upper.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False)
     figure.savefig(str(file), dpi=120)
@@ -208,11 +197,3 @@ def _series(rows: Iterable[LayerRow]) -> dict[str, list[tuple[int, LayerRow]]]:
         label = next((part for part in reversed(parts) if not part.isdecimal()), row.module)
         series.setdefault(label, []).append((depth, row))
     return {label: sorted(points, key=lambda point: point[0]) for label, points in series.items()}
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float64)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

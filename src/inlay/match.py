@@ -21,7 +21,7 @@ from inlay.errors import (
     UnsupportedLayerError,
     nearest,
 )
-from inlay.patterns import KeyTable, compile_pattern
+from inlay.patterns import KeyTable, compile_pattern, suffixes
 
 # How many unmatched entries are compared with the model's names, and with how many of them: comparing is slow.
 _MAX_HINTS = 5
@@ -128,24 +128,25 @@ def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targe
         ("'fd' in target_modules matched 0 of 3 modules.",)
     """
     _check(targeting)
-    planner = _Planner(modules, targeting)
+    planner = _Planner(modules, parameters, targeting)
     planner.choose_saved()
     planner.choose_targets()
-    planner.choose_parameters(parameters)
+    planner.choose_parameters()
     return planner.finish()
 
 
 def _check(targeting: Targeting) -> None:
     """Contradictions within the config itself."""
+    targets = targeting.target_modules
     for name in ("layers_to_transform", "layers_pattern"):
-        if _is_regex(targeting.target_modules) and getattr(targeting, name) is not None:
+        if isinstance(targets, str) and not _is_all_linear(targets) and getattr(targeting, name) is not None:
             raise ConfigError(
-                f"{name} needs a list of target_modules, got the regular expression {targeting.target_modules!r}; put "
-                "the layer indices into the expression instead."
+                f"{name} needs a list of target_modules, got the regular expression {targets!r}; put the layer "
+                "indices into the expression instead."
             )
     if targeting.layers_pattern and targeting.layers_to_transform is None:
         raise ConfigError("layers_pattern is set and layers_to_transform is not: say which layers.")
-    if not targeting.target_modules and not targeting.target_parameters and not targeting.optional:
+    if not targets and not targeting.target_parameters and not targeting.optional:
         raise NoMatchingPeftModuleError(
             "there is nothing to adapt: neither target_modules nor target_parameters is given. Name the layers, as in "
             "target_modules=['q_proj', 'v_proj'], or pass target_modules='all-linear'."
@@ -155,19 +156,8 @@ def _check(targeting: Targeting) -> None:
 # ------------------------------------------------------------------------------------------------- matching one name
 
 
-def _is_regex(entries: Iterable[str] | str | None) -> bool:
-    return isinstance(entries, str) and not _is_all_linear(entries)
-
-
 def _is_all_linear(entries: Iterable[str] | str | None) -> bool:
     return isinstance(entries, str) and entries.lower() == "all-linear"
-
-
-def _suffixes(name: str) -> Iterator[str]:
-    """The name and every end of it after a dot, longest first."""
-    while name:
-        yield name
-        name = name.partition(".")[2]
 
 
 def _ancestors(name: str) -> Iterator[str]:
@@ -186,10 +176,8 @@ class _Matcher:
     A list costs one look-up per component of a name, however long it is.
     """
 
-    def __init__(
-        self, field_name: str, entries: Iterable[str] | str | None, linear: frozenset[str] = frozenset()
-    ) -> None:
-        self.field = field_name
+    def __init__(self, name: str, entries: Iterable[str] | str | None, linear: frozenset[str] = frozenset()) -> None:
+        self.field = name
         self.linear = linear if _is_all_linear(entries) else frozenset()
         self.regex = compile_pattern(entries) if isinstance(entries, str) and not self.linear else None
         self.entries = (entries,) if isinstance(entries, str) else tuple(dict.fromkeys(entries or ()))
@@ -201,7 +189,7 @@ class _Matcher:
     def hits(self, names: Iterable[str], kind: str | None = None) -> tuple[str, ...]:
         """The entries that name a module of these names, longest first for each of them."""
         if self.names:
-            found = tuple([end for name in names for end in _suffixes(name) if end in self.names])
+            found = tuple([end for name in names for end in suffixes(name) if end in self.names])
         elif self.linear:
             found = self.entries if kind in self.linear else ()
         else:
@@ -229,29 +217,24 @@ def matcher(entries: Iterable[str] | str) -> Callable[[str], bool]:
 class _Layers:
     """``layers_to_transform`` and ``layers_pattern``."""
 
-    def __init__(self, indices: list[int] | int | None, pattern: list[str] | str | None) -> None:
+    def __init__(self, indices: list[int] | int | None, patterns: list[str] | str | None) -> None:
         self.wanted = frozenset([indices] if isinstance(indices, int) else indices or ())
-        self.prefixes = tuple(f".{p}" for p in ([pattern] if isinstance(pattern, str) else pattern or ()))
+        given = [patterns] if isinstance(patterns, str) else patterns or ()
+        # The integer after one of the given names, or the first one after any word; it is never the name's last part.
+        before = [re.escape(name) for name in given] or [r"(?!\d+\.)[^.]+"]
+        self.places = [re.compile(rf"\.{word}\.(\d+)\.") for word in before]
         self.seen: set[int] = set()
 
     def reject(self, name: str) -> str:
         """Why the layers leave ``name`` out, or ""."""
         if not self.wanted:
             return ""
-        index = self.index(name)
-        if index is None:
+        found = next(filter(None, (place.search(f".{name}") for place in self.places)), None)
+        if found is None:
             return "no layer index in its name, and layers_to_transform is set"
+        index = int(found[1])
         self.seen.add(index)
         return "" if index in self.wanted else f"layer {index} is not in layers_to_transform"
-
-    def index(self, name: str) -> int | None:
-        """The integer after a layers_pattern, or the first one after any word; it is never the name's last part."""
-        parts = name.split(".")
-        found = [i for i in range(1, len(parts) - 1) if parts[i].isdecimal()]
-        if not self.prefixes:
-            return next((int(parts[i]) for i in found if not parts[i - 1].isdecimal()), None)
-        before = {i: "." + ".".join(parts[:i]) for i in found}
-        return next((int(parts[i]) for p in self.prefixes for i in found if before[i].endswith(p)), None)
 
     def never_seen(self) -> list[str]:
         """A sentence about the indices that no target has, if there are any."""
@@ -274,7 +257,7 @@ class _Hints:
         if self.left < 0:
             return ""
         if whole_regex:
-            if any(entry in _suffixes(name) for name in self.names):
+            if any(entry in suffixes(name) for name in self.names):
                 return f"; a string is a regular expression for the whole name, pass the list [{entry!r}]"
             words = re.findall(r"\w+", entry)
             return self._closest(words[-1]) if words else ""
@@ -297,17 +280,15 @@ class _Hints:
 
 # --------------------------------------------------------------------------------------------------------- the plan
 
-# The rules that leave a module out, besides the fields that do.
-_HEADS = "the rule for output heads"
 _NOT_CALLED = "the rule for layers that are not called"
-_NESTED = "the rule for targets inside targets"
 
 
 class _Planner:
     """The steps of `plan`, in order; each adds to what the next one reads."""
 
-    def __init__(self, modules: Sequence[Module], targeting: Targeting) -> None:
+    def __init__(self, modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targeting: Targeting) -> None:
         self.modules = modules
+        self.given = parameters
         self.asked = targeting
         linear = frozenset({"Linear", "Conv1D"}) & targeting.supported
         self.targets = _Matcher("target_modules", targeting.target_modules, linear)
@@ -326,7 +307,6 @@ class _Planner:
         self.left_out: dict[str, list[Skip]] = {}
         self.unmatched: list[tuple[str, str]] = []
         self.warnings: list[str] = []
-        self.parameters_seen = 0
 
     def choose_saved(self) -> None:
         named = {m.name: hits[0] for m in self.modules if (hits := self.saves.hits(m.names))}
@@ -346,7 +326,8 @@ class _Planner:
                     self.chosen[module.name] = (module, hits[0])
         inner = {name: outer for name in self.chosen if (outer := _first_in(self.chosen, _ancestors(name)))}
         for name, outer in inner.items():
-            self._leave_out(name, _NESTED, f"inside {outer!r}, which is a target itself")
+            rule = "the rule for targets inside targets"
+            self._leave_out(name, rule, f"inside {outer!r}, which is a target itself")
             del self.chosen[name]
         self._refuse_unsupported()
         self._keep_topmost()
@@ -365,7 +346,7 @@ class _Planner:
         if self.saved and (outer := _first_in(self.saved, (name, *_ancestors(name)))):
             return "modules_to_save", f"{self.saved[outer]!r} in modules_to_save trains it whole"
         if self.targets.linear and module.output_head:
-            return _HEADS, "the output head, which 'all-linear' leaves out; name it to adapt it"
+            return "the rule for output heads", "the output head, which 'all-linear' leaves out; name it to adapt it"
         reasons = [self.layers.reject(n) for n in module.names]
         if all(reasons) and self.targets.names.isdisjoint(module.names):
             return "layers_to_transform", reasons[0]
@@ -406,11 +387,10 @@ class _Planner:
             self._leave_out(name, "adapter_layers", f"below the last {wanted}, which adapter_layers asks for")
             del self.chosen[name]
 
-    def choose_parameters(self, parameters: Sequence[tuple[str, str]]) -> None:
-        self.parameters_seen = len(parameters)
-        order = {module: i for i, (module, _) in reversed(list(enumerate(parameters)))}
+    def choose_parameters(self) -> None:
+        order = {module: i for i, (module, _) in enumerate(self.given)}
         several = {m.name: m.names for m in self.modules if m.also}
-        for module, parameter in sorted(parameters, key=lambda p: (order[p[0]], p[1])):
+        for module, parameter in sorted(self.given, key=lambda p: (order[p[0]], p[1])):
             names = [f"{m}.{parameter}" if m else parameter for m in several.get(module, (module,))]
             full = names[0]
             hits = self.parameters.hits(names)
@@ -446,7 +426,7 @@ class _Planner:
     def finish(self) -> Plan:
         """The plan, or the complaint that there is nothing to adapt."""
         missing = self._unmatched(self.targets, f"of {len(self.modules)} modules")
-        missing += self._unmatched(self.parameters, f"of {self.parameters_seen} parameters")
+        missing += self._unmatched(self.parameters, f"of {len(self.given)} parameters")
         if not self.chosen and not self.chosen_parameters and not self.asked.optional:
             raise NoMatchingPeftModuleError(" ".join([self._why_nothing(), *missing]))
         targets = tuple(
@@ -459,11 +439,7 @@ class _Planner:
             targets=targets,
             parameters=tuple(self.chosen_parameters),
             saved=tuple(self.saved.items()),
-            matched={
-                e: matcher.counts[e]
-                for matcher in (self.targets, self.parameters, self.saves)
-                for e in matcher.entries
-            },
+            matched={e: made.counts[e] for made in (self.targets, self.parameters, self.saves) for e in made.entries},
             unmatched=tuple(self.unmatched),
             skipped=tuple(self.skipped),
             warnings=tuple(self.warnings),
@@ -495,9 +471,9 @@ class _Planner:
         rules = sorted(self.left_out.items(), key=lambda row: -len(row[1]))
         first = rules[0][1][0]
         left = ", ".join(f"{len(skips)} by {rule}" for rule, skips in rules)
-        head = f"{sum(map(len, self.left_out.values()))} modules or parameters are named as targets and none is left: "
-        sentences = [f"{head}left out are {left}.", f"First: {first.name!r}: {first.reason}."]
-        return " ".join(sentences + self.layers.never_seen())
+        named = f"{sum(map(len, self.left_out.values()))} modules or parameters are named as targets"
+        text = f"{named} and none is left: left out are {left}. First: {first.name!r}: {first.reason}."
+        return " ".join([text, *self.layers.never_seen()])
 
     def _warn(self) -> None:
         if self.left_out and not self.chosen:
@@ -508,8 +484,8 @@ class _Planner:
         self.warnings += self._unmatched(self.saves, f"of {len(self.modules)} modules", quiet)
         self._warn_exclusions()
         if (idle := self.left_out.get(_NOT_CALLED)) and not self.targets.linear:
-            first = f"First: {idle[0].name!r}: {idle[0].reason}."
-            self.warnings.append(f"{len(idle)} named modules are left out. {first}")
+            first = f"{idle[0].name!r}: {idle[0].reason}"
+            self.warnings.append(f"{len(idle)} named modules are left out. First: {first}.")
         self._warn_overrides()
 
     def _warn_exclusions(self) -> None:
@@ -570,14 +546,14 @@ def shrink(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
     selected: list[str] = []
     taken: set[str] = set()
     for name in all_names:
-        ends = tuple(_suffixes(name))
+        ends = tuple(suffixes(name))
         if wanted.isdisjoint(ends):
             taken.update(ends)
         else:
             selected.append(name)
     # The entry that selected a name is no end of any other's, so every name has a free end. The shortest free ends
     # are needed: none is an end of another one, and a longer one would cover no more.
-    return sorted({min((end for end in _suffixes(name) if end not in taken), key=len) for name in selected})
+    return sorted({min((end for end in suffixes(name) if end not in taken), key=len) for name in selected})
 
 
 def default_targets(

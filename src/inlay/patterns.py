@@ -10,11 +10,12 @@ left.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from re import _compiler, _parser  # type: ignore[attr-defined]  # the parser that `re` itself uses; untyped
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from inlay.errors import PatternError
 
@@ -31,14 +32,8 @@ _LENGTH = 64
 # Code points under (?i) that `re` would fold one by one while it compiles.
 _MAX_FOLDED = 100_000
 
-_WIDTHS = {
-    _parser.LITERAL: 1,
-    _parser.NOT_LITERAL: 1,
-    _parser.ANY: 1,
-    _parser.IN: 1,
-    _parser.AT: 0,
-    _parser.FAILURE: 0,
-}
+_CHARACTERS = (_parser.LITERAL, _parser.NOT_LITERAL, _parser.ANY, _parser.IN)
+_ANCHORS = (_parser.AT, _parser.FAILURE)
 _REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT)
 _LOOKS = (_parser.ASSERT, _parser.ASSERT_NOT)
 _REFUSED = {
@@ -49,6 +44,13 @@ _REFUSED = {
 }
 
 _Items = Sequence[tuple[Any, Any]]
+
+
+def suffixes(name: str) -> Iterator[str]:
+    """The name and every end of it after a dot, longest first."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def _fault(pattern: str, what: str) -> PatternError:
@@ -65,24 +67,31 @@ class Budget:
         """Takes ``steps`` away; a `PatternError` where nothing is left."""
         self.left -= steps
         if self.left < 0:
-            raise _fault(
-                pattern,
-                "takes too long to match; avoid quantifiers inside quantifiers, such as (a+)+, and leave out what "
-                "need not be checked",
-            )
+            advice = "avoid quantifiers inside quantifiers, such as (a+)+, and leave out what need not be checked"
+            raise _fault(pattern, f"takes too long to match; {advice}")
 
 
+@dataclass(eq=False, repr=False)
 class Pattern:
     """A pattern that `compile_pattern` made of its ``source``."""
 
-    def __init__(self, source: str, regex: re.Pattern[str], items: _Items, ways: int, budget: Budget) -> None:
-        self.source = source
-        self._regex = regex
-        self._items = items
-        self._ways = ways
-        self._budget = budget
-        self._texts = _texts(items, regex.flags)
-        self._root: _Node | None = None
+    source: str
+    _regex: re.Pattern[str]
+    _items: _Items
+    _ways: int
+    _budget: Budget
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        """Plain texts that every match holds."""
+        if self._regex.flags & re.IGNORECASE:
+            return []
+        groups = groupby(self._items, lambda item: item[0] is _parser.LITERAL)
+        return ["".join(chr(av) for _, av in group) for is_text, group in groups if is_text]
+
+    @cached_property
+    def _root(self) -> _Node:
+        return _build(self._items, self._regex.flags)
 
     def fullmatch(self, name: str) -> bool:
         """Whether the whole of ``name`` matches, as `re.fullmatch` has it; a `PatternError` where the budget ends."""
@@ -92,13 +101,8 @@ class Pattern:
         if ways <= _MAX_WAYS:
             self._budget.spend(1 + ways // 250, self.source)
             return self._regex.fullmatch(name) is not None
-        if self._root is None:
-            self._root = _build(self._items, self._regex.flags)
-        run = _Run(name, self.source, self._budget)
+        run = _Run(name, lambda steps: self._budget.spend(steps, self.source), {})
         return bool(self._root(run, 1) >> len(name) & 1)
-
-    def __repr__(self) -> str:
-        return f"Pattern({self.source!r})"
 
 
 def compile_pattern(pattern: str, budget: Budget | None = None) -> Pattern:
@@ -185,29 +189,15 @@ def _scoped(flags: int, add: int, remove: int) -> int:
     return (flags | add) & ~remove
 
 
-def _texts(items: _Items, flags: int) -> list[str]:
-    """Plain texts that every match holds."""
-    if flags & re.IGNORECASE:
-        return []
-    groups = groupby(items, lambda item: item[0] is _parser.LITERAL)
-    return ["".join(chr(av) for _, av in group) for is_text, group in groups if is_text]
-
-
 # -------------------------------------------------------------------------- matching as a relation between positions
 
 
-class _Run:
-    """One name under one pattern: what is known so far."""
+class _Run(NamedTuple):
+    """One name under one pattern."""
 
-    def __init__(self, name: str, pattern: str, budget: Budget) -> None:
-        self.name = name
-        self.everywhere = (1 << (len(name) + 1)) - 1
-        self.known: dict[object, int] = {}
-        self._pattern = pattern
-        self._budget = budget
-
-    def spend(self, steps: int) -> None:
-        self._budget.spend(steps, self._pattern)
+    name: str
+    spend: Callable[[int], None]
+    known: dict[object, int]  # what was found so far
 
 
 # From the positions where it may begin to those where it may end; a node built with ahead=False, the other way round.
@@ -224,7 +214,7 @@ class _Block:
         # Equal blocks, such as the dot of every ".*", are looked for once per name.
         self._key = f"{flags} {items}"
         self.ahead = ahead
-        self.width = sum(_WIDTHS[op] for op, _ in items)
+        self.width = sum(op in _CHARACTERS for op, _ in items)
         self._regex: re.Pattern[str] = _compiler.compile(_parser.SubPattern(state, [look]), flags)
 
     def starts(self, run: _Run) -> int:
@@ -290,7 +280,7 @@ def _look(body: _Node, negative: bool) -> _Node:
     body = _remembered(body)
 
     def move(run: _Run, at: int) -> int:
-        holds = body(run, run.everywhere)
+        holds = body(run, (2 << len(run.name)) - 1)
         return at & ~holds if negative else at & holds
 
     return move
@@ -308,7 +298,7 @@ def _remembered(node: _Node) -> _Node:
 
 def _build(items: _Items, flags: int, ahead: bool = True) -> _Node:
     nodes: list[_Node] = []
-    for in_a_row, group in groupby(items, lambda item: item[0] in _WIDTHS):
+    for in_a_row, group in groupby(items, lambda item: item[0] in _CHARACTERS + _ANCHORS):
         if in_a_row:
             nodes.append(_Block(list(group), flags, ahead))
         else:
@@ -330,7 +320,7 @@ def _build_one(op: Any, av: Any, flags: int, ahead: bool) -> _Node:
 # --------------------------------------------------------------------------------------- tables of values by pattern
 
 _NAME = re.compile(r"(\^?)([\w-]+(?:\\?\.[\w-]+)*)\$?", re.ASCII)
-_LEADING_FLAGS = re.compile(r"(?:\(\?[aimsux]+\))?")
+_LEADING_FLAGS = re.compile(r"\A\(\?[aimsux]+\)")
 
 
 class KeyTable(Generic[V]):
@@ -366,11 +356,7 @@ class KeyTable(Generic[V]):
     def find(self, name: str) -> tuple[str, V] | None:
         """The key that serves ``name`` and its value, or `None`; the key counts as used from now on."""
         last = len(self._rows)
-        best = min(self._wholes.get(name, last), self._ends.get(name, last))
-        dot = name.find(".")
-        while dot >= 0:
-            best = min(best, self._ends.get(name[dot + 1 :], last))
-            dot = name.find(".", dot + 1)
+        best = min(self._wholes.get(name, last), *(self._ends.get(end, last) for end in suffixes(name)))
         for row, pattern in self._regexes:
             if row > best:
                 break
@@ -395,9 +381,7 @@ def _compile_key(key: str, budget: Budget) -> Pattern:
 
 
 def _at_an_end(key: str) -> str:
-    flags = _LEADING_FLAGS.match(key)
-    lead = flags[0] if flags else ""
-    rest = key[len(lead) :]
+    rest = _LEADING_FLAGS.sub("", key, count=1)
     if rest.startswith(".*") and "|" not in rest:
         return key  # swallows what stands before it anyway
-    return rf"{lead}(?:.*\.)?(?:{rest})$"
+    return rf"{key.removesuffix(rest)}(?:.*\.)?(?:{rest})$"

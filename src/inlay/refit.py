@@ -56,7 +56,7 @@ def replace_lora_weights_loftq(
                 f"{path}: {adapter_name!r} must be an unmerged LoRA with init_lora_weights=True to be given a start."
             )
     with ExitStack() as opened:
-        shards = [opened.enter_context(files.open_file(path)) for path in _weights(peft_model, model_path)]
+        shards = [opened.enter_context(files.Weights(path)) for path in _weights(peft_model, model_path)]
         _check(shards, {key: w.kind.shape(w.get_base_layer()) for key, (_, w) in layers.items()})
         for key, W in (pair for shard in shards for pair in shard.each()):
             if key in layers:

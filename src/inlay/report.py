@@ -63,15 +63,29 @@ class LoadReport:
         yield self.missing
         yield self.unexpected
 
-    def __str__(self) -> str:
-        return self.summary()
-
     def summary(self) -> str:
         """One line per kind of finding, with the first few keys, and what to do."""
-        lines = [*self._problems(), *self._remarks()]
-        if not lines:
-            return "The file and the adapter agree."
-        return "\n".join([*lines, *([] if self.ok else [self._advice()])])
+        shapes = [
+            f"{key!r} is {list(file)} in the file, {list(model)} in the model" for key, file, model in self.shape
+        ]
+        dtypes = [f"{key!r} from {file} to {model}" for key, file, model in self.dtype]
+        left = "its initial value" if len(self.missing) == 1 else "their initial values"
+        findings = [
+            ("made for another base model", self.base),
+            ("config contradicts the weights", self.config),
+            (f"{_tensors(shapes)} of another shape", shapes),
+            (f"{_tensors(self.missing)} missing from the file, left at {left}", [*map(repr, self.missing)]),
+            (f"{_tensors(self.unexpected)} in the file that nothing takes", [*map(repr, self.unexpected)]),
+            (f"{_tensors(self.non_finite)} with NaN or infinity", [*map(repr, self.non_finite)]),
+            (f"note: {_tensors(dtypes)} converted", dtypes),
+        ]
+        lines = [f"{what}: {_some(places)}." for what, places in findings if places]
+        lines += [f"note: {note.rstrip('.')}." for note in self.notes]
+        if not self.ok:
+            lines.append(f"{self._verdict()[1]}; strict=False loads it as it is, with a warning.")
+        return "\n".join(lines) or "The file and the adapter agree."
+
+    __str__ = summary
 
     def raise_for_problems(self) -> None:
         """Raises the error that fits, with this report as its ``report``; does nothing if all is well.
@@ -81,54 +95,20 @@ class LoadReport:
             LoadError: Keys, shapes or the config do not fit.
             NonFiniteError: Everything fits, and some values are NaN or infinite.
         """
-        if self.ok:
-            return
-        kind: type[LoadError] = LoadError
+        if not self.ok:
+            raise self._verdict()[0](f"The adapter does not fit; nothing was loaded.\n{self.summary()}", self)
+
+    def _verdict(self) -> tuple[type[LoadError], str]:
+        """What the problems amount to, and what to do about them."""
         if self.base:
-            kind = IncompatibleBaseError
-        elif not (self.missing or self.unexpected or self.shape or self.config):
-            kind = NonFiniteError
-        raise kind(f"The adapter does not fit; nothing was loaded.\n{self.summary()}", self)
-
-    def _problems(self) -> list[str]:
-        shapes = [
-            f"{key!r} is {list(file)} in the file, {list(model)} in the model" for key, file, model in self.shape
-        ]
-        findings = [
-            ("made for another base model", self.base),
-            ("config contradicts the weights", self.config),
-            (f"{_tensors(self.shape)} of another shape", shapes),
-            (f"{_tensors(self.missing)} missing from the file, left at {_its(self.missing)}", _quoted(self.missing)),
-            (f"{_tensors(self.unexpected)} in the file that nothing takes", _quoted(self.unexpected)),
-            (f"{_tensors(self.non_finite)} with NaN or infinity", _quoted(self.non_finite)),
-        ]
-        return [f"{what}: {_some(places)}." for what, places in findings if places]
-
-    def _remarks(self) -> list[str]:
-        dtypes = [f"{key!r} from {file} to {model}" for key, file, model in self.dtype]
-        converted = [f"note: {_tensors(dtypes)} converted: {_some(dtypes)}."] if dtypes else []
-        return [*converted, *(f"note: {note.rstrip('.')}." for note in self.notes)]
-
-    def _advice(self) -> str:
-        if self.base:
-            what = "Load it onto the base model it was made for"
-        elif self.missing or self.unexpected or self.shape or self.config:
-            what = "Check that the adapter belongs to this model and config"
-        else:
-            what = "Take an earlier checkpoint: training has diverged or the file is damaged"
-        return f"{what}; strict=False loads it as it is, with a warning."
+            return IncompatibleBaseError, "Load it onto the base model it was made for"
+        if self.missing or self.unexpected or self.shape or self.config:
+            return LoadError, "Check that the adapter belongs to this model and config"
+        return NonFiniteError, "Take an earlier checkpoint: training has diverged or the file is damaged"
 
 
-def _tensors(places: list[str] | list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
+def _tensors(places: list[str]) -> str:
     return f"{len(places)} tensor{'' if len(places) == 1 else 's'}"
-
-
-def _its(places: list[str]) -> str:
-    return "its initial value" if len(places) == 1 else "their initial values"
-
-
-def _quoted(keys: list[str]) -> list[str]:
-    return [repr(key) for key in keys]
 
 
 def _some(places: list[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from integrations.tiny_runs import TASKS, sentences, tokenizer, tree, write_rows
 from safetensors.torch import load_file
@@ -72,6 +73,18 @@ def test_a_run_learns_the_task(tmp_path: Path) -> None:
     config = parse(tree("token-classification", tmp_path, rows=200, epochs=4))
     report = train(config).report
     assert report.before["accuracy"] < 0.9 < report.after["accuracy"]
+
+
+def test_it_evaluates_while_it_trains(tmp_path: Path) -> None:
+    losses: list[float] = []
+
+    class Note(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            losses.append(metrics["eval_loss"])
+
+    train(parse(tree("sequence-classification", tmp_path, max_steps=4, evaluate_steps=2)), callbacks=[Note()])
+    assert len(losses) == 3  # the base, and twice on the way
+    assert predict(tmp_path / "run")[1]["loss"] == losses[-1]
 
 
 def test_causal_perplexity_is_exp_of_the_mean_cost_of_a_token(tmp_path: Path) -> None:

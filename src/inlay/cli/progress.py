@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class ProgressBar(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
@@ -19,8 +19,8 @@ class ProgressBar(transformers.TrainerCallback):  # type: ignore[misc]  # untype
         self.bar = console.is_terminal and not console.quiet
         note = TextColumn("{task.fields[note]}")
         self.live = Progress(*columns, note, console=console, transient=True, disable=not self.bar)
-        self.training: TaskID | None = None
-        self.predicting: TaskID | None = None
+        self.training = self.live.add_task("training", visible=False, note="")
+        self.predicting = self.live.add_task("predicting", visible=False, note="")
 
     def __enter__(self) -> Self:
         self.live.start()
@@ -36,20 +36,17 @@ class ProgressBar(transformers.TrainerCallback):  # type: ignore[misc]  # untype
         self.console.print(text, style="dim")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.training = self.live.add_task("training", total=state.max_steps, completed=state.global_step, note="")
+        self.live.reset(self.training, total=state.max_steps, completed=state.global_step, visible=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.training is not None:
-            self.live.update(self.training, completed=state.global_step, total=state.max_steps)
+        self.live.update(self.training, completed=state.global_step, total=state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.training is not None:
-            self.live.remove_task(self.training)
-            self.training = None
+        self.live.update(self.training, visible=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         note = "  ".join(f"{key} {logs[key]:.4g}" for key in ("loss", "eval_loss") if key in logs) if logs else ""
-        if self.training is None or not note:
+        if not note or not state.global_step:  # the base is evaluated before the first step
             return
         self.live.update(self.training, note=note)
         if not self.bar:
@@ -58,13 +55,9 @@ class ProgressBar(transformers.TrainerCallback):  # type: ignore[misc]  # untype
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        if self.predicting is None:
-            self.predicting = self.live.add_task("predicting", total=len(eval_dataloader), note="")
-        self.live.advance(self.predicting)
+        self.live.update(self.predicting, total=len(eval_dataloader), advance=1, visible=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if self.predicting is not None:
-            self.live.remove_task(self.predicting)
-            self.predicting = None
+        self.live.reset(self.predicting, visible=False)
 
     on_predict = on_evaluate

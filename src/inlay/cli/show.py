@@ -25,10 +25,10 @@ PIPED_WIDTH = 100
 
 def console() -> Console:
     """For standard output; silent in all but the main process of a distributed run."""
-    plain = Console(quiet=not is_main_process(), highlight=False, soft_wrap=False)
-    if not plain.is_terminal and "COLUMNS" not in os.environ:
-        return Console(quiet=plain.quiet, highlight=False, width=PIPED_WIDTH)
-    return plain
+    made = Console(quiet=not is_main_process(), highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = PIPED_WIDTH
+    return made
 
 
 @contextlib.contextmanager
@@ -139,16 +139,16 @@ def print_demo(screen: Console, report: DemoReport) -> None:
         "frozen encoder, trained head on the mean of its tokens": report.frozen_mean,
         "adapted encoder (LoRA on query and value, and a head)": report.train.after["accuracy"],
     }
+    others = {
+        "adapter loaded in a fresh process": report.reloaded,
+        "adapter merged in a fresh process": report.merged,
+    }
     agreements = (
         (name, f"{one.equal} of {one.rows}", f"{one.difference:.1e}", score("accuracy", one.accuracy))
-        for name, one in (
-            ("adapter loaded in a fresh process", report.reloaded),
-            ("adapter merged in a fresh process", report.merged),
-        )
+        for name, one in others.items()
     )
-    screen.print(
-        f"\n[bold]Which package is a docstring from?[/] {len(report.classes)} packages of this Python's library,"
-    )
+    packages = f"{len(report.classes)} packages of this Python's library"
+    screen.print(f"\n[bold]Which package is a docstring from?[/] {packages},")
     used = f"{report.rows:,} of {report.found:,} distinct docstrings"
     screen.print(f"{used}, gone over {report.passes:.1f} times in training\n")
     screen.print(grid(classes, "package", "held out", "told rightly", right=True))
@@ -157,8 +157,7 @@ def print_demo(screen: Console, report: DemoReport) -> None:
     screen.print("\n[bold]The run[/]")
     screen.print(train_table(report.train))
     screen.print("\n[bold]The same predictions from[/]")
-    headers = ("model", "equal to the live one", "largest difference of a probability", "accuracy")
-    screen.print(grid(agreements, *headers))
+    screen.print(grid(agreements, "model", "equal to the live one", "largest difference of a probability", "accuracy"))
     total = score("accuracy", report.train.after["accuracy"])
     screen.print(f"\n{total} in {duration(report.seconds)}, everything included")
 

@@ -115,7 +115,8 @@ def _corrupt(path: Path, what: str) -> CorruptFileError:
     return CorruptFileError(f"'{path}' {what}. Nothing was loaded; fetch the adapter again or save it again.")
 
 
-def _open_regular(path: Path) -> tuple[io.FileIO, int]:
+@contextlib.contextmanager
+def _open_regular(path: Path) -> Iterator[tuple[io.FileIO, int]]:
     """An open regular file and its size; anything else is refused without waiting on it."""
     try:
         # Asked twice: opening a device can have effects of its own, and between the questions the path may change.
@@ -127,12 +128,10 @@ def _open_regular(path: Path) -> tuple[io.FileIO, int]:
         raise MissingFileError(f"Can't find '{path.name}' at '{path.parent}'.") from error
     except OSError as error:
         raise _corrupt(path, f"cannot be read ({error.strerror})") from error
-    with contextlib.ExitStack() as opened:
-        opened.callback(file.close)
+    with file:
         found = os.fstat(file.fileno())
         _check_regular(path, found)
-        opened.pop_all()
-    return file, found.st_size
+        yield file, found.st_size
 
 
 def _check_regular(path: Path, found: os.stat_result) -> None:
@@ -207,8 +206,7 @@ def _short(text: str) -> str:
 
 def _read_json(path: Path) -> tuple[bytes, dict[str, object]]:
     """The bytes of a small file, and the object that they say."""
-    file, size = _open_regular(path)
-    with file:
+    with _open_regular(path) as (file, size):
         if size > MAX_CONFIG_BYTES:
             raise _corrupt(path, f"has {size:,} bytes, more than the limit of {MAX_CONFIG_BYTES:,}")
         raw = _read_bytes(file, size, path)
@@ -234,23 +232,25 @@ def read_config(directory: str | Path) -> dict[str, object]:
     return read_json(Path(directory) / CONFIG_NAME)
 
 
-class Weights:
+class Weights(contextlib.AbstractContextManager["Weights"]):
     """An open weights file: what it holds is known and checked, and nothing of it is read until :meth:`read`.
 
     The file stays open, so that what is read is what was checked even if the path is replaced meanwhile; it closes
-    with :meth:`close`, with ``with``, or with the object.
+    with :meth:`close`, with ``with``, or with the object. Raises what :func:`open_weights` does.
 
     Attributes:
-        path (`Path`): The file.
+        path (`Path`): The file; a pickle if it is called ``adapter_model.bin``.
         header (`dict[str, TensorInfo]`): Name, dtype and shape of every tensor, in the file's order.
         metadata (`dict[str, str]`): The strings stored beside the tensors.
     """
 
-    def __init__(self, path: Path, file: io.FileIO, size: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        opened = (_open_pickle if path.name == PICKLE_NAME else _open_safetensors)(path, file, size)
-        self.header, self.metadata, self._tensors = opened
-        self._finalizer = weakref.finalize(self, file.close)
+        read = _open_pickle if path.name == PICKLE_NAME else _open_safetensors
+        with contextlib.ExitStack() as opened:
+            file, size = opened.enter_context(_open_regular(path))
+            self.header, self.metadata, self._tensors = read(path, file, size)
+            self._finalizer = weakref.finalize(self, opened.pop_all().close)
 
     def read(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The tensors, writable and independent of the file; a `CorruptFileError` where that has changed since."""
@@ -263,9 +263,6 @@ class Weights:
     def close(self) -> None:
         """Closes the file; ``header`` and ``metadata`` stay."""
         self._finalizer()
-
-    def __enter__(self) -> Weights:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -433,16 +430,6 @@ def _check_meta(path: Path, found: dict[str, Tensor], size: int) -> None:
         raise _corrupt(path, f"claims tensors of more bytes than the file's {size:,}")
 
 
-def open_file(path: Path) -> Weights:
-    """One weights file, opened and checked; see `open_weights`."""
-    file, size = _open_regular(path)
-    try:
-        return Weights(path, file, size)
-    except BaseException:
-        file.close()
-        raise
-
-
 def open_weights(directory: str | Path) -> Weights:
     """``adapter_model.safetensors`` of a directory, else ``adapter_model.bin``: opened and checked, not read.
 
@@ -455,7 +442,7 @@ def open_weights(directory: str | Path) -> Weights:
     # The first name again at the end: a writer beside us may just have replaced the second by it.
     for name in (SAFETENSORS_NAME, PICKLE_NAME, SAFETENSORS_NAME):
         with contextlib.suppress(MissingFileError):
-            return open_file(directory / name)
+            return Weights(directory / name)
     raise MissingFileError(
         f"Can't find '{SAFETENSORS_NAME}' or '{PICKLE_NAME}' at '{directory}'; an adapter's weights are in one."
     )
@@ -644,7 +631,6 @@ def _sorted_set(value: object) -> list[object]:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A tensor's values, contiguous on the CPU."""
     return tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
 
 
@@ -656,8 +642,8 @@ def _write_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     for key in order:
         tensor, start = tensors[key], end
         end += tensor.nbytes
-        entry = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        header[key] = entry
+        dtype, shape = _DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     file.write(struct.pack("<Q", len(raw)) + raw)

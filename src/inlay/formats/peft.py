@@ -111,27 +111,23 @@ def check_adapter_name(name: object, forbidden: Collection[str] = frozenset()) -
         >>> check_adapter_name("style 2")
         'style 2'
     """
-    why = _name_fault(name, forbidden)
-    if why is not None:
-        raise AdapterNameError(
-            f"adapter name {name!r} {why}; it becomes a directory and a part of parameter names. Choose one like "
-            "'default' or 'my_adapter'."
-        )
-    assert isinstance(name, str)
-    return name
-
-
-def _name_fault(name: object, forbidden: Collection[str]) -> str | None:
     if not isinstance(name, str):
-        return f"is a {type(name).__name__}, not a string"
-    if not name:
-        return "is empty"
-    if name != name.strip():
-        return "begins or ends with a space"
-    if found := next((char for char in "./\\" if char in name), None):
-        return f"contains {found!r}"
-    if not name.isprintable():
-        return "contains a character that cannot be printed"
-    if (length := len(name.encode())) > 255:
-        return f"takes {length} bytes, more than the 255 that a file system allows"
-    return "means something else on a module" if name in forbidden else None
+        why = f"is a {type(name).__name__}, not a string"
+    elif not name:
+        why = "is empty"
+    elif name != name.strip():
+        why = "begins or ends with a space"
+    elif found := next((char for char in "./\\" if char in name), None):
+        why = f"contains {found!r}"
+    elif not name.isprintable():
+        why = "contains a character that cannot be printed"
+    elif (length := len(name.encode())) > 255:
+        why = f"takes {length} bytes, more than the 255 that a file system allows"
+    elif name in forbidden:
+        why = "means something else on a module"
+    else:
+        return name
+    raise AdapterNameError(
+        f"adapter name {name!r} {why}; it becomes a directory and a part of parameter names. Choose one like "
+        "'default' or 'my_adapter'."
+    )

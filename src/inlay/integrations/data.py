@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -105,10 +106,8 @@ def words(value: Any) -> list[str]:
     """
     if isinstance(value, str):
         if value.lstrip().startswith("["):
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 return [str(one) for one in json.loads(value)]
-            except json.JSONDecodeError:
-                pass
         return value.split()
     return [str(one) for one in value]
 
@@ -129,7 +128,7 @@ def load_examples(config: TrainConfig) -> Examples:
     if data.max_rows is not None and data.max_rows < len(rows):
         chosen = random.Random(config.training.seed).sample(range(len(rows)), data.max_rows)
         rows = [rows[i] for i in sorted(chosen)]
-    labels = _labels(task, data, rows if not others else [*rows, *others])
+    labels = _labels(task, data, [*rows, *others])
     if data.held_out_path:
         seen = {_input(task, data, row) for row in rows}
         repeated = sum(_input(task, data, row) in seen for row in others)
@@ -205,13 +204,11 @@ def _complaints(wanted: dict[str, str], path: str, rows: list[Example]) -> Itera
     if absent:
         return
     for key, name in wanted.items():
-        bad = [row for row in rows if not _filled(key, row.values.get(name))]
-        if bad:
+        if bad := [row for row in rows if not _filled(key, row.values.get(name))]:
             yield f"{path}: {_named(bad)} without a usable {name!r} (data.{key})"
     if "tokens" in wanted and "tags" in wanted:
         tokens, tags = wanted["tokens"], wanted["tags"]
-        uneven = [row for row in rows if not _even(row.values.get(tokens), row.values.get(tags))]
-        if uneven:
+        if uneven := [row for row in rows if not _even(row.values.get(tokens), row.values.get(tags))]:
             yield f"{path}: {_named(uneven)} with another number of {tags!r} than of {tokens!r}"
 
 

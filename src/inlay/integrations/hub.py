@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download, try_to_load_from_cache
@@ -48,26 +50,20 @@ def fetch(
         CorruptFileError: ``subfolder`` leads out of the directory.
     """
     folder = _inside(subfolder)
-    local = Path(model_id)
-    if _is_directory(local):
-        return local / folder
-
-    def download(name: str, commit: str | None) -> Path:
-        found = hf_hub_download(
-            str(model_id),
-            name,
-            subfolder=folder.as_posix() if folder.parts else None,
-            revision=commit,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            endpoint=endpoint,
-        )
-        return Path(str(found))
-
+    if os.path.isdir(model_id):  # where Path.is_dir raises for what is no path, such as a name too long
+        return Path(model_id) / folder
+    download = partial(
+        hf_hub_download,
+        str(model_id),
+        subfolder=folder.as_posix() if folder.parts else None,
+        token=token,
+        cache_dir=cache_dir,
+        force_download=force_download,
+        local_files_only=local_files_only,
+        endpoint=endpoint,
+    )
     try:
-        directory = download(CONFIG_NAME, revision).parent
+        directory = Path(download(CONFIG_NAME, revision=revision)).parent
     except _Failures as error:
         raise _missing(f"'{CONFIG_NAME}'", model_id, folder) from error
     if weights:
@@ -76,19 +72,12 @@ def fetch(
         commit = directory.parts[-len(folder.parts) - 1]
         try:
             try:
-                download(SAFETENSORS_NAME, commit)
+                download(SAFETENSORS_NAME, revision=commit)
             except EntryNotFoundError:
-                download(PICKLE_NAME, commit)
+                download(PICKLE_NAME, revision=commit)
         except _Failures as error:
             raise _missing(f"'{SAFETENSORS_NAME}' or '{PICKLE_NAME}'", model_id, folder) from error
     return directory
-
-
-def _is_directory(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # too long, or a NUL in it: no path, and for the hub library to refuse
-        return False
 
 
 def _inside(subfolder: str | None) -> PurePosixPath:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from inlay.integrations.data import Example, words
 from inlay.integrations.train_config import DataSection
@@ -54,14 +54,6 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-@dataclass(frozen=True)
-class Metric:
-    """The figure that a task is judged by."""
-
-    name: str  # its key among the scores
-    higher_is_better: bool  # which way is up
-
-
 class AbstractTask(abc.ABC):
     """What differs between tasks.
 
@@ -73,7 +65,7 @@ class AbstractTask(abc.ABC):
 
     auto_class: ClassVar[str]
     task_type: ClassVar[str]
-    metric: ClassVar[Metric]
+    metric: ClassVar[str]  # the figure that the task is judged by: its key among the scores
     generates: ClassVar[bool] = False
 
     def __init__(self, data: DataSection, tokenizer: Any, labels: list[str]) -> None:
@@ -101,17 +93,14 @@ class AbstractTask(abc.ABC):
         padding = {"input_ids": self.tokenizer.pad_token_id, **PADDING}
         batch = {}
         for key in rows[0]:
-            values = [row[key] for row in rows]
-            if isinstance(values[0], int):
-                batch[key] = torch.tensor(values)
-                continue
-            width = max(map(len, values))
-            batch[key] = torch.tensor([value + [padding[key]] * (width - len(value)) for value in values])
+            values = [torch.tensor(row[key], dtype=torch.long) for row in rows]
+            single = values[0].dim() == 0
+            batch[key] = torch.stack(values) if single else pad_sequence(values, True, padding[key])
         return batch
 
-    def tokenized(self, *texts: str, max_length: int, **options: Any) -> Features:
+    def tokenized(self, *texts: Any, max_length: int, **options: Any) -> Any:
         """The tokenizer's output for a text or a pair, cut to ``max_length``."""
-        return dict(self.tokenizer(*texts, truncation=True, max_length=max_length, **options))
+        return self.tokenizer(*texts, truncation=True, max_length=max_length, **options)
 
 
 class CausalLM(AbstractTask):
@@ -119,7 +108,7 @@ class CausalLM(AbstractTask):
 
     auto_class = "AutoModelForCausalLM"
     task_type = "CAUSAL_LM"
-    metric = Metric("perplexity", higher_is_better=False)
+    metric = "perplexity"
 
     def encode(self, row: dict[str, Any]) -> Features:
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
@@ -133,11 +122,8 @@ class CausalLM(AbstractTask):
             prompt = prompt[-(room - len(answer)) :]
         ids = [*prompt, *answer, *end]
         hidden = len(prompt) if self.data.target is not None else 0
-        return {
-            "input_ids": ids,
-            "attention_mask": [1] * len(ids),
-            "labels": [IGNORED] * hidden + ids[hidden:],
-        }
+        labels = [IGNORED] * hidden + ids[hidden:]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     def reduce(self, logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         """For logits (B, T, V): the token predicted after each position, and what the true one cost, both (B, T)."""
@@ -178,15 +164,15 @@ class Seq2Seq(AbstractTask):
 
     auto_class = "AutoModelForSeq2SeqLM"
     task_type = "SEQ_2_SEQ_LM"
-    metric = Metric("exact_match", higher_is_better=True)
+    metric = "exact_match"
     generates = True
 
     def encode(self, row: dict[str, Any]) -> Features:
-        features = self.tokenized(row[self.data.text], max_length=self.data.max_length)
+        features = dict(self.tokenized(row[self.data.text], max_length=self.data.max_length))
         target = row.get(self.data.target or "")
         if target is not None:
-            options = {"text_target": target, "truncation": True, "max_length": self.data.max_target_length}
-            features["labels"] = self.tokenizer(**options)["input_ids"]
+            answer = self.tokenized(text_target=target, max_length=self.data.max_target_length)
+            features["labels"] = answer["input_ids"]
         return features
 
     def scores(self, kept: Any, labels_BT: Any) -> dict[str, float]:
@@ -210,11 +196,11 @@ class SequenceClassification(AbstractTask):
 
     auto_class = "AutoModelForSequenceClassification"
     task_type = "SEQ_CLS"
-    metric = Metric("accuracy", higher_is_better=True)
+    metric = "accuracy"
 
     def encode(self, row: dict[str, Any]) -> Features:
         texts = [row[self.data.text], *([row[self.data.text_pair]] if self.data.text_pair else [])]
-        features = self.tokenized(*texts, max_length=self.data.max_length)
+        features = dict(self.tokenized(*texts, max_length=self.data.max_length))
         label = self.ids.get(str(row.get(self.data.label)))
         if label is not None:
             features["labels"] = label
@@ -242,12 +228,10 @@ class TokenClassification(AbstractTask):
 
     auto_class = "AutoModelForTokenClassification"
     task_type = "TOKEN_CLS"
-    metric = Metric("accuracy", higher_is_better=True)
+    metric = "accuracy"
 
     def encode(self, row: dict[str, Any]) -> Features:
-        encoded = self.tokenizer(
-            words(row[self.data.tokens]), is_split_into_words=True, truncation=True, max_length=self.data.max_length
-        )
+        encoded = self._pieces(words(row[self.data.tokens]))
         features = dict(encoded)
         tags = [self.ids.get(tag, IGNORED) for tag in words(row.get(self.data.tags) or [])]
         if tags:
@@ -259,13 +243,16 @@ class TokenClassification(AbstractTask):
 
     def describe(self, row: dict[str, Any], kept: Any, labels_T: Any) -> dict[str, Any]:
         tokens = words(row[self.data.tokens])
-        pieces = self.tokenizer(tokens, is_split_into_words=True, truncation=True, max_length=self.data.max_length)
-        found = {w: self.labels[int(kept[i])] for i, w in enumerate(first_pieces(pieces.word_ids())) if w is not None}
+        pieces = first_pieces(self._pieces(tokens).word_ids())
+        found = {w: self.labels[int(kept[i])] for i, w in enumerate(pieces) if w is not None}
         return {
             "tokens": tokens,
             "tags": None if row.get(self.data.tags) is None else words(row[self.data.tags]),
             "predicted": [found.get(i) for i in range(len(tokens))],  # None: cut off by max_length
         }
+
+    def _pieces(self, tokens: list[str]) -> Any:
+        return self.tokenized(tokens, max_length=self.data.max_length, is_split_into_words=True)
 
 
 def first_pieces(word_ids: Iterable[int | None]) -> list[int | None]:

@@ -29,15 +29,12 @@ Say = Callable[[str], None]
 class TrainReport:
     """What came out of a run; every figure was measured by it."""
 
-    task: str  # as in the config
     metric: str  # the name of the figure that the task is judged by
-    higher_is_better: bool  # which way that figure is better
     before: dict[str, float]  # scores on the held-out part with the fresh adapter, which is the frozen base
     after: dict[str, float]  # the same with the trained adapter
     train_rows: int  # rows trained on
     held_out_rows: int  # rows judged on
     repeated_rows: int  # held-out rows whose input also stands in the training part
-    labels: list[str]
     trainable: int  # trained parameters
     parameters: int  # all parameters, the adapter's included
     adapter_bytes: int  # size of the adapter's weights on disk
@@ -142,8 +139,7 @@ def train(
     task = TASKS[config.task](config.data, tokenizer, examples.labels)
     features = examples_to_features(task, examples.held_out)
     train_features = examples_to_features(task, examples.train)
-    trainer = build_trainer(model, task, config, folder.checkpoints, train_features, callbacks)
-    trainer.eval_dataset = features
+    trainer = build_trainer(model, task, config, folder.checkpoints, train_features, features, callbacks)
 
     # A run that continues has the scores of the frozen base from its beginning.
     before = folder.read("before") if checkpoint else None
@@ -161,7 +157,6 @@ def train(
     trainer.save_model(str(folder.adapter))
     trainer.accelerator.wait_for_everyone()
     report = TrainReport(
-        task=config.task,
         **_facts(task, examples, model, folder),
         before=before,
         after=after,
@@ -182,12 +177,10 @@ def _facts(task: AbstractTask, examples: Examples, model: Any, folder: RunFolder
     trainable, parameters = model.get_nb_trainable_parameters()
     weights = folder.adapter / "adapter_model.safetensors"
     return {
-        "metric": task.metric.name,
-        "higher_is_better": task.metric.higher_is_better,
+        "metric": task.metric,
         "train_rows": len(examples.train),
         "held_out_rows": len(examples.held_out),
         "repeated_rows": examples.repeated,
-        "labels": examples.labels,
         "trainable": trainable,
         "parameters": parameters,
         # A machine that shares no disk with the main process has no file to measure.
@@ -232,6 +225,6 @@ def predict(
     if merge:
         model = model.merge_and_unload()
     task = TASKS[config.task](config.data, tokenizer, labels)
-    trainer = build_trainer(model, task, config, folder.checkpoints, [], callbacks)
+    trainer = build_trainer(model, task, config, folder.checkpoints, [], [], callbacks)
     say(f"predicting {len(rows)} rows")
     return trainer.describe(rows, examples_to_features(task, rows))

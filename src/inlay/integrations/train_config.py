@@ -24,8 +24,6 @@ TaskName = Literal["causal-lm", "seq2seq", "sequence-classification", "token-cla
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 SHORT_LIST = 8
-
-
 _SIGNS = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
 
 
@@ -237,48 +235,34 @@ def _section(cls: type[Any], given: Any, where: str, complaints: list[str]) -> A
         complaints.append(f"{where}: expected a section of `key: value` lines, found {given!r}")
         return cls()
     hints = typing.get_type_hints(cls)
+    limits = {one.name: one.metadata for one in dataclasses.fields(cls)}
     values = {}
     for key, value in given.items():
         path = f"{where}.{key}".lstrip(".")
         if key not in hints:
-            complaints.append(f"{path}: no such key{nearest(str(key), hints) or _listed(hints)}")
+            known = ", ".join([*hints][:SHORT_LIST]) + (", ..." if len(hints) > SHORT_LIST else "")
+            complaints.append(f"{path}: no such key{nearest(str(key), hints) or f'; known: {known}'}")
         elif dataclasses.is_dataclass(hints[key]):
             values[key] = _section(cast(type[Any], hints[key]), {} if value is None else value, path, complaints)
         else:
-            values[key] = _value(hints[key], value, path, complaints)
-    complaints.extend(_out_of_range(cls, values, where))
+            values[key] = float(value) if hints[key] is float and type(value) is int else value
+            if fault := _fault(hints[key], limits[key], values[key]):
+                complaints.append(f"{path}: {fault}")
     return cls(**values)
 
 
-def _listed(names: Iterable[str]) -> str:
-    listed = list(names)
-    return f"; known: {', '.join(listed[:SHORT_LIST])}{', ...' if len(listed) > SHORT_LIST else ''}"
-
-
-def _value(hint: Any, value: Any, path: str, complaints: list[str]) -> Any:
-    """``value`` where it is of the type ``hint`` (an int passes for a float), else a complaint."""
+def _fault(hint: Any, limits: Mapping[str, Any], value: Any) -> str:
+    """Why ``value`` is not of the type ``hint`` and within the limits, or ""."""
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
-        if value not in choices:
-            complaints.append(f"{path}: {value!r} is none of {', '.join(choices)}")
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    kind = dict if typing.get_origin(hint) is dict else hint
+        return "" if value in choices else f"{value!r} is none of {', '.join(choices)}"
+    kind: Any = dict if typing.get_origin(hint) is dict else hint
     # bool is an int to Python; `epochs: yes` is a mistake to everyone else.
     if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
         wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("None", "nothing").replace("|", "or")
-        complaints.append(f"{path}: expected {wanted}, found {value!r}")
-    return value
-
-
-def _out_of_range(cls: type[Any], values: Mapping[str, Any], where: str) -> Iterable[str]:
-    for one in dataclasses.fields(cls):
-        value: Any = values.get(one.name)
-        limits = one.metadata
-        if not limits or type(value) not in (int, float):
-            continue
-        # NaN compares False with everything and so is out of every range.
-        if abs(value) == math.inf or not all(_SIGNS[sign](value, limit) for sign, limit in limits.items()):
-            wanted = " and ".join(f"{sign} {limit}" for sign, limit in limits.items())
-            yield f"{where}.{one.name}: {value} is out of range; expected {wanted}"
+        return f"expected {wanted}, found {value!r}"
+    # NaN compares False with everything and so is out of every range; None is a value of its own.
+    within = value is None or all(_SIGNS[sign](value, limit) for sign, limit in limits.items())
+    if within and value != math.inf:
+        return ""
+    return f"{value} is out of range; expected {' and '.join(f'{sign} {limit}' for sign, limit in limits.items())}"

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import Sampler
 from transformers.trainer_callback import PrinterCallback
 
 import inlay
@@ -87,9 +87,6 @@ class AdapterTrainer(transformers.Seq2SeqTrainer):  # type: ignore[misc]  # unty
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return SimilarLengths(self.lengths, batch, self.args.seed)
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return SequentialSampler(eval_dataset)
-
     def score(self, features: list[Features]) -> dict[str, float]:
         """The task's scores on ``features``, and the mean loss."""
         return _plain(self.evaluate(cast(Any, features)))
@@ -120,9 +117,10 @@ def build_trainer(
     config: TrainConfig,
     folder: Path,
     train: list[Features],
+    held_out: list[Features],
     callbacks: Iterable[transformers.TrainerCallback] = (),
 ) -> AdapterTrainer:
-    """A silent trainer for an adapted model, or for a plain one to predict with; then ``train`` is empty."""
+    """A silent trainer for an adapted model, or for a plain one to predict with; then both lists are empty."""
     if config.training.gradient_checkpointing:
         model.enable_input_require_grads()
     trainer = AdapterTrainer(
@@ -130,6 +128,7 @@ def build_trainer(
         args=_arguments(config, task, folder),
         data_collator=task.collate,
         train_dataset=cast(Any, train),
+        eval_dataset=cast(Any, held_out),
         callbacks=list(callbacks),
         compute_metrics=lambda output: task.scores(output.predictions, output.label_ids),
         preprocess_logits_for_metrics=None if task.generates else cast(Any, task.reduce),
