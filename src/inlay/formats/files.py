@@ -37,6 +37,7 @@ from inlay.errors import ConfigError, CorruptFileError, FileError, MissingFileEr
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 PAIR_KEY = "inlay_config_sha256"
 
 MAX_CONFIG_BYTES = 10 * 2**20
@@ -248,7 +249,7 @@ class Weights:
 
     def __init__(self, path: Path, file: io.FileIO, size: int) -> None:
         self.path = path
-        opened = (_open_pickle if path.name == PICKLE_NAME else _open_safetensors)(path, file, size)
+        opened = (_open_pickle if path.suffix in _PICKLE_SUFFIXES else _open_safetensors)(path, file, size)
         self.header, self.metadata, self._tensors = opened
         self._finalizer = weakref.finalize(self, file.close)
 
