@@ -51,6 +51,26 @@ _HOME = {
     "get_peft_model": "model",
     "inject_adapter_in_model": "model",
     "prepare_model_for_kbit_training": "prepare",
+    "PromptLearningConfig": "prompts._abstract",
+    "CartridgeConfig": "prompts.cartridge",
+    "CartridgeEncoder": "prompts.cartridge",
+    "CPTConfig": "prompts.cpt",
+    "CPTEmbedding": "prompts.cpt",
+    "compose_cartridge_adapters": "prompts.kv_prefix",
+    "initialize_kv_prefix_from_past_key_values": "prompts.kv_prefix",
+    "initialize_kv_prefix_from_text": "prompts.kv_prefix",
+    "prompt_embeddings_from_past_key_values": "prompts.kv_prefix",
+    "MultitaskPromptEmbedding": "prompts.multitask",
+    "MultitaskPromptTuningConfig": "prompts.multitask",
+    "MultitaskPromptTuningInit": "prompts.multitask",
+    "PromptEncoder": "prompts.p_tuning",
+    "PromptEncoderConfig": "prompts.p_tuning",
+    "PromptEncoderReparameterizationType": "prompts.p_tuning",
+    "PrefixEncoder": "prompts.prefix_tuning",
+    "PrefixTuningConfig": "prompts.prefix_tuning",
+    "PromptEmbedding": "prompts.prompt_tuning",
+    "PromptTuningConfig": "prompts.prompt_tuning",
+    "PromptTuningInit": "prompts.prompt_tuning",
     "replace_lora_weights_loftq": "refit",
     "LoadReport": "report",
     "get_peft_model_state_dict": "state",
@@ -118,6 +138,30 @@ if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
     from inlay.model import get_peft_model as get_peft_model
     from inlay.model import inject_adapter_in_model as inject_adapter_in_model
     from inlay.prepare import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from inlay.prompts._abstract import PromptLearningConfig as PromptLearningConfig
+    from inlay.prompts.cartridge import CartridgeConfig as CartridgeConfig
+    from inlay.prompts.cartridge import CartridgeEncoder as CartridgeEncoder
+    from inlay.prompts.cpt import CPTConfig as CPTConfig
+    from inlay.prompts.cpt import CPTEmbedding as CPTEmbedding
+    from inlay.prompts.kv_prefix import compose_cartridge_adapters as compose_cartridge_adapters
+    from inlay.prompts.kv_prefix import (
+        initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+    )
+    from inlay.prompts.kv_prefix import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+    from inlay.prompts.kv_prefix import (
+        prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
+    )
+    from inlay.prompts.multitask import MultitaskPromptEmbedding as MultitaskPromptEmbedding
+    from inlay.prompts.multitask import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+    from inlay.prompts.multitask import MultitaskPromptTuningInit as MultitaskPromptTuningInit
+    from inlay.prompts.p_tuning import PromptEncoder as PromptEncoder
+    from inlay.prompts.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from inlay.prompts.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+    from inlay.prompts.prefix_tuning import PrefixEncoder as PrefixEncoder
+    from inlay.prompts.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from inlay.prompts.prompt_tuning import PromptEmbedding as PromptEmbedding
+    from inlay.prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from inlay.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
     from inlay.refit import replace_lora_weights_loftq as replace_lora_weights_loftq
     from inlay.report import LoadReport as LoadReport
     from inlay.state import get_peft_model_state_dict as get_peft_model_state_dict

@@ -17,6 +17,7 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   ├── UnsupportedLayerError (TypeError)     a target that the method cannot adapt
     │   ├── PatternError                          a pattern that does not compile or may not come from a file
     │   └── PromptError                           a prompt cannot act in this call, or on this model
+    │       └── TaskIndexError (IndexError)       a task that a prompt of several tasks does not have
     ├── AdapterNameError (ValueError, KeyError)
     │   ├── DuplicateAdapterError
     │   └── UnknownAdapterError
@@ -115,6 +116,10 @@ class PatternError(PlanError):
 
 class PromptError(PlanError):
     """A prompt cannot act in this call, or on this model."""
+
+
+class TaskIndexError(PromptError, IndexError):
+    """A task that a prompt of several tasks does not have."""
 
 
 class AdapterNameError(PeftError, ValueError, KeyError):

@@ -489,8 +489,10 @@ class PeftModel(nn.Module):
         prompts = tuner.prompts or Prompts(tuner.model)
         with self._with_heads(config):
             fitted = config.fitted(prompts.host)
-            prompt = encoder_for(fitted, prompts.host)
+            prompt = encoder_for(fitted, prompts.host, fresh=read is None)
             prompts.check(prompt, trained)
+            if read is not None:
+                prompts.check_resumable(prompt, trained)
             prepared = prepare_saved(tuner.model, fitted.modules_to_save or (), name)
             tensors = {} if read is None else read(prompt, prepared)
             if prepared.saved or not self.peft_config:

@@ -37,6 +37,7 @@ from inlay.errors import ConfigError, CorruptFileError, FileError, MissingFileEr
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 PAIR_KEY = "inlay_config_sha256"
 
 MAX_CONFIG_BYTES = 10 * 2**20
@@ -246,7 +247,7 @@ class Weights(contextlib.AbstractContextManager["Weights"]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        read = _open_pickle if path.name == PICKLE_NAME else _open_safetensors
+        read = _open_pickle if path.suffix in _PICKLE_SUFFIXES else _open_safetensors
         with contextlib.ExitStack() as opened:
             file, size = opened.enter_context(_open_regular(path))
             self.header, self.metadata, self._tensors = read(path, file, size)

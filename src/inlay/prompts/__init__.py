@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from inlay.config import AdapterConfig
 from inlay.prompts._abstract import AbstractPrompt, Host, PromptLearningConfig
+from inlay.prompts.cartridge import CartridgeConfig, CartridgeEncoder
+from inlay.prompts.cpt import CPTConfig, CPTEmbedding
+from inlay.prompts.multitask import MultitaskPromptEmbedding, MultitaskPromptTuningConfig
+from inlay.prompts.p_tuning import PromptEncoder, PromptEncoderConfig
 from inlay.prompts.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from inlay.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
 
@@ -22,17 +26,26 @@ class PromptMethod:
 
 PROMPTS: dict[str, PromptMethod] = {
     "PROMPT_TUNING": PromptMethod(PromptTuningConfig, PromptEmbedding),
+    "MULTITASK_PROMPT_TUNING": PromptMethod(MultitaskPromptTuningConfig, MultitaskPromptEmbedding),
+    "P_TUNING": PromptMethod(PromptEncoderConfig, PromptEncoder),
+    "CPT": PromptMethod(CPTConfig, CPTEmbedding),
     "PREFIX_TUNING": PromptMethod(PrefixTuningConfig, PrefixEncoder),
+    "CARTRIDGE": PromptMethod(CartridgeConfig, CartridgeEncoder),
 }
 
 
-def encoder_for(config: PromptLearningConfig, host: Host) -> AbstractPrompt:
-    """A fresh encoder; ``config`` is `PromptLearningConfig.fitted` to the model.
+def encoder_for(config: PromptLearningConfig, host: Host, fresh: bool = True) -> AbstractPrompt:
+    """An encoder; ``config`` is `PromptLearningConfig.fitted` to the model.
+
+    One that is not ``fresh`` waits for a file's values: the texts and paths that its config names are not looked at.
 
     Raises:
         PromptError: The prompt cannot start as it should.
     """
-    return PROMPTS[config.method].encoder(config, host)
+    prompt = PROMPTS[config.method].encoder(config, host)
+    if fresh:
+        prompt.start(host)
+    return prompt
 
 
 __all__ = ["PROMPTS", "AbstractPrompt", "AnyConfig", "Host", "PromptLearningConfig", "PromptMethod", "encoder_for"]

@@ -92,6 +92,12 @@ class PromptLearningConfig(PeftConfig):
         """Rows of the table of embeddings: the prompts of all submodules."""
         return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of what files hold: tokens, and the width of an embedding or of the keys and values of all layers."""
+        T, width = self.num_virtual_tokens or 0, self.token_dim or 0
+        return (T, (self.num_layers or 0) * 2 * width) if self.in_cache else (self.tokens, width)
+
     def spell_out(self, fitted: PromptLearningConfig) -> None:
         """Takes up what `fitted` has filled in, for files."""
         self.__dict__.update(fitted.__dict__)
@@ -217,14 +223,14 @@ class AbstractPrompt(nn.Module):
         host (`Host`): The model.
     """
 
-    embedding: nn.Embedding  # the table, at this live name in every method
+    embedding: nn.Embedding  # the table, where it is one
 
     # Whether a file holds all that training goes on from; where it holds what the encoder gave, it does not.
     resumable = True
     # Parameters, by name, that are never trained.
     frozen: ClassVar[frozenset[str]] = frozenset()
     # Whether it has a loss or a decoder's prompt of its own, so that it is trained on whole batches only.
-    alone: ClassVar[bool] = False
+    alone = False
 
     def __init__(self, config: Any, host: Host) -> None:
         super().__init__()
@@ -236,6 +242,13 @@ class AbstractPrompt(nn.Module):
         """T, tokens before each row."""
         return self.config.num_virtual_tokens  # type: ignore[no-any-return]
 
+    def start(self, host: Host) -> None:
+        """Puts a fresh prompt where it starts, if that is not at the numbers that its modules are made with.
+
+        Raises:
+            PromptError: It cannot start as its config says.
+        """
+
     def forward(self, task_ids_B: Tensor | None = None) -> Tensor:
         """The prompt: (T * submodules, D), or (B, T * submodules, D) where it depends on the task."""
         raise NotImplementedError
@@ -246,9 +259,7 @@ class AbstractPrompt(nn.Module):
 
     def filed_shapes(self) -> dict[str, tuple[int, ...]]:
         """Their shapes; nothing is computed."""
-        with torch.device("meta"):
-            shapes = torch.func.functional_call(self, {k: t.to("meta") for k, t in self.state_dict().items()}, ())
-        return {EMBEDDINGS: tuple(shapes.shape)}
+        return {EMBEDDINGS: self.config.shape}
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes up the tensors of a file, or some of them."""
@@ -259,8 +270,7 @@ class AbstractPrompt(nn.Module):
         W = self.embedding.weight
         self.fixed = self.fixed or not self.resumable
         if W.shape == prompt.shape:
-            with torch.no_grad():
-                W.copy_(prompt)
+            put(W, prompt)
         else:
             rows, width = prompt.shape
             self.embedding = table(rows, width, W.requires_grad).to(W)
@@ -278,6 +288,12 @@ class AbstractPrompt(nn.Module):
 
     # Names of arguments of a call that are the method's own.
     arguments: ClassVar[tuple[str, ...]] = ()
+
+
+def put(into: Tensor, values: Tensor) -> None:
+    """Writes values into a parameter."""
+    with torch.no_grad():
+        into.copy_(values)
 
 
 def table(rows: int, width: int, trained: bool = True) -> nn.Embedding:

@@ -62,6 +62,7 @@ class Choice(NamedTuple):
         if not mine:
             return None
         config = next(iter(mine.values())).config
+        tasks_B = None if tasks_B is None else _tasks(tasks_B, B)
         if self.rows is None:
             parts = [_part(p, tasks_B, decoder).expand(B, -1, -1) for p in mine.values()]
             return Placed(torch.cat(parts, 1), None, config)
@@ -81,6 +82,16 @@ class Choice(NamedTuple):
             return None
         mask_BT = (torch.arange(T, device=device) >= T - lengths_B1).long()
         return Placed(values, None if bool(mask_BT.all()) else mask_BT, config)
+
+
+def _tasks(tasks_B: object, B: int) -> Tensor:
+    """A task for each row, in a call that names tasks."""
+    tasks = torch.as_tensor(tasks_B)
+    if tasks.shape not in ((B,), (1,)) or tasks.is_floating_point():
+        raise PromptError(
+            f"task_ids takes a task for each of the {B} rows, this has shape {tuple(tasks.shape)} and {tasks.dtype}."
+        )
+    return tasks.expand(B)
 
 
 def _part(prompt: AbstractPrompt, tasks_B: Tensor | None, decoder: bool) -> Tensor:

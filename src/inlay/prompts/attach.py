@@ -78,8 +78,6 @@ class Prompts:
                 f"{prompt.config.method} does not work with gradient checkpointing, which keeps no cache: call "
                 "gradient_checkpointing_disable() first, or use a prompt of embeddings."
             )
-        if prompt.fixed:
-            self.check_resumable(prompt, trained)
 
     @staticmethod
     def check_resumable(prompt: AbstractPrompt, trained: bool) -> None:
@@ -173,10 +171,14 @@ class Entry:
                 f"{type(self.host.model).__name__} does not use the cache that it is given, where the prompt stands: "
                 "use a prompt of embeddings, such as PromptTuningConfig."
             )
-        if self.only is not None and self._labels is not None:
-            loss = self.only.loss(outputs["logits"], self._labels, self.own)
-            if loss is not None:
-                outputs["loss"] = loss
+        if self.only is None or self._labels is None:
+            return outputs
+        by_name = isinstance(outputs, Mapping)
+        loss = self.only.loss(outputs["logits"] if by_name else outputs[1], self._labels, self.own)
+        if loss is not None and not by_name:
+            return (loss, *outputs[1:])
+        if loss is not None:
+            outputs["loss"] = loss
         return outputs
 
     def _check(self, front: Placed | None) -> None:

@@ -50,17 +50,15 @@ class PrefixEncoder(AbstractPrompt):
     def __init__(self, config: PrefixTuningConfig, host: Host) -> None:
         super().__init__(config, host)
         width, hidden = config.token_dim or 0, config.encoder_hidden_size or 0
-        full = (config.num_layers or 0) * 2 * width
+        length, full = config.shape
         projected = config.prefix_projection and not self.fixed
         self.resumable = not config.prefix_projection
-        self.embedding = table(config.num_virtual_tokens or 0, width if projected else full)
+        self.embedding = table(length, width if projected else full)
         if projected:
             self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, full))
-        if config.init_weights == "zero":
-            nn.init.zeros_(self.embedding.weight)
-            if projected:
-                for parameter in self.transform[2].parameters():
-                    nn.init.zeros_(parameter)
+        if config.init_weights == "zero":  # what comes out is
+            for parameter in (self.transform[2] if projected else self.embedding).parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, task_ids_B: Tensor | None = None) -> Tensor:
         P_TD = self.embedding.weight

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from inlay.errors import ConfigError, PromptError
-from inlay.prompts._abstract import EMBEDDINGS, AbstractPrompt, Host, PromptLearningConfig, table
+from inlay.prompts._abstract import EMBEDDINGS, AbstractPrompt, Host, PromptLearningConfig, put, table
 
 
 class PromptTuningInit(str, enum.Enum):
@@ -70,11 +70,12 @@ class PromptEmbedding(AbstractPrompt):
 
     def __init__(self, config: PromptTuningConfig, host: Host) -> None:
         super().__init__(config, host)
-        start = None if config.inference_mode else first_tokens(config, host)
-        self.embedding = table(config.tokens, config.token_dim or 0)
-        if start is not None:
-            with torch.no_grad():
-                self.embedding.weight.copy_(host.table[start.to(host.table.device)])
+        self.embedding = table(*config.shape)
+
+    def start(self, host: Host) -> None:
+        tokens = first_tokens(self.config, host)
+        if tokens is not None:
+            put(self.embedding.weight, rows(host, tokens))
 
     def forward(self, task_ids_B: Tensor | None = None) -> Tensor:
         return self.embedding.weight
@@ -82,6 +83,13 @@ class PromptEmbedding(AbstractPrompt):
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         if EMBEDDINGS in tensors:
             self.settle(tensors[EMBEDDINGS])
+
+
+def rows(host: Host, tokens: Tensor) -> Tensor:
+    """What the model's embeddings give for some tokens: with their scale, and what is adapted in them."""
+    with torch.no_grad():
+        given: Tensor = host.embeddings(tokens.to(host.table.device))
+    return given
 
 
 def first_tokens(config: Any, host: Host) -> Tensor | None:
@@ -92,9 +100,9 @@ def first_tokens(config: Any, host: Host) -> Tensor | None:
     if kind != "TEXT":
         return None
     ids = _tokenizer(config)(config.prompt_tuning_init_text)["input_ids"]
-    if not ids or len(ids) > config.tokens:
+    if not ids or len(ids) > config.num_virtual_tokens:
         raise PromptError(
-            f"prompt_tuning_init_text has {len(ids)} tokens, the prompt has {config.tokens}: "
+            f"prompt_tuning_init_text has {len(ids)} tokens, the prompt has {config.num_virtual_tokens}: "
             f"{'give a text' if not ids else 'shorten the text, or make num_virtual_tokens larger'}."
         )
     if max(ids) >= len(host.table):
