@@ -15,7 +15,7 @@ from inlay.layers import KINDS, LayerKind
 from inlay.methods import METHODS, Method
 from inlay.methods._abstract import AbstractAdapter
 from inlay.parametrized import ParameterKind
-from inlay.prompts import PROMPTS, Host, PromptMethod, encoder_for
+from inlay.prompts import PROMPTS, Host, PromptMethod
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ class _Sample(nn.Module):
 
 
 def _prompt_row(name: str, method: PromptMethod, host: Host) -> PromptRow:
-    config = method.config(task_type="CAUSAL_LM", **method.config.example).fitted(host)
+    config = method.config(**{"task_type": "CAUSAL_LM", **method.config.example}).fitted(host)
     with torch.device("meta"):
-        prompt = encoder_for(config, host)
+        prompt = method.encoder(config, host)
     trained = sum(p.numel() for key, p in prompt.named_parameters() if key not in prompt.frozen)
     met = "cache" if config.in_cache else "embeddings"
     return PromptRow(
