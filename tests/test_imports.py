@@ -39,11 +39,13 @@ RANKS = {
     "match": 2,
     # the three axes, and who is served
     "hooks": 3,
+    "activation": 3,
     "layers": 3,
     "routing": 3,
     "storage": 3,
     "methods": 4,
     "prompts": 4,
+    "invocation": 4,
     # wrapping
     "replicate": 3,
     "adapted": 5,

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
+from inlay.activation import Tokens
 from inlay.errors import (
     BaseGoneError,
     NonFiniteMergeError,
@@ -273,7 +274,7 @@ class Adapted(_Light):
         if route is None:
             run = self._run
         elif route.rows is not None:
-            return self._forward_rows(route.rows, *args, **kwargs)
+            return self._forward_rows(route.rows, route.tokens, *args, **kwargs)
         else:
             run = route.run(self, self._run, self.methods)
         base: Any = self._modules["base_layer"]
@@ -286,6 +287,8 @@ class Adapted(_Light):
         if self._merged:
             base = self._frozen()
         x = args[0] if args else kwargs.pop(_input_of(self.get_base_layer(), kwargs))
+        if route is not None and route.tokens is not None:
+            return self._forward_several(run, base, x, *args[1:], tokens=route.tokens, **kwargs)
         if len(run) == 1:
             method, p = self.methods[run[0]], self.params(run[0])
             if method.through_weight:
@@ -296,7 +299,9 @@ class Adapted(_Light):
             return method.out(p, x, base(z, *args[1:], **kwargs), self, fresh)
         return self._forward_several(run, base, x, *args[1:], **kwargs)
 
-    def _forward_several(self, run: tuple[str, ...], base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_several(
+        self, run: tuple[str, ...], base: Any, x: Tensor, *args: Any, tokens: Tokens | None = None, **kwargs: Any
+    ) -> Tensor:
         parts = [(self.methods[name], self.params(name)) for name in run]
         if any(method.through_weight for method, _ in parts):
             return self._through_weight(run, x)
@@ -305,12 +310,15 @@ class Adapted(_Light):
             z = method.into(p, z, self) if method.changes_input else z
         h0: Tensor = base(z, *args, **kwargs)
         h = h0
-        for method, p in parts:
+        for name, (method, p) in zip(run, parts, strict=True):
+            before = h
             if method.from_base and (h is not h0 or z is not x):
                 frozen = h0 if z is x else base(x, *args, **kwargs)
                 h = h + (method.out(p, x, frozen, self) - frozen)
             else:
                 h = method.out(p, x, h, self)
+            if tokens is not None:
+                h = tokens.applied(name, h, before, x, self.path)
         return h
 
     def _through_weight(self, run: tuple[str, ...], x: Tensor) -> Tensor:
@@ -352,16 +360,18 @@ class Adapted(_Light):
 
     # ------------------------------------------------------------------ rows
 
-    def _forward_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+    def _forward_rows(self, rows: Rows, tokens: Tokens | None, *args: Any, **kwargs: Any) -> Any:
         if self.kind.by_weight:
             return self._forward_unreachable(rows, *args, **kwargs)
         base: Any = self._frozen() if self._merged else self._modules["base_layer"]
         if self.kind.composite:
             return self.kind.around(base, self.part, args, kwargs, partial(self._rows_of, rows))
         x = args[0] if args else kwargs.pop(_input_of(self.get_base_layer(), kwargs))
-        return self._rows_of(rows, base, x, *args[1:], **kwargs)
+        return self._rows_of(rows, base, x, *args[1:], tokens=tokens, **kwargs)
 
-    def _rows_of(self, rows: Rows, base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _rows_of(
+        self, rows: Rows, base: Any, x: Tensor, *args: Any, tokens: Tokens | None = None, **kwargs: Any
+    ) -> Tensor:
         rows = rows.fitted(x.shape[self.kind.row_dim], x.device, self.path)
         stack = self._stack(rows.names)
         names = stack.apart
@@ -370,13 +380,13 @@ class Adapted(_Light):
         h0 = h
         if stack.order:
             plain = type(base) is nn.Linear and not base._forward_hooks and not _global_forward_hooks
-            fresh = plain and not names and not h.requires_grad
+            fresh = plain and not names and not h.requires_grad and tokens is None
             h = rows_product(x, h, *stack.factors, rows.index_of(stack.order), h_is_fresh=fresh)
         for name in names:
             at = rows.members[rows.names.index(name)]
             mine = self._row_of(name, x[at], h0[at])
             h = h.index_copy(0, at, mine.to(h.dtype))
-        return h
+        return h if tokens is None else tokens.applied("", h, h0, x, self.path)
 
     def _row_of(self, name: str, x: Tensor, h: Tensor) -> Tensor:
         method = self.methods[name]
@@ -653,6 +663,11 @@ class Adapted(_Light):
         wanted = self._active if adapter_names is None else adapter_names
         new = tuple(n for n in wanted if n in self.methods and n not in self._merged)
         for name in new:
+            if self.methods[name].activated:
+                raise NotMergeableError(
+                    f"{self.path}: {name!r} acts from its invocation on, and a merged weight would on every token: "
+                    "leave it unmerged."
+                )
             self.methods[name].check_mergeable(self.kind, self.base_layer)
         if new and (why := self.kind.unmergeable(self.base_layer)):
             raise NotMergeableError(f"{self.path}: {why}")

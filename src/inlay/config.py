@@ -411,6 +411,11 @@ class AdapterConfig(PeftConfig):
         """How many of the targets are adapted, the last ones of the model; `None` for all."""
         return None
 
+    @property
+    def invocation(self) -> list[int] | None:
+        """The tokens from whose last occurrence on the adapter acts; None for all tokens."""
+        return None
+
     def layer_values(self, path: str, model_type: str | None) -> dict[str, Any]:
         """What else the method decides by a layer's name; handed to its adapter with the values of `patterns`."""
         return {}

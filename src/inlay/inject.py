@@ -42,6 +42,7 @@ from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper, tr
 FORBIDDEN_NAMES = frozenset(dir(Group())) | frozenset(dir(nn.ModuleDict())) | {"base_layer", "__base__"}
 _WRAPPERS = (Adapted, ModulesToSaveWrapper, TrainableTokensWrapper)
 _FUSING = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+_BY_TOKEN = {"Linear", "Conv1D", "Embedding"}  # kinds whose input has a token in each place
 _NARROW = {torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
@@ -449,7 +450,11 @@ def _adapter(
             raise UnsupportedLayerError(
                 f"its weight stacks {experts} matrices, and {config.method} is defined on one."
             )
-        return adapter(config, kind, layer, {**values, **config.layer_values(key or path, found.model_type)})
+        made = adapter(config, kind, layer, {**values, **config.layer_values(key or path, found.model_type)})
+        made.activated = config.invocation is not None
+        if made.activated and kind.name not in _BY_TOKEN:
+            raise UnsupportedLayerError(f"an activated adapter acts on single tokens, which a {kind.name} does not.")
+        return made
     except PlanError as error:
         raise type(error)(f"{path}: {error}") from error
 

@@ -26,6 +26,7 @@ from inlay.errors import (
     NotMergeableError,
     PeftWarning,
     PlanError,
+    RoutingError,
     RowsError,
     UnknownAdapterError,
     UnsupportedLayerError,
@@ -49,6 +50,7 @@ from inlay.inject import (
     with_targets,
     wrappers,
 )
+from inlay.invocation import Invocations, check_invocation
 from inlay.prompts import AbstractPrompt, AnyConfig, PromptLearningConfig, encoder_for
 from inlay.prompts.attach import Prompts
 from inlay.replicate import replicated
@@ -76,6 +78,7 @@ class Tuner(nn.Module):
         self._active: tuple[str, ...] = ()
         self.prompts: Prompts | None = None
         self._own_router: Router | None = None  # where no wrapper stood when it was first asked for
+        self.invocations: Invocations | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.with_loss(self.model(*args, **kwargs))
@@ -127,6 +130,9 @@ class Tuner(nn.Module):
         """Registers an adapter that stands in the layers."""
         with_targets(config, prepared)
         self.peft_config[adapter_name] = config
+        if config.invocation is not None:
+            self.invocations = self.invocations or Invocations(self.model, self.router)
+            self.invocations.tokens[adapter_name] = config.invocation
         hooks = method_of(config).hooks
         if hooks is not None:
             self.hooks[adapter_name] = hooks(config)
@@ -222,10 +228,17 @@ class Tuner(nn.Module):
             del self.peft_config[adapter_name]
             self.hooks.pop(adapter_name, None)
             self._hooked.pop(adapter_name, None)
+            self._forget_invocation(adapter_name)
             if left != self._active:
                 for wrapper in found:
                     wrapper.set_adapter(list(left))
                 self._active = left
+
+    def _forget_invocation(self, *names: str) -> None:
+        for name in names if self.invocations is not None else ():
+            self.invocations.remove(name)  # type: ignore[union-attr]  # it is there
+        if self.invocations is not None and not self.invocations.tokens:
+            self.invocations = None
 
     # ------------------------------------------------------------------ training
 
@@ -382,6 +395,7 @@ class Tuner(nn.Module):
         return self._released()
 
     def _released(self) -> nn.Module:
+        self._forget_invocation(*self.peft_config)
         self.peft_config = {}
         self.hooks, self._hooked = {}, {}
         self._active = ()
@@ -528,6 +542,8 @@ class PeftModel(nn.Module):
         if isinstance(config, PromptLearningConfig):
             return
         method = method_of(config)
+        if config.invocation is not None:
+            check_invocation(config.invocation, self.base_model.model)
         for one, standing in self.peft_config.items():
             if isinstance(standing, PromptLearningConfig):
                 continue
@@ -556,52 +572,95 @@ class PeftModel(nn.Module):
 
     # ------------------------------------------------------------------ calls
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Sequence[int | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Runs the model.
 
         Args:
             args, kwargs: The model's own.
             adapter_names (`Sequence[str]`, *optional*): One adapter for each row of the batch; ``"__base__"`` runs the
                 frozen model.
+            alora_offsets (`Sequence[int]`, *optional*): On how many of its last tokens an activated adapter acts in
+                each row (None: on none), instead of seeking its invocation.
 
         Raises:
             UnknownAdapterError: A name that is no adapter.
-            RowsError: Not one name per row, or a module's rows are not the batch's.
+            RowsError: Not one name or offset per row, or a module's rows are not the batch's.
         """
-        if self.base_model.prompts is not None:
-            return self._forward_with_prompts(adapter_names, args, kwargs)
+        if self.base_model.prompts is not None or self.base_model.invocations is not None:
+            return self._forward_guided(adapter_names, alora_offsets, args, kwargs)
         if adapter_names is None and torch.compiler.is_compiling():
             return self.base_model.with_loss(self.base_model.model(*args, **kwargs))
         with self._call(adapter_names, args, kwargs, ()):
             return self.base_model.with_loss(self.base_model.model(*args, **kwargs))
 
-    def _forward_with_prompts(self, adapter_names: Sequence[str] | None, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    def _forward_guided(
+        self,
+        adapter_names: Sequence[str] | None,
+        offsets: Sequence[int | None] | None,
+        args: Any,
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """A forward with something at the model's edge: prompts before its input, or adapters with an invocation."""
         tuner, compiled = self.base_model, adapter_names is None and torch.compiler.is_compiling()
-        with nullcontext() if compiled else self._call(adapter_names, args, kwargs, ()):
-            choice = tuner.prompts.choice(tuner.router.route())  # type: ignore[union-attr]  # asked before
-            if choice is None:
-                return tuner.with_loss(tuner.model(*args, **kwargs))
-            return tuner.with_loss(tuner.prompts.forward(choice, args, kwargs))  # type: ignore[union-attr]
+        if compiled and tuner.invocations is not None:
+            raise RoutingError("A handle with activated adapters cannot be compiled: compile its get_base_model().")
+        with nullcontext() if compiled else self._call(adapter_names, args, kwargs, (), offsets):
+            route = tuner.router.route()
+            choice = None if tuner.prompts is None else tuner.prompts.choice(route)
+            if tuner.prompts is None or choice is None:
+                outputs = tuner.with_loss(tuner.model(*args, **kwargs))
+            else:
+                outputs = tuner.with_loss(tuner.prompts.forward(choice, args, kwargs))
+            if tuner.invocations is not None:
+                tuner.invocations.remember(route, kwargs.get("past_key_values"), _cache_of(outputs))
+            return outputs
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The model's own ``generate``; ``adapter_names`` has one adapter for each prompt."""
+    def generate(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Sequence[int | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own ``generate``; ``adapter_names`` and ``alora_offsets`` have an entry for each prompt."""
         config = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)
         repeats = [kwargs.get(k) or getattr(config, k, None) or 1 for k in ("num_beams", "num_return_sequences")]
-        with self._call(adapter_names, args, kwargs, repeats):
-            prompts = self.base_model.prompts
-            choice = None if prompts is None else prompts.choice(self.base_model.router.route())
-            if prompts is not None and choice is not None:
-                return prompts.generate(choice, args, kwargs)
-            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
+        tuner = self.base_model
+        with self._call(adapter_names, args, kwargs, repeats, alora_offsets):
+            route = tuner.router.route()
+            choice = None if tuner.prompts is None else tuner.prompts.choice(route)
+            if tuner.prompts is not None and choice is not None:
+                outputs = tuner.prompts.generate(choice, args, kwargs)
+            else:
+                outputs = tuner.model.generate(*args, **kwargs)  # type: ignore[operator]
+            if tuner.invocations is not None:
+                tuner.invocations.remember(route, kwargs.get("past_key_values"), _cache_of(outputs))
+            return outputs
 
     @contextmanager
     def _call(
-        self, adapter_names: Sequence[str] | None, args: Any, kwargs: Mapping[str, Any], repeats: Sequence[int]
+        self,
+        adapter_names: Sequence[str] | None,
+        args: Any,
+        kwargs: Mapping[str, Any],
+        repeats: Sequence[int],
+        offsets: Sequence[int | None] | None = None,
     ) -> Iterator[None]:
-        router = self.base_model.router
+        tuner, router = self.base_model, self.base_model.router
         route = None
         if adapter_names is not None:
             route = Route(rows=self._rows(adapter_names, args, kwargs, repeats))
+        if tuner.invocations is not None:
+            route = router.route() if route is None else route
+            choice = None if tuner.prompts is None or adapter_names is not None else tuner.prompts.choice(route)
+            prompt = 0 if choice is None else sum(p.length for p in choice.prompts.values())
+            route = tuner.invocations.route(route, tuner._active, args, kwargs, offsets, bool(repeats), prompt)
         with router.call(route):
             chosen = router.route()
             if chosen is not None:
@@ -1072,6 +1131,10 @@ class PeftModel(nn.Module):
             return getattr(self.base_model, name)
 
 
+def _cache_of(outputs: Any) -> Any:
+    return outputs.get("past_key_values") if isinstance(outputs, Mapping) else None
+
+
 def _open(model_id: str | Path, config: PeftConfig | None, kwargs: dict[str, Any]) -> state.Source:
     hub, _ = sources.split_hub_arguments(kwargs)
     directory = sources.locate(model_id, subfolder=kwargs.get("subfolder"), **hub)
@@ -1218,6 +1281,8 @@ def inject_adapter_in_model(
     """
     check_adapter_name(adapter_name, FORBIDDEN_NAMES)
     method_of(peft_config)
+    if peft_config.invocation is not None:
+        raise ConfigError("An activated adapter needs a handle, which finds its invocation: use get_peft_model.")
     only = None
     if state_dict is not None:
         if peft_config.target_parameters:

@@ -27,6 +27,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from inlay.activation import Tokens
 from inlay.errors import BusyError, LostRoutingError, RowsError
 
 P = ParamSpec("P")
@@ -98,14 +99,23 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """One call's choice: adapters for the whole batch (none for the frozen model), or by row."""
+    """One call's choice: adapters for the whole batch (none for the frozen model), or by row; and on which tokens."""
 
     names: tuple[str, ...] = ()
     rows: Rows | None = None
+    tokens: Tokens | None = None
 
     def run(self, layer: object, default: tuple[str, ...], known: Container[str]) -> tuple[str, ...]:
         """The adapters that ``layer`` runs, of those it has; ``default`` is its own."""
         return tuple(n for n in self.names if n in known)
+
+
+@dataclass(frozen=True, eq=False)
+class Following(Route):
+    """Each layer's own default, on the tokens that the call says."""
+
+    def run(self, layer: object, default: tuple[str, ...], known: Container[str]) -> tuple[str, ...]:
+        return default
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,6 +99,8 @@ class AbstractAdapter(ABC):
     scaling: float | Tensor = 1.0
     # `saved` gives another adapter than the config says: the one that the config's `as_saved` describes.
     converts: bool = False
+    # It acts on some tokens of a call only (`inlay.activation`), which no weight can.
+    activated: bool = False
     # Why it has no start on a weight that is packed already, and what to do; None where it has one.
     unpacked_only: str | None = None
 

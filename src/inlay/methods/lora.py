@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay import inits
-from inlay.config import ALPHAS, RANKS, AdapterConfig, runtime_only, within
+from inlay.config import ALPHAS, RANKS, AdapterConfig, TaskType, runtime_only, within
 from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
 from inlay.methods._abstract import Layer, Params, Slot, as_dtype, product
@@ -53,7 +53,6 @@ _LATER: dict[str, Any] = {
     "arrow_config": None,
     "use_bdlora": None,
     "use_qalora": False,
-    "alora_invocation_tokens": None,
     "megatron_config": None,
 }
 
@@ -72,6 +71,8 @@ class LoraConfig(AdapterConfig):
         init_lora_weights (`bool` or `str`, *optional*, defaults to `True`): ``True`` starts as the identity, ``False``
             at random, ``"gaussian"`` draws A from N(0, 1/r); ``"pissa"``, ``"pissa_niter_[n]"``, ``"olora"``,
             ``"loftq"``, ``"orthogonal"``: see `inlay.inits`.
+        alora_invocation_tokens (`list[int]`, *optional*): Act from the last occurrence of these tokens on: activated
+            LoRA, for causal language models.
         loftq_config (`LoftQConfig` or `dict`, *optional*): Bits and rounds of ``"loftq"``.
         rank_pattern (`dict[str, int]`, *optional*): Rank by layer: suffix or regex of a name -> rank.
         alpha_pattern (`dict[str, float]`, *optional*): Alpha by layer.
@@ -119,6 +120,8 @@ class LoraConfig(AdapterConfig):
         for name, unset in _LATER.items():
             if getattr(self, name) not in (unset, None):
                 raise self.unsupported(name)
+        if self.alora_invocation_tokens is not None:
+            self._check_invocation(self.alora_invocation_tokens)
         self.loftq_config = inits.checked(self.init_lora_weights, self.loftq_config)
         if inits.computed(self.init_lora_weights, self.loftq_config) and 0 in (
             self.lora_alpha,
@@ -127,6 +130,16 @@ class LoraConfig(AdapterConfig):
             raise ConfigError("lora_alpha must not be 0: starting values of the weight are divided by the scale.")
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora_bias and use_dora cannot both be set: DoRA has no place for the bias.")
+
+    def _check_invocation(self, tokens: list[int]) -> None:
+        if not tokens or min(tokens) < 0:
+            raise ConfigError(f"alora_invocation_tokens must be one or more tokens, got {tokens}.")
+        if self.task_type not in (None, TaskType.CAUSAL_LM):
+            raise ConfigError(f"alora_invocation_tokens is for task_type='CAUSAL_LM', got {self.task_type!r}.")
+
+    @property
+    def invocation(self) -> list[int] | None:
+        return self.alora_invocation_tokens
 
     def as_saved(self) -> Self:
         # The factors stand twice in the file, [A; A0] and [B, -B0], and the scale stays what it was.

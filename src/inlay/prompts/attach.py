@@ -17,7 +17,7 @@ from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import AbstractPrompt, Host
 from inlay.prompts._placed import Choice, Placed, continued, embedded, fill, shift_tokens_right
 from inlay.prompts.generation import Generation
-from inlay.routing import Defaults, Route
+from inlay.routing import Defaults, Following, Route
 
 _LENGTHENED = {"attention_mask": 1, "token_type_ids": 0}
 _ELSEWHERE = ("decoder_", "encoder_", "past_key_values", "labels", "start_positions", "end_positions")
@@ -92,7 +92,7 @@ class Prompts:
 
     def choice(self, route: Route | None) -> Choice | None:
         """The prompts that a call with this routing has; None where it has none."""
-        if route is None or isinstance(route, Defaults):
+        if route is None or isinstance(route, (Defaults, Following)):
             names, rows = (self._active if self._enabled else ()), None
         elif route.rows is None:
             names, rows = route.names, None

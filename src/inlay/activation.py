@@ -1,0 +1,95 @@
+"""Activated LoRA (https://arxiv.org/abs/2504.12397): adapters that act from their invocation on, and not before.
+
+What stands before the invocation is the base model's bit for bit, keys and values too, so that one cache serves the
+base and its adapters. Where each row's adapter begins is found once per call, on tensors; layers are handed a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.errors import RowsError
+
+NEVER = torch.iinfo(torch.int64).max  # where a row has no invocation
+
+
+def last_occurrence(ids_BL: Tensor, tokens: Sequence[int], mask_BL: Tensor | None = None) -> Tensor:
+    """For each row where the last occurrence of ``tokens`` begins, or `NEVER`.
+
+    Args:
+        ids_BL (`Tensor`): Rows of tokens.
+        tokens (`Sequence[int]`): The sequence sought.
+        mask_BL (`Tensor`, *optional*): 0 for padding, which is no part of an occurrence.
+
+    Example:
+        >>> last_occurrence(torch.tensor([[7, 8, 1, 7, 8], [1, 2, 3, 4, 7]]), [7, 8]).tolist()[0]
+        3
+    """
+    B, L = ids_BL.shape
+    n = len(tokens)
+    if n > L:
+        return torch.full((B,), NEVER, device=ids_BL.device)
+    found = (ids_BL.unfold(1, n, 1) == torch.tensor(tokens, device=ids_BL.device)).all(2)
+    if mask_BL is not None and mask_BL.shape == ids_BL.shape:
+        found = found & (mask_BL.unfold(1, n, 1) != 0).all(2)
+    at_B = torch.where(found, torch.arange(L - n + 1, device=ids_BL.device), -1).amax(1)
+    return torch.where(at_B < 0, NEVER, at_B)
+
+
+class Tokens:
+    """From which token on adapters act, for each row of one call.
+
+    Args:
+        starts (`Mapping[str, Tensor]`): By adapter, for each of B rows the index in the sequence, what is in the cache
+            included, of the first token on which it acts. Where rows have adapters of their own, all are under ``""``.
+    """
+
+    def __init__(self, starts: Mapping[str, Tensor]) -> None:
+        self.starts = dict(starts)
+        self._end = 0  # tokens up to the end of the running forward
+        self._masks: dict[Any, Tensor] = {}
+
+    def step(self, past: int, length: int) -> None:
+        """One forward of the model begins: of ``length`` tokens, behind ``past`` ones in the cache."""
+        self._end = past + length
+        self._masks.clear()
+
+    def applied(self, name: str, new: Tensor, old: Tensor, x: Tensor, module: str) -> Tensor:
+        """``new`` on the tokens on which an adapter acts, ``old`` bit for bit on the others.
+
+        Args:
+            name (`str`): The adapter, or ``""``.
+            new, old (`Tensor`): (B, L, ...), the layer's output with the adapter and without.
+            x (`Tensor`): The layer's input.
+            module (`str`): The layer, for messages.
+
+        Raises:
+            RowsError: The layer's input has not the call's rows and tokens.
+        """
+        starts_B = self.starts.get(name)
+        if starts_B is None:
+            return new
+        return torch.where(
+            self._mask(name, starts_B, x, module).view(*old.shape[:2], *[1] * (old.dim() - 2)), new, old
+        )
+
+    def _mask(self, name: str, starts_B: Tensor, x: Tensor, module: str) -> Tensor:
+        B, L = x.shape[0], x.shape[1] if x.dim() > 1 else 0
+        known = self._masks.get((name, B, L, x.device))
+        if known is not None:
+            return known
+        times, rest = divmod(B, len(starts_B))
+        if rest or not 0 < L <= self._end:
+            raise RowsError(
+                f"{module} got an input of shape {list(x.shape)} in a call of {len(starts_B)} rows and {self._end} "
+                "tokens: an activated adapter needs rows and tokens as its first two dimensions. Leave this layer out."
+            )
+        # A layer that sees fewer tokens than the model, such as a head for the last one, sees the last of them.
+        at_L = torch.arange(self._end - L, self._end, device=x.device)
+        mask_BL = at_L >= starts_B.to(x.device).repeat_interleave(times)[:, None]
+        self._masks[name, B, L, x.device] = mask_BL
+        return mask_BL
