@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from inlay import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from inlay.errors import ConfigError, NoMatchingPeftModuleError, PlanError, UnsupportedLayerError
 from inlay.explanation import OPTIMIZERS, Explanation, explain
+from inlay.prompts import PROMPTS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -601,6 +602,23 @@ def test_work_grows_as_the_number_of_layers() -> None:
     config = LoraConfig(target_modules=["up_proj"])
     few, many = (calls(partial(explain, Chain(n), config)) for n in (100, 400))
     assert many < 4.1 * few
+
+
+@pytest.mark.parametrize("method", sorted(PROMPTS))
+def test_prompts_are_told_as_they_will_be(llama: nn.Module, tokens_BT: Tensor, method: str) -> None:
+    cls = PROMPTS[method].config
+    config = cls(**{"task_type": "CAUSAL_LM", **cls.example})
+    inputs = {
+        "input_ids": tokens_BT,
+        **({"task_ids": tokens_BT.new_zeros(len(tokens_BT))} if "MULTI" in method else {}),
+    }
+    told = explain(llama, config, example=inputs)
+    handle = get_peft_model(llama, config).train()
+    assert (told.totals.trainable, told.totals.parameters) == handle.get_nb_trainable_parameters()
+    filed = get_peft_model_state_dict(handle)
+    assert told.totals.file_bytes == sum(t.nbytes for t in filed.values())
+    measured = kept(handle, (), inputs)
+    assert told.totals.activation_bytes == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("page", ["explain.md"])

@@ -28,6 +28,9 @@ from inlay.errors import ConfigError, PeftError, PlanError, nearest
 from inlay.layers import LayerKind, kind_of
 from inlay.match import ParameterTarget, Skip, why
 from inlay.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from inlay.prompts import PROMPTS, AnyConfig, Host, PromptLearningConfig
+from inlay.prompts._abstract import EMBEDDINGS
+from inlay.prompts.attach import Prompts
 from inlay.replicate import replicated
 from inlay.state import EMBEDDING_NAMES, embedding_weights
 from inlay.storage import facts, storage_of, stored_parameters
@@ -58,7 +61,7 @@ class Row:
     """One thing that is trained."""
 
     name: str  # the module (or parameter) in the model as it is now
-    role: Literal["adapter", "saved", "tokens", "bias"]
+    role: Literal["adapter", "saved", "tokens", "bias", "prompt"]
     kind: str
     shape: tuple[int, ...]  # the adapted weight's (out, in), with experts first; the tensor's own for a bias
     reason: str  # why it is here
@@ -206,7 +209,7 @@ def size(n: float) -> str:
 
 def explain(
     model: nn.Module,
-    config: AdapterConfig,
+    config: AnyConfig,
     *,
     batch: int | None = None,
     tokens: int | None = None,
@@ -218,7 +221,7 @@ def explain(
 
     Args:
         model (`nn.Module`): The model, on any device; on the meta device it needs no memory.
-        config (`AdapterConfig`): What to put into it.
+        config (`AdapterConfig` or `PromptLearningConfig`): What to put into it, or before it.
         batch (`int`, *optional*): Rows of a training batch: with it, activations are told too.
         tokens (`int`, *optional*): Length of each row, for models that read sequences.
         optimizer (`str`, *optional*, defaults to `"adamw"`): Whose states are counted: ``"adamw"``, ``"adam"``,
@@ -253,11 +256,15 @@ def explain(
             model = _copied(model, lambda t: t)
         _add_heads(model, config)
         with replicated(model, config.layer_replication), inject.collector_paused():
-            prepared = inject.prepare(model, config)
-            rows = tuple(_rows(prepared, autocast_adapter_dtype, optimizer))
+            if isinstance(config, PromptLearningConfig):
+                prepared = inject.prepare_saved(model, config.modules_to_save or (), "explained")
+                first = [_prompt_row(model, config, optimizer)]
+            else:
+                prepared, first = inject.prepare(model, config), []
+            rows = (*first, *_rows(prepared, autocast_adapter_dtype, optimizer))
     except (PlanError, ConfigError) as error:
         return Explanation(title, error.with_traceback(None), optimizer=optimizer)
-    kept, added, notes = _activations(prepared, call, autocast_adapter_dtype)
+    kept, added, notes = _activations(prepared, config, call, autocast_adapter_dtype)
     return Explanation(
         title=title,
         rows=rows,
@@ -276,7 +283,7 @@ def explain(
 def _check(model: Any, config: Any, batch: Any, tokens: Any, optimizer: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if not isinstance(config, AdapterConfig):
+    if not isinstance(config, AnyConfig):
         raise ConfigError(f"config must be a method's config, such as LoraConfig, got {type(config).__name__}.")
     for name, value in (("batch", batch), ("tokens", tokens)):
         if value is not None and (type(value) is not int or value < 1):
@@ -288,7 +295,7 @@ def _check(model: Any, config: Any, batch: Any, tokens: Any, optimizer: Any) -> 
         raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}{hint}.")
 
 
-def _add_heads(model: nn.Module, config: AdapterConfig) -> None:
+def _add_heads(model: nn.Module, config: AnyConfig) -> None:
     """The handle of a task trains fresh heads beside the adapter: the same rule, on a copy of the config."""
     task = config.task_type
     handle = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task.value if isinstance(task, TaskType) else "", PeftModel)
@@ -324,6 +331,20 @@ def _rows(prepared: inject.Prepared, autocast: bool, optimizer: str) -> Iterator
     for name, bias in _biases(prepared):
         row = Row(name, "bias", "Parameter", tuple(bias.shape), f"bias={prepared.config.bias!r}")
         yield _sized(row, optimizer, [_empty(bias.shape, bias.dtype, trained)], bias.nbytes)
+
+
+def _prompt_row(model: nn.Module, config: PromptLearningConfig, optimizer: str) -> Row:
+    host = Host(model)
+    fitted = config.fitted(host)
+    with torch.device("meta"):
+        prompt = PROMPTS[config.method].encoder(fitted, host)
+    trained = not config.inference_mode
+    tensors = [_empty(p.shape, p.dtype, trained and key not in prompt.frozen) for key, p in prompt.named_parameters()]
+    shapes = prompt.filed_shapes()
+    filed = sum(4 * math.prod(shape) for shape in shapes.values())
+    reason = f"{prompt.length} virtual tokens {'in the cache' if config.in_cache else 'in front of the input'}"
+    row = Row("prompt_encoder", "prompt", type(prompt).__name__, shapes[EMBEDDINGS], reason)
+    return _sized(row, optimizer, tensors, filed, prompt.buffers())
 
 
 def _sized(row: Row, optimizer: str, tensors: list[Tensor], filed: int, buffers: Iterable[Tensor] = ()) -> Row:
@@ -485,7 +506,7 @@ def _from_example(example: Any) -> _Call:
     raise ConfigError(f"example must be a tensor, a tuple, a dict or (tuple, dict), got {type(example).__name__}.")
 
 
-def _activations(prepared: inject.Prepared, call: _Call | None, autocast: bool) -> _Kept:
+def _activations(prepared: inject.Prepared, config: AnyConfig, call: _Call | None, autocast: bool) -> _Kept:
     if call is None:
         return None, None, ()
     model = prepared.survey.model
@@ -495,19 +516,24 @@ def _activations(prepared: inject.Prepared, call: _Call | None, autocast: bool) 
     if "labels" not in call[1]:
         notes.append("activations are those of the forward, without a loss")
     try:
-        return *_traced(model, prepared.config, call, autocast), tuple(notes)
+        return *_traced(model, config, call, autocast), tuple(notes)
     except Exception as error:  # whatever someone's forward does on the meta device
         return None, None, (f"activations are not known: {type(error).__name__} in a forward without data: {error}",)
 
 
-def _traced(model: nn.Module, config: AdapterConfig, call: _Call, autocast: bool) -> tuple[int, int]:
+def _traced(model: nn.Module, config: AnyConfig, call: _Call, autocast: bool) -> tuple[int, int]:
     mode = _OnMeta(cpu=next((p.device.type for p in model.parameters()), "meta") == "cpu")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad(), inject.collector_paused():
         warnings.simplefilter("ignore")
         bare, adapted = _copy_on_meta(model).requires_grad_(False), _copy_on_meta(model)
-        prepared = inject.prepare(adapted, dataclasses.replace(config))
-        inject.apply(prepared, "explained", autocast=autocast, trainable=not config.inference_mode)
-        kept = _kept_by(adapted, call, mode)
+        trained, called = not config.inference_mode, adapted
+        if isinstance(config, PromptLearningConfig):
+            prepared = inject.prepare_saved(adapted, config.modules_to_save or (), "explained")
+            called = _with_prompt(adapted, config)
+        else:
+            prepared = inject.prepare(adapted, dataclasses.replace(config))
+        inject.apply(prepared, "explained", autocast=autocast, trainable=trained)
+        kept = _kept_by(called, call, mode)
         # The frozen model keeps nothing by itself: to compare, gradients flow into the inputs of both.
         for t in tree_leaves(call):
             if isinstance(t, Tensor) and t.is_floating_point():
@@ -516,7 +542,17 @@ def _traced(model: nn.Module, config: AdapterConfig, call: _Call, autocast: bool
             if isinstance(inject._unwrapped(table), nn.Embedding):
                 table.register_forward_hook(_require_grad)
                 adapted.get_submodule(name).register_forward_hook(_require_grad)
-        return kept, _kept_by(adapted, call, mode) - _kept_by(bare, call, mode)
+        return kept, _kept_by(called, call, mode) - _kept_by(bare, call, mode)
+
+
+def _with_prompt(model: nn.Module, config: PromptLearningConfig) -> PeftModel:
+    """A handle whose prompt has shapes and no start."""
+    handle = PeftModel._around(model)
+    prompts = handle.base_model.prompts = Prompts(model)
+    handle.prompt_encoder = prompts.encoders
+    prompt = PROMPTS[config.method].encoder(config.fitted(prompts.host), prompts.host)
+    prompts.add("explained", prompt, active=True, trained=not config.inference_mode)
+    return handle
 
 
 def _require_grad(table: nn.Module, args: Any, out: Tensor) -> None:

@@ -121,7 +121,7 @@ class MultitaskPromptEmbedding(AbstractPrompt):
         if task_ids_B is None:
             raise PromptError("This prompt is one of several tasks': give task_ids, one for each row.")
         K = len(self.prefix_task_cols)
-        low, high = (int(v) for v in task_ids_B.aminmax())
+        low, high = (0, 0) if task_ids_B.is_meta else (int(v) for v in task_ids_B.aminmax())
         if low < 0 or high >= K:
             raise TaskIndexError(f"task_ids has {low if low < 0 else high}, the prompt has the tasks 0 to {K - 1}.")
         C_BTR, R_BRD = self.prefix_task_cols[task_ids_B], self.prefix_task_rows[task_ids_B]
