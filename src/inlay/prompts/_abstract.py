@@ -7,6 +7,7 @@ in is `inlay.prompts.attach`'s business, once for all.
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -56,10 +57,11 @@ class PromptLearningConfig(PeftConfig):
 
         Raises:
             ConfigError: The number of tokens is missing, or the model does not say what is left to it.
-            PromptError: The prompt takes all of the model's positions.
+            PromptError: The prompt takes all of the model's positions, or cannot come into it in this way.
         """
         if self.num_virtual_tokens is None:
             raise ConfigError(f"{type(self).__name__} needs num_virtual_tokens: say how long the prompt is.")
+        host.check_way(self.in_cache, self.method)
         heads = self.num_attention_heads or host.number("num_attention_heads", "n_head", "num_heads")
         if not self.in_cache:
             width = host.table.shape[1]
@@ -186,6 +188,46 @@ class Host:
         """Whether only distances between tokens count, so that masked tokens in front change nothing."""
         return "relative_attention_num_buckets" in self.config or self.text.model_type in ("bloom", "mpt")
 
+    def check_way(self, in_cache: bool, method: str) -> None:
+        """Raises `PromptError` where the model does not read what a prompt stands in."""
+        name = type(self.model).__name__
+        if in_cache and not self.reads_cache:
+            raise PromptError(
+                f"{method} stands in the cache of keys and values, and {name} reads none: use a prompt of embeddings, "
+                "such as PromptTuningConfig."
+            )
+        if not in_cache and self.seq2seq and self.classifier:
+            raise PromptError(
+                f"{method} stands before the input's embeddings, and {name} looks for the end of the input in its "
+                "ids: use a prompt in the cache, such as PrefixTuningConfig."
+            )
+
+    @property
+    def inner(self) -> Any:
+        """The model that a head stands on; of a bare model, itself."""
+        return getattr(self.model, "base_model", self.model)
+
+    @cached_property
+    def reads_cache(self) -> bool:
+        """Whether it reads a cache of keys and values that it is given."""
+        inner = inspect.signature(type(self.inner).forward).parameters
+        return "past_key_values" in self.parameters or "past_key_values" in inner
+
+    @cached_property
+    def drops_cache(self) -> bool:
+        """Whether it reads one, but its head does not hand it on: no variable of its forward is given it."""
+        code = dis.get_instructions(inspect.unwrap(type(self.model).forward))
+        loaded = {i.argval for i in code if i.opname.startswith("LOAD_FAST")}
+        takers = {n for n, p in self.parameters.items() if n == "past_key_values" or p.kind is p.VAR_KEYWORD}
+        return not takers & loaded
+
+    @cached_property
+    def classifier(self) -> bool:
+        """Whether it is a classifier of sequences; decoders look for the last token in the input's ids."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as known
+
+        return type(self.model).__name__ in known.values()
+
     @cached_property
     def seq2seq(self) -> bool:
         """Whether it has an encoder and a decoder."""
@@ -210,9 +252,23 @@ class Host:
         """What its forward takes."""
         return inspect.signature(type(self.model).forward).parameters
 
-    def takes(self, name: str) -> bool:
-        """Whether forward takes ``name``, or passes on what it does not know."""
-        return name in self.parameters or any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
+    @property
+    def numbered(self) -> bool:
+        """Whether it takes positions; what it does not name it may drop."""
+        return "position_ids" in self.parameters
+
+    @cached_property
+    def by_mask(self) -> bool:
+        """Whether it numbers tokens by the mask itself, or in ways of its own, if at all."""
+        own_way = "mrope_section" in (self.config.get("rope_parameters") or {})
+        return self.relative or own_way or self.text.model_type in ("opt", "biogpt")
+
+    @cached_property
+    def first(self) -> int:
+        """The number of a row's first token: RoBERTa's tables begin with that of padding."""
+        tables = [m for n, m in self.inner.named_modules() if n.endswith("position_embeddings")]
+        padding = getattr(tables[0], "padding_idx", None) if tables else None
+        return 0 if padding is None else int(padding) + 1
 
 
 class AbstractPrompt(nn.Module):

@@ -5,12 +5,13 @@ Rows may have prompts of different lengths, or none: shorter ones are padded on 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from inlay.errors import PromptError
 from inlay.prompts._abstract import AbstractPrompt, Host, PromptLearningConfig
@@ -101,11 +102,32 @@ def _part(prompt: AbstractPrompt, tasks_B: Tensor | None, decoder: bool) -> Tens
     return P[:, prompt.length :] if decoder else P[:, : prompt.length]
 
 
+def check_positions(host: Host, front: Placed | None, cached: Placed | None, L: int) -> None:
+    """Raises `PromptError` where the prompts and an input of L tokens have not enough positions."""
+    T = sum(p.length for p in (front, None if host.seq2seq else cached) if p is not None)
+    if T and host.positions is not None and host.positions < T + L:
+        raise PromptError(
+            f"A prompt of {T} tokens and an input of {L} exceed the model's {host.positions} positions: shorten one "
+            "of them."
+        )
+
+
 def embedded(host: Host, ids_BL: Tensor | None, x_BLD: Tensor | None) -> Tensor:
     """The input as embeddings."""
     if x_BLD is None:
         x_BLD = host.embeddings(ids_BL)
     return x_BLD
+
+
+def padding_behind(mask_BL: Tensor) -> Tensor:
+    """The order (B, L) in which a row's padding stands behind its tokens."""
+    return (mask_BL == 0).long().argsort(dim=1, stable=True)
+
+
+def ordered(value: Tensor, at_BL: Tensor) -> Tensor:
+    """What is said of each token, (B, L) or (B, L, D), with the tokens in this order."""
+    at = at_BL[..., None].expand_as(value) if value.dim() == 3 else at_BL
+    return value.gather(1, at.to(value.device))
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int | None) -> Tensor:
@@ -164,3 +186,24 @@ def continued(cache: Any, placed: Iterable[Placed]) -> int:
             "an empty cache, or none."
         )
     return int(found - T)
+
+
+class _Given(nn.Module):
+    """A module that is given a cache, whoever calls it."""
+
+    def __init__(self, inner: nn.Module, cache: Any) -> None:
+        super().__init__()
+        self.inner, self.cache = inner, cache
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **{**kwargs, "past_key_values": self.cache})
+
+
+def run(host: Host, given: dict[str, Any]) -> Any:
+    """Runs the model; a head that hands no cache on does so as a copy, which stands on a model that has it."""
+    if "past_key_values" not in given or not host.drops_cache:
+        return host.model(**given)
+    head = copy.copy(host.model)
+    inner = {host.model.base_model_prefix: _Given(host.inner, given.pop("past_key_values"))}
+    head.__dict__["_modules"] = {**head._modules, **inner}
+    return head(**given)

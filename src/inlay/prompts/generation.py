@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import Host
-from inlay.prompts._placed import Choice, Placed, continued, embedded, fill
+from inlay.prompts._placed import Choice, Placed, check_positions, continued, embedded, fill, ordered, padding_behind
 
 
 class Generation:
@@ -45,11 +45,7 @@ class Generation:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments with the prompts in them."""
-        if self.front is not None and self.host.positions is not None and self._longest() > self.host.positions:
-            raise PromptError(
-                f"A prompt of {self.front.length} tokens and an input of {self.L} exceed the model's "
-                f"{self.host.positions} positions: shorten one of them."
-            )
+        check_positions(self.host, self.front, self.cached, self.L)
         return self._of_seq2seq() if self.host.seq2seq else self._of_decoder()
 
     def _longest(self) -> int:
@@ -64,11 +60,11 @@ class Generation:
         if self.front is not None:
             x_BLD = embedded(self.host, self.ids_BL, self.x_BLD)
             given["inputs_embeds"] = torch.cat([self.front.values.to(x_BLD), x_BLD], 1)
-            mask = given.get("attention_mask")
-            if mask is None and self.front.mask_BT is not None:
-                mask = torch.ones(self.B, self.L, dtype=torch.long, device=x_BLD.device)
-            if mask is not None:
-                given["attention_mask"] = torch.cat([self.front.ones(mask), mask], 1)
+            mask = self._mask()
+            mask = torch.cat([self.front.ones(mask), mask], 1)
+            at_BL = padding_behind(mask)
+            given["attention_mask"] = mask.gather(1, at_BL)
+            given["inputs_embeds"] = ordered(given["inputs_embeds"], at_BL)
         else:
             given["input_ids" if self.x_BLD is None else "inputs_embeds"] = (
                 self.ids_BL if self.x_BLD is None else self.x_BLD
@@ -86,8 +82,7 @@ class Generation:
         if going_on:
             continued(cache, placed)
         self._lengths()
-        mask = given.get("attention_mask")
-        mask = self._mask() if mask is None else mask
+        mask = self._mask()
         given["attention_mask"] = torch.cat([*(p.ones(mask) for p in placed), mask], 1)
         if "position_ids" in given:
             raise PromptError("generate() counts positions itself, with the prompt in them: leave position_ids out.")
@@ -102,6 +97,11 @@ class Generation:
             before = [] if self.cached is None else [x_BLD.new_zeros(self.B, self.cached.length, x_BLD.shape[2])]
             before += [] if self.front is None else [self.front.values.to(x_BLD)]
             given["inputs_embeds"] = torch.cat([*before, x_BLD], 1)
+        if self.front is not None and not going_on:  # padding goes in front of the prompt, where no distance counts it
+            start = 0 if self.cached is None else self.cached.length
+            at_BL = padding_behind(given["attention_mask"][:, start:] == 0)
+            for name in ("inputs_embeds", "attention_mask"):
+                given[name] = torch.cat([given[name][:, :start], ordered(given[name][:, start:], at_BL)], 1)
         return given
 
     def _expanded(self, placed: Placed) -> Placed:
@@ -110,7 +110,9 @@ class Generation:
         return placed._replace(values=placed.values.repeat_interleave(times, 0))
 
     def _mask(self) -> Tensor:
-        """The mask that ``generate`` would infer from padding in the ids."""
+        """The mask, or the one that ``generate`` would infer from padding in the ids."""
+        if "attention_mask" in self.given:
+            return self.given["attention_mask"]  # type: ignore[no-any-return]
         if self.ids_BL is None:
             return torch.ones(self.B, self.L, dtype=torch.long, device=self.x_BLD.device)
         defaults = self.host.model.generation_config
