@@ -149,17 +149,44 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_star
 # ---------------------------------------------------------------------- the cache
 
 
+def empty_cache(host: Host, length: int | None = None, encoded: int | None = None) -> Any:
+    """A cache of the model's kind, or one of fixed length.
+
+    Args:
+        host (`Host`): The model.
+        length (`int`, *optional*): How many tokens it has room for; any number if not given.
+        encoded (`int`, *optional*): The same for what an encoder gives.
+    """
+    from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+
+    def one(length: int | None) -> Any:
+        return DynamicCache(config=host.text) if length is None else StaticCache(host.text, max_cache_len=length)
+
+    return EncoderDecoderCache(one(length), one(encoded)) if host.seq2seq else one(length)
+
+
 def fill(host: Host, placed: Placed, cache: Any = None) -> Any:
     """An empty cache, a new one if none is given, with a prompt's keys and values in it."""
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    if cache is None:
-        cache = DynamicCache(config=host.text)
-        cache = EncoderDecoderCache(cache, DynamicCache(config=host.text)) if host.seq2seq else cache
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    cache = empty_cache(host) if cache is None else cache
+    own = cache.self_attention_cache if host.seq2seq else cache
     for i, (k, v) in enumerate(_keys_and_values(host, placed)):
         own.update(k, v, i)
     return cache
+
+
+def check_room(host: Host, cache: Any, needed: int) -> None:
+    """Raises `PromptError` where a cache of fixed length has no room for so many tokens."""
+    from transformers.cache_utils import StaticLayer
+
+    own = getattr(cache, "self_attention_cache", cache)
+    for layer in getattr(own, "layers", ()):
+        if isinstance(layer, StaticLayer):
+            window = (host.config.get("sliding_window") or needed) if layer.is_sliding else needed
+            if layer.max_cache_len < min(window, needed):
+                raise PromptError(
+                    f"The cache has room for {layer.max_cache_len} tokens; the prompt, the input and what follows are "
+                    f"{needed}: make it as long."
+                )
 
 
 def _keys_and_values(host: Host, placed: Placed) -> list[tuple[Tensor, Tensor]]:

@@ -19,6 +19,7 @@ from inlay.prompts._placed import (
     Choice,
     Placed,
     check_positions,
+    check_room,
     continued,
     embedded,
     fill,
@@ -201,6 +202,9 @@ class Entry:
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise PromptError("A prompt lengthens the attention mask: give one of shape (batch, tokens).")
         check_positions(self.host, front, cached, self.L)
+        if not self.host.seq2seq:
+            T = sum(p.length for p in (front, cached) if p is not None)
+            check_room(self.host, self.given.get("past_key_values"), T + (self.L if mask is None else mask.shape[1]))
         if front is None:
             return
         for name, value in self.given.items():
