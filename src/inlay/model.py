@@ -26,6 +26,7 @@ from inlay.errors import (
     NotMergeableError,
     PeftWarning,
     PlanError,
+    PromptError,
     RoutingError,
     RowsError,
     UnknownAdapterError,
@@ -51,7 +52,7 @@ from inlay.inject import (
     wrappers,
 )
 from inlay.invocation import Invocations, check_invocation
-from inlay.prompts import AbstractPrompt, AnyConfig, PromptLearningConfig, encoder_for
+from inlay.prompts import EMBEDDINGS, AbstractPrompt, AnyConfig, PromptLearningConfig, encoder_for
 from inlay.prompts.attach import Prompts
 from inlay.replicate import replicated
 from inlay.report import BASE_KEY, LoadReport
@@ -832,6 +833,50 @@ class PeftModel(nn.Module):
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
+
+    # ------------------------------------------------------------------ prompts
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """The active prompt as it stands before a batch.
+
+        Args:
+            batch_size (`int`): B.
+            task_ids (`Tensor`, *optional*): (B,), for prompts that depend on the task.
+            max_cache_len (`int`, *optional*): For a prompt in the cache: give a cache of this fixed length.
+
+        Returns:
+            `Tensor` or a cache: Embeddings (B, T, D); or keys and values in a cache of transformers.
+
+        Raises:
+            PromptError: The active adapter is no prompt.
+        """
+        prompt, prompts = state.prompt_of(self, self.active_adapter), self.base_model.prompts
+        if prompt is None or prompts is None:
+            raise PromptError(f"The active adapter {self.active_adapter!r} is no prompt: set one that is.")
+        return prompts.standing(prompt, batch_size, task_ids, max_cache_len)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """What files hold of a prompt: its embeddings, or its keys and values, flat.
+
+        Raises:
+            UnknownAdapterError: There is no such prompt.
+        """
+        prompt = state.prompt_of(self, adapter_name)
+        if prompt is None:
+            raise UnknownAdapterError(f"There is no prompt {adapter_name!r}; there are {list(self.prompt_tokens)}.")
+        return prompt.filed()[EMBEDDINGS].detach().cpu()
+
+    @property
+    def prompt_tokens(self) -> dict[str, Tensor]:
+        """The numbers of the virtual tokens of each prompt."""
+        configs = self.peft_config.items()
+        return {name: torch.arange(c.tokens) for name, c in configs if isinstance(c, PromptLearningConfig)}
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """The model's input embeddings."""
+        found: nn.Module = self.base_model.model.get_input_embeddings()  # type: ignore[operator]
+        return found
 
     # ------------------------------------------------------------------ files
 

@@ -7,133 +7,19 @@ methods, those of the second for one method of each way in.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from prompts.models import ARCHITECTURES, inputs_of, model_of
+from prompts.cells import FAIL_IN_PEFT, METHODS, UNSUPPORTED, WAYS, Cell, cells, supported, tensors
+from prompts.models import inputs_of, model_of
 from torch import Tensor
 
 import inlay
 from inlay.errors import PromptError
 from inlay.prompts import PROMPTS
-
-T = 4
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row.
-
-    Args:
-        config: Fields of its config.
-        call: Arguments of each call beside the input's, for a batch of B rows.
-        tasks: The task classes it is for; all if not given.
-    """
-
-    config: Mapping[str, Any]
-    call: Callable[[int], dict[str, Any]] = lambda B: {}
-    tasks: tuple[str, ...] | None = None
-
-
-METHODS: dict[str, Method] = {
-    "PROMPT_TUNING": Method({"num_virtual_tokens": T}),
-    "PREFIX_TUNING": Method({"num_virtual_tokens": T}),
-}
-WAYS = {"front": "PROMPT_TUNING", "cache": "PREFIX_TUNING"}
-
-LOOKS_IN_IDS = "looks for the end of the input in its ids"
-NO_CACHE = "stands in the cache of keys and values, and .* reads none"
-#: way in -> {(architecture, task): why it cannot be}
-UNSUPPORTED: dict[str, dict[tuple[str, str], str]] = {
-    "front": {("t5", "SEQ_CLS"): LOOKS_IN_IDS, ("bart", "SEQ_CLS"): LOOKS_IN_IDS},
-    "cache": {
-        ("t5", "TOKEN_CLS"): NO_CACHE,
-        ("t5", "QUESTION_ANS"): NO_CACHE,
-        **{("distilbert", task): NO_CACHE for task in ARCHITECTURES["distilbert"].tasks},
-    },
-}
-#: way in -> the cells that peft 0.21.2 fails in, of those above; it was run on all
-FAIL_IN_PEFT: dict[str, set[tuple[str, str]]] = {
-    "front": {(a, t) for a in ("t5", "bart") for t in ("SEQ_CLS", "QUESTION_ANS")},
-    "cache": {
-        *((a, t) for a in ("t5", "bart") for t in ("SEQ_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")),
-        ("t5", "TOKEN_CLS"),
-        *(("distilbert", t) for t in ARCHITECTURES["distilbert"].tasks),
-    },
-}
-TOKENWISE = ("CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-ENCODERS = ("bert", "roberta", "electra", "distilbert")
-SEQ2SEQ = ("t5", "bart")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method before one model."""
-
-    method: str
-    architecture: str
-    task: str
-    row: Method = field(repr=False)
-
-    @property
-    def way(self) -> str:
-        return "cache" if PROMPTS[self.method].config.in_cache else "front"
-
-    @property
-    def reason(self) -> str | None:
-        """Why it cannot be."""
-        return UNSUPPORTED[self.way].get((self.architecture, self.task))
-
-    @property
-    def seq2seq(self) -> bool:
-        return self.architecture in SEQ2SEQ and self.task not in ("CAUSAL_LM", "TOKEN_CLS")
-
-    @property
-    def numbered(self) -> bool:
-        """Whether the model takes positions."""
-        return not self.seq2seq and self.architecture not in ("bloom", "t5", "bart")
-
-    def config(self) -> Any:
-        return PROMPTS[self.method].config(task_type=self.task, **self.row.config)
-
-    def handle(self) -> Any:
-        torch.manual_seed(0)
-        return inlay.get_peft_model(model_of(self.architecture, self.task), self.config()).eval()
-
-    def inputs(self, B: int = 3, padded: bool = True) -> dict[str, Any]:
-        return {**inputs_of(self.architecture, self.task, B, padded=padded), **self.row.call(B)}
-
-    def front(self) -> int:
-        """How many tokens the prompt adds to what the model gives for each token."""
-        return T if self.way == "front" and self.task in TOKENWISE and not self.seq2seq else 0
-
-
-def supported(methods: Iterator[str]) -> list[Any]:
-    return [
-        pytest.param(cell, id=f"{cell.method}-{cell.architecture}-{cell.task}")
-        for cell in cells(methods)
-        if not cell.reason
-    ]
-
-
-def cells(methods: Any) -> Iterator[Cell]:
-    for method in methods:
-        row = METHODS[method]
-        for name, architecture in ARCHITECTURES.items():
-            for task in architecture.tasks:
-                if row.tasks is None or task in row.tasks:
-                    yield Cell(method, name, task, row)
-
-
-def tensors(outputs: Any) -> dict[str, Tensor]:
-    """The numbers that a model gives, without what it computed on the way."""
-    return {
-        k: v for k, v in outputs.items() if isinstance(v, Tensor) and k not in ("encoder_last_hidden_state", "loss")
-    }
 
 
 def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], why: str = "") -> None:
@@ -267,21 +153,23 @@ SEEN = {
 }
 
 
-@ways
-def test_padding_in_front_changes_nothing(cell: Cell) -> None:
-    reason = SEEN.get(cell.architecture)
-    if cell.architecture == "bart" and (cell.task == "CAUSAL_LM" or cell.way == "cache"):
-        reason = SEEN["bert"]
-    if cell.task in ("SEQ_CLS", "QUESTION_ANS") and cell.seq2seq:
-        reason = "it stands before the decoder's input too"
-    if cell.architecture == "roberta" and cell.way == "cache" and cell.task in ("SEQ_CLS", "FEATURE_EXTRACTION"):
-        reason = "it is the first token, which is pooled, in the bare model too"
-    if (cell.architecture, cell.task) == ("t5", "TOKEN_CLS"):
-        reason = "the distance to the prompt counts it"
+def seen_in_front(cell: Cell) -> str | None:
+    """Why padding in front of a row is not as if it were not there."""
     if cell.architecture in ("mistral", "gemma2", "gemma3") and cell.task == "SEQ_CLS" and cell.way == "front":
-        reason = None  # there it goes before the prompt
-    if reason:
-        pytest.skip(reason)
+        return None  # there it goes before the prompt
+    if cell.architecture == "bart" and (cell.task == "CAUSAL_LM" or cell.way == "cache"):
+        return SEEN["bert"]
+    if cell.task in ("SEQ_CLS", "QUESTION_ANS") and cell.seq2seq:
+        return "it stands before the decoder's input too"
+    if cell.architecture == "roberta" and cell.way == "cache" and cell.task in ("SEQ_CLS", "FEATURE_EXTRACTION"):
+        return "it is the first token, which is pooled, in the bare model too"
+    if (cell.architecture, cell.task) == ("t5", "TOKEN_CLS"):
+        return "the distance to the prompt counts it"
+    return SEEN.get(cell.architecture)
+
+
+@pytest.mark.parametrize("cell", supported(WAYS.values(), unless=seen_in_front))
+def test_padding_in_front_changes_nothing(cell: Cell) -> None:
     handle, given = cell.handle(), cell.inputs(padded=False)
     L, mask = 7, torch.ones_like(given["input_ids"])
     mask[1, :3], mask[2, :1] = 0, 0
@@ -310,10 +198,11 @@ def test_what_is_left_out_is_what_is_meant(cell: Cell) -> None:
             handle(**given, position_ids=L)
 
 
-@ways
+TYPED = ("bert", "bert-decoder", "roberta", "electra", "gpt2", "gpt_bigcode")
+
+
+@pytest.mark.parametrize("cell", supported(WAYS.values(), unless=lambda cell: cell.architecture not in TYPED))
 def test_types_of_tokens_count(cell: Cell) -> None:
-    if cell.architecture not in ("bert", "bert-decoder", "roberta", "electra", "gpt2", "gpt_bigcode"):
-        pytest.skip("the model has none")
     handle, given = cell.handle(), cell.inputs()
     types = torch.tensor([[0, 0, 0, 1, 1, 1, 1]]).expand(3, -1)
     zeros = run(handle, {**given, "token_type_ids": types * 0})
@@ -325,11 +214,14 @@ def test_types_of_tokens_count(cell: Cell) -> None:
         close(zeros, run(handle, given))
 
 
-@ways
+def feeds_decoder(cell: Cell) -> bool:
+    """Whether the model makes its decoder's input of the ids."""
+    return cell.seq2seq and cell.task in ("SEQ_CLS", "QUESTION_ANS")
+
+
+@pytest.mark.parametrize("cell", supported(WAYS.values(), unless=feeds_decoder))
 def test_embeddings_for_ids(cell: Cell) -> None:
     handle, given = cell.handle(), cell.inputs(padded=False)
-    if cell.architecture in SEQ2SEQ and cell.task in ("SEQ_CLS", "QUESTION_ANS"):
-        pytest.skip("the model makes its decoder's input of the ids")
     x_BLD = handle.get_input_embeddings()(given["input_ids"]).detach()
     close(run(handle, {**without(given, "input_ids"), "inputs_embeds": x_BLD}), run(handle, given))
 

@@ -119,6 +119,11 @@ def embedded(host: Host, ids_BL: Tensor | None, x_BLD: Tensor | None) -> Tensor:
     return x_BLD
 
 
+def leading(mask_BL: Tensor) -> Tensor:
+    """How much padding is in front of each row, (B, 1)."""
+    return (mask_BL != 0).long().argmax(1, keepdim=True)
+
+
 def padding_behind(mask_BL: Tensor) -> Tensor:
     """The order (B, L) in which a row's padding stands behind its tokens."""
     return (mask_BL == 0).long().argsort(dim=1, stable=True)

@@ -22,7 +22,9 @@ from inlay.prompts._placed import (
     check_room,
     continued,
     embedded,
+    empty_cache,
     fill,
+    leading,
     ordered,
     padding_behind,
     run,
@@ -101,6 +103,14 @@ class Prompts:
             )
 
     # -- calls
+
+    def standing(self, prompt: AbstractPrompt, B: int, tasks_B: Tensor | None, length: int | None) -> Any:
+        """A prompt as it stands before B rows: embeddings, the decoder's behind the encoder's, or a cache."""
+        P: Tensor = prompt(tasks_B)
+        values = P.expand(B, -1, -1)
+        if not prompt.config.in_cache:
+            return values
+        return fill(self.host, Placed(values, None, prompt.config), empty_cache(self.host, length))
 
     def choice(self, route: Route | None) -> Choice | None:
         """The prompts that a call with this routing has; None where it has none."""
@@ -297,14 +307,14 @@ class Entry:
             return
         else:
             L = self._counted(mask, self.L, front.values.device)
-        first = L[:, :1] if mask is None else L.gather(1, _leading(mask))
+        first = L[:, :1] if mask is None else L.gather(1, leading(mask))
         T = (torch.arange(front.length, device=L.device) - front.length + own).clamp(min=0)
         self.given["position_ids"] = torch.cat([first + T, L + own], 1)
 
     def _counted(self, mask: Tensor | None, width: int, device: torch.device) -> Tensor:
         """Positions (B, width) from each row's first token."""
         L = torch.arange(self.past, self.past + width, device=device).expand(self.B, -1)
-        return self.host.first + (L if mask is None else (L - _leading(mask)).clamp(min=0))
+        return self.host.first + (L if mask is None else (L - leading(mask)).clamp(min=0))
 
     def _check_positions(self, given: Tensor) -> None:
         if given.dim() != 2:
@@ -384,8 +394,3 @@ class Entry:
         if self.host.bidirectional:
             return not (self.host.first and "inputs_embeds" in self.given)
         return mask is None
-
-
-def _leading(mask_BL: Tensor) -> Tensor:
-    """How much padding is in front of each row, (B, 1)."""
-    return (mask_BL != 0).long().argmax(1, keepdim=True)

@@ -19,6 +19,7 @@ from inlay.prompts._placed import (
     embedded,
     empty_cache,
     fill,
+    leading,
     ordered,
     padding_behind,
 )
@@ -107,6 +108,7 @@ class Generation:
             continued(cache, placed)
         self._lengths()
         mask = self._mask()
+        self._pass_over(leading(mask))
         given["attention_mask"] = torch.cat([*(p.ones(mask) for p in placed), mask], 1)
         if "position_ids" in given:
             raise PromptError("generate() counts positions itself, with the prompt in them: leave position_ids out.")
@@ -163,6 +165,16 @@ class Generation:
             return torch.ones_like(self.ids_BL)
         kept: Tensor = self.ids_BL != pad
         return kept.long()
+
+    def _pass_over(self, padding_B1: Tensor) -> None:
+        """Has the penalty for repeated tokens pass over padding: transformers expects it where the prompt is."""
+        penalty = self._asked("repetition_penalty") or 1.0
+        if penalty == 1.0 or self.ids_BL is None or not bool(padding_B1.any()):
+            return
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        own: Any = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=padding_B1.flatten())
+        self.given.update(repetition_penalty=1.0, logits_processor=[own, *self.given.get("logits_processor", ())])
 
     def _lengths(self) -> None:
         """Says lengths as numbers of new tokens: transformers counts embeddings into the others, prompts too."""
