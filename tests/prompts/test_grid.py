@@ -187,6 +187,7 @@ def test_what_is_left_out_is_what_is_meant(cell: Cell) -> None:
     handle, given = cell.handle(), cell.inputs(padded=False)
     wanted = run(handle, given)
     close(run(handle, without(given, "attention_mask")), wanted, "no mask")
+    close(run(handle, {**given, "use_cache": False}), wanted, "no cache")
     L = torch.arange(7).expand(3, -1)
     if cell.numbered:
         first = 1 if cell.architecture == "roberta" else 0

@@ -369,10 +369,13 @@ class Entry:
         self.given["past_key_values"] = filled
         name = "decoder_attention_mask" if self.host.seq2seq else "attention_mask"
         if self.host.seq2seq and cached.mask_BT is not None and name not in self.given:
-            labels = self.given.get("decoder_input_ids", self.given.get("labels"))
-            if labels is not None:
-                self.given[name] = torch.ones_like(labels)
+            self.given[name] = torch.ones(self.B, self._decoded(), dtype=torch.long, device=cached.values.device)
         self._shift(cached, name)
+
+    def _decoded(self) -> int:
+        """How many tokens the decoder is given: those of the input where a head makes them of it."""
+        known = ("decoder_input_ids", "decoder_inputs_embeds", *(() if self.host.classifier else ("labels",)))
+        return next((self.given[name].shape[1] for name in known if name in self.given), self.L)
 
     def _shift(self, placed: Placed, mask: str) -> None:
         """Has the input stand behind a prompt that is in the cache."""
