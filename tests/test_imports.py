@@ -62,6 +62,7 @@ RANKS = {
     "status": 7,
     # the handle
     "auto": 8,
+    "helpers": 8,
     "mixin": 8,
     "model": 8,
     # the public names, resolved lazily; no room below goes through them

@@ -38,7 +38,8 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     ├── LoadError (RuntimeError)                  the file does not fit; `.report` says where
     │   ├── IncompatibleBaseError                 made for another base model
     │   └── NonFiniteError                        NaN or infinity in the file's tensors
-    └── NoGradientError (TypeError)               a step of training was to be followed up before it was made
+    ├── NoGradientError (TypeError)               a step of training was to be followed up before it was made
+    └── MissingMethodError (AttributeError)       the model has no method of this name
     PeftWarning (UserWarning)
 """
 
@@ -192,6 +193,10 @@ class UnwritableError(FileError, PermissionError, NotADirectoryError):
 
 class NoGradientError(PeftError, TypeError):
     """What follows a step of the optimiser was called where there are no gradients."""
+
+
+class MissingMethodError(PeftError, AttributeError):
+    """The model has no method of this name."""
 
 
 class LoadError(PeftError, RuntimeError):

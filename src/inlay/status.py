@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from inlay.adapted import Adapted
-from inlay.errors import PlanError
+from inlay.errors import UnsupportedLayerError
 from inlay.inject import wrappers
 from inlay.state import root_of
 from inlay.storage import stored_parameters
@@ -92,12 +92,14 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         model (`nn.Module`): A handle, or a model with adapters inside.
 
     Raises:
-        PlanError: No layer is adapted.
+        UnsupportedLayerError: No layer is adapted, as by a prompt.
     """
     root, prefix = root_of(model)
     out = [_layer(f"{'model.' if prefix else ''}{path}", w) for path, w in wrappers(root)]
     if not any(isinstance(w, Adapted) for _, w in wrappers(root)):
-        raise PlanError("No layer of the model is adapted: there is no status to tell. Add an adapter first.")
+        raise UnsupportedLayerError(
+            "No layer of the model is adapted (a prompt adapts none), so there is no status: add an adapter first."
+        )
     return out
 
 
@@ -132,7 +134,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         model (`nn.Module`): A handle, or a model with adapters inside.
 
     Raises:
-        PlanError: No layer is adapted.
+        UnsupportedLayerError: No layer is adapted, as by a prompt.
     """
     layers = get_layer_status(model)
     root, _ = root_of(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from inlay.config import AdapterConfig
-from inlay.prompts._abstract import AbstractPrompt, Host, PromptLearningConfig
+from inlay.prompts._abstract import EMBEDDINGS, AbstractPrompt, Host, PromptLearningConfig
 from inlay.prompts.cartridge import CartridgeConfig, CartridgeEncoder
 from inlay.prompts.cpt import CPTConfig, CPTEmbedding
 from inlay.prompts.multitask import MultitaskPromptEmbedding, MultitaskPromptTuningConfig
@@ -48,4 +48,13 @@ def encoder_for(config: PromptLearningConfig, host: Host, fresh: bool = True) ->
     return prompt
 
 
-__all__ = ["PROMPTS", "AbstractPrompt", "AnyConfig", "Host", "PromptLearningConfig", "PromptMethod", "encoder_for"]
+__all__ = [
+    "EMBEDDINGS",
+    "PROMPTS",
+    "AbstractPrompt",
+    "AnyConfig",
+    "Host",
+    "PromptLearningConfig",
+    "PromptMethod",
+    "encoder_for",
+]

@@ -5,14 +5,15 @@ Rows may have prompts of different lengths, or none: shorter ones are padded on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from inlay.errors import PromptError
+from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import AbstractPrompt, Host, PromptLearningConfig
 from inlay.routing import Rows
 
@@ -101,11 +102,70 @@ def _part(prompt: AbstractPrompt, tasks_B: Tensor | None, decoder: bool) -> Tens
     return P[:, prompt.length :] if decoder else P[:, : prompt.length]
 
 
+def check_mask(given: Mapping[str, Any], shape: tuple[int, int] | None) -> None:
+    """Raises `PromptError` for a mask that no prompt can lengthen, or one that is not of the input's shape."""
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = given.get(name)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise PromptError(
+                f"A prompt lengthens {name}: give one of shape (batch, tokens), not "
+                f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}."
+            )
+    if shape is not None and "attention_mask" in given:
+        check_shape("attention_mask", given["attention_mask"], shape)
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, int]) -> None:
+    """Raises `PromptError` where what is said of each token is not of the input's shape."""
+    if value.shape[:2] != shape:
+        raise PromptError(
+            f"{name} has shape {tuple(value.shape)}, and the input is of {shape[0]} rows of {shape[1]} tokens: give "
+            "an entry for each of these; those of the prompt are added here."
+        )
+
+
+def check_gap(host: Host, cached: Placed | None, front: Placed | None, L: int) -> None:
+    """Raises `RowsError` where padding between a prompt in the cache and its input would count as distance."""
+    if host.seq2seq or cached is None or front is None or front.mask_BT is None or host.window is None:
+        return
+    if cached.length + front.length + L > host.window:
+        raise RowsError(
+            f"Rows with prompts in the cache and rows with prompts of embeddings are in one batch, and "
+            f"{type(host.model).__name__} counts the padding between them: have a batch for each."
+        )
+
+
+def check_positions(host: Host, front: Placed | None, cached: Placed | None, L: int) -> None:
+    """Raises `PromptError` where the prompts and an input of L tokens have not enough positions."""
+    T = sum(p.length for p in (front, None if host.seq2seq else cached) if p is not None)
+    if T and host.positions is not None and host.positions < T + L:
+        raise PromptError(
+            f"A prompt of {T} tokens and an input of {L} exceed the model's {host.positions} positions: shorten one "
+            "of them."
+        )
+
+
 def embedded(host: Host, ids_BL: Tensor | None, x_BLD: Tensor | None) -> Tensor:
     """The input as embeddings."""
     if x_BLD is None:
         x_BLD = host.embeddings(ids_BL)
     return x_BLD
+
+
+def leading(mask_BL: Tensor) -> Tensor:
+    """How much padding is in front of each row, (B, 1)."""
+    return (mask_BL != 0).long().argmax(1, keepdim=True)
+
+
+def padding_behind(mask_BL: Tensor) -> Tensor:
+    """The order (B, L) in which a row's padding stands behind its tokens."""
+    return (mask_BL == 0).long().argsort(dim=1, stable=True)
+
+
+def ordered(value: Tensor, at_BL: Tensor) -> Tensor:
+    """What is said of each token, (B, L) or (B, L, D), with the tokens in this order."""
+    at = at_BL[..., None].expand_as(value) if value.dim() == 3 else at_BL
+    return value.gather(1, at.to(value.device))
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int | None) -> Tensor:
@@ -127,17 +187,44 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_star
 # ---------------------------------------------------------------------- the cache
 
 
+def empty_cache(host: Host, length: int | None = None, encoded: int | None = None) -> Any:
+    """A cache of the model's kind, or one of fixed length.
+
+    Args:
+        host (`Host`): The model.
+        length (`int`, *optional*): How many tokens it has room for; any number if not given.
+        encoded (`int`, *optional*): The same for what an encoder gives.
+    """
+    from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+
+    def one(length: int | None) -> Any:
+        return DynamicCache(config=host.decoder) if length is None else StaticCache(host.decoder, max_cache_len=length)
+
+    return EncoderDecoderCache(one(length), one(encoded)) if host.seq2seq else one(length)
+
+
 def fill(host: Host, placed: Placed, cache: Any = None) -> Any:
     """An empty cache, a new one if none is given, with a prompt's keys and values in it."""
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    if cache is None:
-        cache = DynamicCache(config=host.text)
-        cache = EncoderDecoderCache(cache, DynamicCache(config=host.text)) if host.seq2seq else cache
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    cache = empty_cache(host) if cache is None else cache
+    own = cache.self_attention_cache if host.seq2seq else cache
     for i, (k, v) in enumerate(_keys_and_values(host, placed)):
         own.update(k, v, i)
     return cache
+
+
+def check_room(host: Host, cache: Any, needed: int) -> None:
+    """Raises `PromptError` where a cache of fixed length has no room for so many tokens."""
+    from transformers.cache_utils import StaticLayer
+
+    own = getattr(cache, "self_attention_cache", cache)
+    for layer in getattr(own, "layers", ()):
+        if isinstance(layer, StaticLayer):
+            window = (host.config.get("sliding_window") or needed) if layer.is_sliding else needed
+            if layer.max_cache_len < min(window, needed):
+                raise PromptError(
+                    f"The cache has room for {layer.max_cache_len} tokens; the prompt, the input and what follows are "
+                    f"{needed}: make it as long."
+                )
 
 
 def _keys_and_values(host: Host, placed: Placed) -> list[tuple[Tensor, Tensor]]:
@@ -147,7 +234,7 @@ def _keys_and_values(host: Host, placed: Placed) -> list[tuple[Tensor, Tensor]]:
     flat = placed.values.to(host.model.dtype).view(B, T, layers * 2, heads, -1).permute(2, 0, 3, 1, 4)
     pairs = list(zip(flat[0::2], flat[1::2], strict=True))
     if host.seq2seq:  # the order that files are trained in: PEFT lays the table out twice and deals it out by fours
-        return [pairs[(2 * i) % layers] for i in range(layers)]
+        return [pairs[(2 * i) % layers] for i in range(host.decoder_layers or layers)]
     return pairs[: layers - (host.config.get("num_kv_shared_layers") or 0)]  # the last ones read the others' cache
 
 
@@ -164,3 +251,24 @@ def continued(cache: Any, placed: Iterable[Placed]) -> int:
             "an empty cache, or none."
         )
     return int(found - T)
+
+
+class _Given(nn.Module):
+    """A module that is given a cache, whoever calls it."""
+
+    def __init__(self, inner: nn.Module, cache: Any) -> None:
+        super().__init__()
+        self.inner, self.cache = inner, cache
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **{**kwargs, "past_key_values": self.cache})
+
+
+def run(host: Host, given: dict[str, Any]) -> Any:
+    """Runs the model; a head that hands no cache on does so as a copy, which stands on a model that has it."""
+    if "past_key_values" not in given or not host.drops_cache:
+        return host.model(**given)
+    head = copy.copy(host.model)
+    inner = {host.model.base_model_prefix: _Given(host.inner, given.pop("past_key_values"))}
+    head.__dict__["_modules"] = {**head._modules, **inner}
+    return head(**given)

@@ -2,20 +2,45 @@
 
 A call's arguments are lengthened at the handle's edge and nothing is set on the model: threads cannot meet, and the
 inner model, called by itself, knows of no prompt. Positions count from each row's own first token.
+
+With a prompt of T embeddings, outputs have T + L places for an input of L tokens, the prompt's own first; a prompt in
+the cache has none, and the decoder of an encoder-decoder has its own L only. Where rows have prompts of different
+lengths, T is the longest: a causal model's shorter rows are padded on the left, so that the last L places are the
+input's in every row. In an encoder, where the first token may stand for the whole, padding is at the end: the input
+begins at the length of the row's own prompt.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import AbstractPrompt, Host
-from inlay.prompts._placed import Choice, Placed, continued, embedded, fill, shift_tokens_right
+from inlay.prompts._placed import (
+    Choice,
+    Placed,
+    check_gap,
+    check_mask,
+    check_positions,
+    check_room,
+    check_shape,
+    continued,
+    embedded,
+    empty_cache,
+    fill,
+    leading,
+    ordered,
+    padding_behind,
+    run,
+    shift_tokens_right,
+)
 from inlay.prompts.generation import Generation
 from inlay.routing import Defaults, Following, Route
 
@@ -90,6 +115,14 @@ class Prompts:
 
     # -- calls
 
+    def standing(self, prompt: AbstractPrompt, B: int, tasks_B: Tensor | None, length: int | None) -> Any:
+        """A prompt as it stands before B rows: embeddings, the decoder's behind the encoder's, or a cache."""
+        P: Tensor = prompt(tasks_B)
+        values = P.expand(B, -1, -1)
+        if not prompt.config.in_cache:
+            return values
+        return fill(self.host, Placed(values, None, prompt.config), empty_cache(self.host, length))
+
     def choice(self, route: Route | None) -> Choice | None:
         """The prompts that a call with this routing has; None where it has none."""
         if route is None or isinstance(route, (Defaults, Following)):
@@ -105,8 +138,7 @@ class Prompts:
         """Runs the model with the chosen prompts before its input."""
         entry = Entry(self.host, choice, args, kwargs)
         entry.enter()
-        outputs = self.host.model(**entry.given)
-        return entry.left(outputs)
+        return entry.left(run(self.host, entry.given))
 
     def generate(self, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The model's ``generate``, with the chosen prompts before its input."""
@@ -146,14 +178,16 @@ class Entry:
         self.prefix: Any = None
         self.past = 0
         self._labels: Tensor | None = None
+        self._blank_BL: Tensor | None = None  # padding between prompts of different lengths, where no answer is
 
     def enter(self) -> None:
         """Puts the prompts before the input."""
         cache = self.given.get("past_key_values")
         cached = self.choice.placed(True, self.B, self.tasks_B)
         front = self.choice.placed(False, self.B, self.tasks_B)
-        self._check(front)
-        if cache is not None and cache.get_seq_length():  # a call before this one brought the prompts in
+        going_on = cache is not None and cache.get_seq_length() > 0  # a call before this one brought the prompts in
+        self._check(front, cached, going_on)
+        if going_on:
             self.past = continued(cache, [p for p in (cached, front) if p])
             for placed in (front, cached):
                 if placed is not None:
@@ -171,6 +205,8 @@ class Entry:
                 f"{type(self.host.model).__name__} does not use the cache that it is given, where the prompt stands: "
                 "use a prompt of embeddings, such as PromptTuningConfig."
             )
+        if self._blank_BL is not None and "start_logits" in outputs:
+            self._answered(outputs, self._blank_BL)
         if self.only is None or self._labels is None:
             return outputs
         by_name = isinstance(outputs, Mapping)
@@ -181,44 +217,91 @@ class Entry:
             outputs["loss"] = loss
         return outputs
 
-    def _check(self, front: Placed | None) -> None:
+    def _answered(self, outputs: Any, blank_BL: Tensor) -> None:
+        """Takes the padding between prompts of different lengths out of what answers are chosen from."""
+        for name in ("start_logits", "end_logits"):
+            outputs[name] = outputs[name].masked_fill(blank_BL, torch.finfo(outputs[name].dtype).min)
+        if "loss" in outputs:
+            size = blank_BL.shape[1]
+            at = [self.given[name].clamp(0, size) for name in ("start_positions", "end_positions")]
+            losses = map(
+                partial(F.cross_entropy, ignore_index=size), (outputs["start_logits"], outputs["end_logits"]), at
+            )
+            outputs["loss"] = sum(losses) / 2
+
+    def _check(self, front: Placed | None, cached: Placed | None, going_on: bool) -> None:
         alone = [n for n, p in self.choice.prompts.items() if p.alone]
         if alone and self.only is None and "labels" in self.given:
             raise RowsError(
                 f"{alone[0]!r} has a loss or a prompt in the decoder of its own: train it alone, on a whole batch."
             )
-        mask = self.given.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise PromptError("A prompt lengthens the attention mask: give one of shape (batch, tokens).")
-        if front is None:
+        shape, labels = (self.B, self.L), None if self.host.seq2seq else self.given.get("labels")
+        check_mask(self.given, None if going_on else shape)
+        check_positions(self.host, front, cached, self.L)
+        check_gap(self.host, cached, front, self.L)
+        if not self.host.seq2seq:
+            mask, T = self.given.get("attention_mask"), sum(p.length for p in (front, cached) if p is not None)
+            check_room(self.host, self.given.get("past_key_values"), T + (self.L if mask is None else mask.shape[1]))
+        by_token = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+        if labels is not None and by_token and labels.shape[1] != 1:  # a class for each row may stand in a column
+            check_shape("labels", labels, shape)
+        if front is None or going_on:
             return
-        if self.host.positions is not None and front.length + self.L > self.host.positions:
-            raise PromptError(
-                f"A prompt of {front.length} tokens and an input of {self.L} exceed the model's {self.host.positions} "
-                "positions: shorten one of them."
-            )
+        if "token_type_ids" in self.given:
+            check_shape("token_type_ids", self.given["token_type_ids"], shape)
         for name, value in self.given.items():
             known = name in ("input_ids", "inputs_embeds", "position_ids", *_LENGTHENED) or name.startswith(_ELSEWHERE)
             if not known and isinstance(value, Tensor) and value.shape[:2] == (self.B, self.L):
                 raise PromptError(f"{name} has an entry for each token, and a prompt has none for it: leave it out.")
 
     def _stand_in_front(self, front: Placed) -> None:
-        given = self.given
-        x_BLD = embedded(self.host, given.pop("input_ids", None), given.pop("inputs_embeds", None))
+        given, host, own = self.given, self.host, front.own()
+        ids = given.pop("input_ids", None)
+        x_BLD = embedded(host, ids, given.pop("inputs_embeds", None))
         given["inputs_embeds"] = torch.cat([front.values.to(x_BLD), x_BLD], 1)
-        for name, filling in _LENGTHENED.items():
-            self._lengthen(front, name, filling)
-        if self.host.seq2seq:
-            self._stand_before_decoder()
+        last = host.classifier and not (host.seq2seq or host.bidirectional)
+        if last:
+            self._mask_behind(ids)
+        if host.seq2seq:
+            self._feed_decoder(ids)
         else:
             self._labels = self._lengthened_labels(front)
             self._number(front)
-        own = front.own()
-        for name in ("start_positions", "end_positions"):
-            if name in given:
-                given[name] = given[name] + (own if isinstance(own, int) else own.flatten())
-        if front.mask_BT is not None and (self.host.bidirectional or self.host.seq2seq):
-            self._turn(front)
+            self._find_answers(front)
+        for name, filling in _LENGTHENED.items():
+            self._lengthen(front, name, filling)
+        mask: Tensor | None = given.get("attention_mask")
+        if host.seq2seq and mask is not None:
+            self._order(padding_behind(mask))
+        elif host.bidirectional and front.mask_BT is not None:  # there the first token has to be the row's own
+            at_L = torch.arange(front.length + self.L, device=x_BLD.device)
+            self._order((at_L + front.length - own) % len(at_L))
+        elif (
+            last and mask is not None
+        ):  # a head that reads the last token has no ids to find it: padding goes in front
+            self._order(padding_behind(mask == 0))
+
+    def _mask_behind(self, ids_BL: Tensor | None) -> None:
+        """Has the mask cover the padding behind each row, as ids tell or else the mask itself."""
+        given, pad = self.given, self.host.text.pad_token_id
+        x_BLD = given["inputs_embeds"]
+        mask = given.get("attention_mask", torch.ones(self.B, self.L, dtype=torch.long, device=x_BLD.device))
+        kept_BL = mask != 0 if ids_BL is None or pad is None else ids_BL != pad
+        at_L = torch.arange(self.L, device=x_BLD.device)
+        behind_BL = at_L > (at_L * kept_BL).argmax(1, keepdim=True)
+        given["attention_mask"] = mask.masked_fill(behind_BL, 0)
+        if not (self.host.numbered or self.host.by_mask or self.host.rotary) and bool(behind_BL.any()):
+            raise PromptError(
+                f"{type(self.host.model).__name__} takes no position_ids: give rows of one length, without padding."
+            )
+
+    def _order(self, at_BL: Tensor) -> None:
+        """Puts the tokens of each row, and what is said of them, in this order."""
+        labels = () if self._labels is None else ("labels",)
+        for name in ("inputs_embeds", "attention_mask", "token_type_ids", "position_ids", *labels):
+            value = self.given.get(name)
+            if isinstance(value, Tensor) and value.shape[:2] == at_BL.shape:
+                self.given[name] = ordered(value, at_BL)
 
     def _lengthened_labels(self, front: Placed) -> Tensor | None:
         labels = self.given.get("labels")
@@ -227,8 +310,23 @@ class Entry:
         if self.only is not None:
             self.given["labels"] = self.only.labels(labels, self.own)
         else:
+            if front.mask_BT is not None and self.host.predicts_next:  # padding in front of a row predicts nothing
+                first = labels[:, :1].masked_fill(front.mask_BT[:, -1:] == 0, -100)
+                labels = torch.cat([first, labels[:, 1:]], 1)
             self.given["labels"] = torch.cat([labels.new_full((self.B, front.length), -100), labels], 1)
         return self.given["labels"]  # type: ignore[no-any-return]
+
+    def _find_answers(self, front: Placed) -> None:
+        """Moves the places of answers to where they are now; what was no place of the input stays none."""
+        own, size = front.own(), front.length + self.L
+        moved = own.flatten() if self.host.bidirectional and isinstance(own, Tensor) else front.length
+        for name in ("start_positions", "end_positions"):
+            if name in self.given:
+                at_B = self.given[name].flatten()
+                self.given[name] = torch.where(at_B < self.L, at_B + moved, size)
+        if front.mask_BT is not None:
+            at = torch.arange(size, device=front.values.device)
+            self._blank_BL = at >= own + self.L if self.host.bidirectional else at < front.length - own
 
     def _lengthen(self, placed: Placed, name: str, fill: int) -> None:
         """Puts a prompt's part before the input's; a mask that was not given is made where rows differ."""
@@ -240,21 +338,36 @@ class Entry:
             self.given[name] = torch.cat([before, value], 1)
 
     def _number(self, front: Placed) -> None:
-        """Positions of the prompt and the input, where they were given, or rows differ."""
-        given, own = self.given.get("position_ids"), front.own()
-        if given is None and (front.mask_BT is None or self.host.relative or self.host.bidirectional):
+        """Positions of the prompt and the input: they count from each row's first token."""
+        given, mask, own = self.given.get("position_ids"), self.given.get("attention_mask"), front.own()
+        as_it_stands = self.host.bidirectional and not self.host.first  # padding in front has a number there
+        if given is not None:
+            self._check_positions(given)
+            L = given.expand(self.B, -1)
+        elif self.host.by_mask or as_it_stands or (mask is None and front.mask_BT is None):
             return
-        L = torch.arange(self.L, device=front.values.device).expand(self.B, -1) if given is None else given
-        if L.dim() != 2 or not self.host.takes("position_ids"):
-            raise (
-                self._unnumbered()
-                if given is None
-                else PromptError(
-                    f"A prompt comes before position_ids of shape (batch, tokens), these have shape {tuple(L.shape)}."
-                )
+        elif not self.host.numbered:
+            if front.mask_BT is not None and not self.host.rotary:
+                raise self._unnumbered()
+            return
+        else:
+            L = self._counted(mask, self.L, front.values.device)
+        first = L[:, :1] if mask is None else L.gather(1, leading(mask))
+        T = (torch.arange(front.length, device=L.device) - front.length + own).clamp(min=0)
+        self.given["position_ids"] = torch.cat([first + T, L + own], 1)
+
+    def _counted(self, mask: Tensor | None, width: int, device: torch.device) -> Tensor:
+        """Positions (B, width) from each row's first token."""
+        L = torch.arange(self.past, self.past + width, device=device).expand(self.B, -1)
+        return self.host.first + (L if mask is None else (L - leading(mask)).clamp(min=0))
+
+    def _check_positions(self, given: Tensor) -> None:
+        if given.dim() != 2:
+            raise PromptError(
+                f"A prompt comes before position_ids of shape (batch, tokens), these have shape {tuple(given.shape)}."
             )
-        T = torch.arange(front.length, device=L.device) - front.length + own
-        self.given["position_ids"] = torch.cat([T.expand(self.B, -1).clamp(min=0), L.expand(self.B, -1) + own], 1)
+        if not self.host.numbered:
+            raise PromptError(f"{type(self.host.model).__name__} takes no position_ids: leave them out.")
 
     def _unnumbered(self) -> RowsError:
         return RowsError(
@@ -262,15 +375,12 @@ class Entry:
             "position_ids: use prompts of one length there, or a batch for each."
         )
 
-    def _turn(self, front: Placed) -> None:
-        """Moves the padding of each row behind its tokens: there the first token has to be the row's own."""
-        size = front.length + self.L
-        at_BL = (torch.arange(size, device=front.values.device) + front.length - front.own()) % size
-        for name in ("inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels"):
-            value = self.given.get(name)
-            if isinstance(value, Tensor) and value.shape[:2] == (self.B, size):
-                at = at_BL[..., None].expand_as(value) if value.dim() == 3 else at_BL
-                self.given[name] = value.gather(1, at.to(value.device))
+    def _feed_decoder(self, ids: Tensor | None) -> None:
+        """What the decoder is given: a prompt of its own, and what the model would make of ids that it has no more."""
+        text, known = self.host.text, ("decoder_input_ids", "decoder_inputs_embeds")
+        if "start_positions" in self.host.parameters and ids is not None and not any(n in self.given for n in known):
+            self.given["decoder_input_ids"] = shift_tokens_right(ids, text.pad_token_id, text.decoder_start_token_id)
+        self._stand_before_decoder()
 
     def _stand_before_decoder(self) -> None:
         """A second prompt before the decoder's input, for the methods that have one there."""
@@ -294,30 +404,43 @@ class Entry:
 
     def _stand_in_cache(self, cached: Placed, cache: Any) -> None:
         model = self.host.model
-        if model.training and torch.is_grad_enabled() and self.host.checkpointing:
+        if model.training and self.host.checkpointing:
             raise PromptError(
                 "A prompt in the cache cannot be trained under gradient checkpointing, which keeps no cache: call "
-                "gradient_checkpointing_disable(), or use a prompt of embeddings."
+                "gradient_checkpointing_disable(), or eval(), or use a prompt of embeddings."
             )
+        if self.host.seq2seq:
+            check_positions(self.host, cached, None, self._decoded())
         filled = fill(self.host, cached, cache)
         self.prefix = (filled, cached.length)
         self.given["past_key_values"] = filled
         name = "decoder_attention_mask" if self.host.seq2seq else "attention_mask"
         if self.host.seq2seq and cached.mask_BT is not None and name not in self.given:
-            labels = self.given.get("decoder_input_ids", self.given.get("labels"))
-            if labels is not None:
-                self.given[name] = torch.ones_like(labels)
+            self.given[name] = torch.ones(self.B, self._decoded(), dtype=torch.long, device=cached.values.device)
         self._shift(cached, name)
+
+    def _decoded(self) -> int:
+        """How many tokens the decoder is given: those of the input where a head makes them of it."""
+        known = ("decoder_input_ids", "decoder_inputs_embeds", *(() if self.host.classifier else ("labels",)))
+        return next((self.given[name].shape[1] for name in known if name in self.given), self.L)
 
     def _shift(self, placed: Placed, mask: str) -> None:
         """Has the input stand behind a prompt that is in the cache."""
+        given, before = self.given.get("position_ids"), self.given.get(mask)
         self._lengthen(placed, mask, 1)
-        given = self.given.get("position_ids")
         if given is not None:
+            self._check_positions(given)
             self.given["position_ids"] = given + placed.own()
-        elif placed.mask_BT is not None and not self.host.relative:
-            if self.host.seq2seq or not self.host.takes("position_ids"):
-                raise self._unnumbered()
+        elif self.host.by_mask or (placed.mask_BT is None and self._numbers_itself(before)):
+            return
+        elif not self.host.seq2seq and self.host.numbered:
             width = self.given["inputs_embeds"].shape[1] if "inputs_embeds" in self.given else self.L
-            L = torch.arange(width, device=placed.values.device).expand(self.B, -1)
-            self.given["position_ids"] = L + self.past + placed.own()
+            self.given["position_ids"] = self._counted(before, width, placed.values.device) + placed.own()
+        elif placed.mask_BT is not None:  # keys of prompts are not turned: even rotary models have to be told
+            raise self._unnumbered()
+
+    def _numbers_itself(self, mask: Tensor | None) -> bool:
+        """Whether the model numbers the input behind a cache as it should be; RoBERTa does by ids alone."""
+        if self.host.bidirectional:
+            return not (self.host.first and "inputs_embeds" in self.given)
+        return mask is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,24 @@ from torch import Tensor
 
 from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import Host
-from inlay.prompts._placed import Choice, Placed, continued, embedded, fill
+from inlay.prompts._placed import (
+    Choice,
+    Placed,
+    check_gap,
+    check_mask,
+    check_positions,
+    check_room,
+    continued,
+    embedded,
+    empty_cache,
+    fill,
+    leading,
+    ordered,
+    padding_behind,
+)
+
+# What has transformers guess tokens and check several at once.
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 class Generation:
@@ -42,22 +58,27 @@ class Generation:
         for name in ("encoder_outputs", "past_key_values"):
             if host.seq2seq and name in self.given:
                 raise PromptError(f"generate() makes {name} itself, with the prompt in it: leave it out.")
+        if host.seq2seq and self.front is not None and "assistant_model" in self.given:
+            raise PromptError(
+                "The assistant's encoder reads ids, in which there is no prompt: use a prompt in the cache."
+            )
 
     def arguments(self) -> dict[str, Any]:
         """The arguments with the prompts in them."""
-        if self.front is not None and self.host.positions is not None and self._longest() > self.host.positions:
-            raise PromptError(
-                f"A prompt of {self.front.length} tokens and an input of {self.L} exceed the model's "
-                f"{self.host.positions} positions: shorten one of them."
-            )
+        cache = self.given.get("past_key_values")
+        check_mask(self.given, None if cache is not None and cache.get_seq_length() else (self.B, self.L))
+        check_positions(self.host, self.front, self.cached, self.L)
         return self._of_seq2seq() if self.host.seq2seq else self._of_decoder()
 
     def _longest(self) -> int:
         return self.L + (self.front.length if self.front is not None else 0)
 
     def _asked(self, name: str) -> Any:
-        """An argument, or the value in the generation config."""
-        return self.given.get(name, getattr(self.config, name, None))
+        """An argument, or the value in the generation config, the call's or else the model's."""
+        if name in self.given:
+            return self.given[name]
+        found = (getattr(c, name, None) for c in (self.config, self.host.model.generation_config))
+        return next((value for value in found if value is not None), None)
 
     def _of_seq2seq(self) -> dict[str, Any]:
         given = self.given
@@ -68,16 +89,32 @@ class Generation:
             if mask is None and self.front.mask_BT is not None:
                 mask = torch.ones(self.B, self.L, dtype=torch.long, device=x_BLD.device)
             if mask is not None:
-                given["attention_mask"] = torch.cat([self.front.ones(mask), mask], 1)
+                mask = torch.cat([self.front.ones(mask), mask], 1)
+                at_BL = padding_behind(mask)
+                given["attention_mask"] = mask.gather(1, at_BL)
+                given["inputs_embeds"] = ordered(given["inputs_embeds"], at_BL)
         else:
             given["input_ids" if self.x_BLD is None else "inputs_embeds"] = (
                 self.ids_BL if self.x_BLD is None else self.x_BLD
             )
         if self.cached is not None:
-            if self.cached.mask_BT is not None:
-                raise RowsError("Prompts in a decoder's cache have to be of one length: generate a batch for each.")
-            given["past_key_values"] = fill(self.host, self._expanded(self.cached))
+            self._lengthen_decoded(self.cached)
+            started = given.get("decoder_input_ids")
+            self._fill(1 if started is None else started.shape[1], self._asked("max_length") or 20)
         return given
+
+    def _lengthen_decoded(self, cached: Placed) -> None:
+        """Puts a prompt's part before the mask of what the decoder begins with."""
+        mask, ids = self.given.get("decoder_attention_mask"), self.given.get("decoder_input_ids")
+        if cached.mask_BT is not None and (not self.host.relative or ids is not None):
+            raise RowsError(
+                "Prompts in a decoder's cache have to be of one length, where it has a table of positions or is given "
+                "decoder_input_ids: generate a batch for each."
+            )
+        if mask is None and cached.mask_BT is not None:
+            mask = cached.mask_BT.new_ones(self.B, 1)
+        if mask is not None:
+            self.given["decoder_attention_mask"] = torch.cat([cached.ones(mask), mask], 1)
 
     def _of_decoder(self) -> dict[str, Any]:
         given, cache = self.given, self.given.get("past_key_values")
@@ -86,23 +123,43 @@ class Generation:
         if going_on:
             continued(cache, placed)
         self._lengths()
-        mask = given.get("attention_mask")
-        mask = self._mask() if mask is None else mask
+        check_gap(self.host, self.cached, self.front, self.L + self._new(20))
+        mask = self._mask()
+        self._pass_over(leading(mask))
         given["attention_mask"] = torch.cat([*(p.ones(mask) for p in placed), mask], 1)
         if "position_ids" in given:
             raise PromptError("generate() counts positions itself, with the prompt in them: leave position_ids out.")
         if self.cached is not None and not going_on:
-            given["past_key_values"] = fill(self.host, self._expanded(self.cached), cache or self._static())
-            given.pop("use_cache", None)
+            self._fill(self._longest(), 20)
+        check_room(self.host, given.get("past_key_values"), given["attention_mask"].shape[1] + self._new(20) - 1)
         if self.ids_BL is not None:
             given["input_ids"] = self.ids_BL
-        if self.front is not None or self.x_BLD is not None or going_on:
+        front, assisted = self.front, any(self._asked(name) for name in _ASSISTED)
+        if front is not None and assisted and not going_on:
+            self._read(front)
+            front = None
+        if front is not None or self.x_BLD is not None or going_on:
+            if assisted:  # transformers would leave out the first tokens that are guessed, and take others for checked
+                raise PromptError("Assisted decoding neither goes on from a cache nor from inputs_embeds.")
             x_BLD = embedded(self.host, self.ids_BL, self.x_BLD)
             # What the cache has is cut off again; only its length counts.
             before = [] if self.cached is None else [x_BLD.new_zeros(self.B, self.cached.length, x_BLD.shape[2])]
-            before += [] if self.front is None else [self.front.values.to(x_BLD)]
+            before += [] if front is None else [front.values.to(x_BLD)]
             given["inputs_embeds"] = torch.cat([*before, x_BLD], 1)
         return given
+
+    def _read(self, front: Placed) -> None:
+        """Has the model read a prompt of embeddings into the cache, for what has to begin with ids."""
+        cache = self.given.get("past_key_values") or empty_cache(self.host)
+        x_BTD = front.values.to(self.host.table.dtype)
+        mask = self.given["attention_mask"][:, : cache.get_seq_length() + front.length]
+        with torch.no_grad():
+            self.host.model(inputs_embeds=x_BTD, attention_mask=mask, past_key_values=cache, use_cache=True)
+        self.given["past_key_values"] = cache
+
+    def _new(self, default: int) -> int:
+        """How many tokens may be generated."""
+        return self._asked("max_new_tokens") or default
 
     def _expanded(self, placed: Placed) -> Placed:
         """A row for each beam or sample: transformers repeats what is given by row, and no cache."""
@@ -110,47 +167,50 @@ class Generation:
         return placed._replace(values=placed.values.repeat_interleave(times, 0))
 
     def _mask(self) -> Tensor:
-        """The mask that ``generate`` would infer from padding in the ids."""
+        """The mask, or the one that ``generate`` would infer from padding in the ids."""
+        if "attention_mask" in self.given:
+            return self.given["attention_mask"]  # type: ignore[no-any-return]
         if self.ids_BL is None:
             return torch.ones(self.B, self.L, dtype=torch.long, device=self.x_BLD.device)
-        defaults = self.host.model.generation_config
-        pad, end = (
-            self._asked(name) if self._asked(name) is not None else getattr(defaults, name)
-            for name in ("pad_token_id", "eos_token_id")
-        )
+        pad, end = self._asked("pad_token_id"), self._asked("eos_token_id")
         ends = end if isinstance(end, list) else [end]
         if pad is None or pad in ends:
             return torch.ones_like(self.ids_BL)
         kept: Tensor = self.ids_BL != pad
         return kept.long()
 
+    def _pass_over(self, padding_B1: Tensor) -> None:
+        """Has the penalty for repeated tokens pass over padding: transformers expects it where the prompt is."""
+        penalty = self._asked("repetition_penalty") or 1.0
+        if penalty == 1.0 or self.ids_BL is None or not bool(padding_B1.any()):
+            return
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        own: Any = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=padding_B1.flatten())
+        self.given.update(repetition_penalty=1.0, logits_processor=[own, *self.given.get("logits_processor", ())])
+
     def _lengths(self) -> None:
         """Says lengths as numbers of new tokens: transformers counts embeddings into the others, prompts too."""
         for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             asked = self._asked(whole)
             if asked and self._asked(new) is None:
-                self.given.pop(whole, None)
-                self.given[new] = max(asked - self.L, 0)
-                if self.config is not None:
-                    self.given["generation_config"] = self.config = copy.deepcopy(self.config)
-                    setattr(self.config, whole, None)
+                self.given.update({whole: None, new: max(asked - self.L, 0)})
 
-    def _static(self) -> Any:
-        """The cache that ``cache_implementation`` asks for, with room for the prompt; None for the usual one."""
-        kind = self._asked("cache_implementation")
-        if kind is None or self.cached is None:
-            return None
-        from transformers import StaticCache
+    def _fill(self, before: int, default: int) -> None:
+        """Puts the prompt into the cache: that of the call, or of the kind it asks for.
 
-        self.given.pop("cache_implementation", None)
-        if self.config is not None and getattr(self.config, "cache_implementation", None) is not None:
-            self.given["generation_config"] = self.config = copy.deepcopy(self.config)
-            self.config.cache_implementation = None
-        if kind == "dynamic":
-            return None
-        if kind != "static":
+        Args:
+            before (`int`): Tokens of the input that the cache will have.
+            default (`int`): How many are generated where the call does not say.
+        """
+        assert self.cached is not None, "asked by whoever calls"
+        cache, kind = self.given.get("past_key_values"), self._asked("cache_implementation")
+        if kind not in (None, "dynamic", "static", "hybrid"):  # the last, a default of files, is passed over
             raise PromptError(
                 f"A prompt in the cache needs one that can be filled beforehand, 'dynamic' or 'static', not {kind!r}."
             )
-        new = self._asked("max_new_tokens") or self.host.model.generation_config.max_new_tokens or 20
-        return StaticCache(config=self.host.text, max_cache_len=self._longest() + self.cached.length + new)
+        if cache is None and kind == "static":
+            cache = empty_cache(self.host, self.cached.length + before + self._new(default), self._longest())
+        check_room(self.host, cache, self.cached.length)
+        filled = fill(self.host, self._expanded(self.cached), cache)
+        self.given.update(past_key_values=filled, use_cache=True, cache_implementation=None)
