@@ -7,7 +7,6 @@ in is `inlay.prompts.attach`'s business, once for all.
 
 from __future__ import annotations
 
-import dis
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -254,12 +253,9 @@ class Host:
         return "past_key_values" in self.parameters or "past_key_values" in inner
 
     @cached_property
-    def drops_cache(self) -> bool:
-        """Whether it reads one, but its head does not hand it on: no variable of its forward is given it."""
-        code = dis.get_instructions(inspect.unwrap(type(self.model).forward))
-        loaded = {i.argval for i in code if i.opname.startswith("LOAD_FAST")}
-        takers = {n for n, p in self.parameters.items() if n == "past_key_values" or p.kind is p.VAR_KEYWORD}
-        return not takers & loaded
+    def hands_on(self) -> bool:
+        """Whether it has no head, or one that hands a cache on; of the heads that do not generate, some do not."""
+        return self.inner is self.model or bool(self.model.can_generate())
 
     @cached_property
     def classifier(self) -> bool:

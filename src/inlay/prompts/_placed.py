@@ -266,7 +266,7 @@ class _Given(nn.Module):
 
 def run(host: Host, given: dict[str, Any]) -> Any:
     """Runs the model; a head that hands no cache on does so as a copy, which stands on a model that has it."""
-    if "past_key_values" not in given or not host.drops_cache:
+    if "past_key_values" not in given or host.hands_on:
         return host.model(**given)
     head = copy.copy(host.model)
     inner = {host.model.base_model_prefix: _Given(host.inner, given.pop("past_key_values"))}
