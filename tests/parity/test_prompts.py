@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from parity.helpers import assert_equal_tensors, peft, peft_may_warn
-from prompts.cells import FAIL_IN_PEFT, METHODS, Cell, T, supported, tensors
+from prompts.cells import FIVE, METHODS, Cell, T, cells, supported, tensors
 from prompts.models import inputs_of, model_of
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,8 +20,6 @@ from inlay.errors import PromptError, UnknownAdapterError, UnsupportedLayerError
 from inlay.prompts import PROMPTS
 from inlay.prompts._placed import shift_tokens_right
 from inlay.prompts.legacy import bloom_model_postprocess_past_key_value, starcoder_model_postprocess_past_key_value
-
-FIVE = ("llama", "gpt2", "t5", "bart", "bert")
 
 
 def theirs_of(cell: Cell) -> Any:
@@ -74,10 +72,6 @@ def close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], t, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def fails_in_peft(cell: Cell) -> bool:
-    return (cell.architecture, cell.task) in FAIL_IN_PEFT[cell.way]
-
-
 def live(name: str) -> str:
     """A live name of PEFT's: there no tuner stands between the handle and the model."""
     return name if name.startswith("prompt_encoder.") else name.replace("base_model.", "base_model.model.", 1)
@@ -85,7 +79,7 @@ def live(name: str) -> str:
 
 FLOOR = [
     pytest.param(*param.values, id=param.id, marks=[] if param.values[0].architecture in FIVE else pytest.mark.slow)
-    for param in supported(METHODS, unless=fails_in_peft)
+    for param in supported(METHODS, unless=lambda cell: cell.fails_in_peft)
 ]
 
 
@@ -115,16 +109,7 @@ GENERATED: dict[str, dict[str, Any]] = {
     "penalties": {"max_new_tokens": 8, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
     "scores": {"max_new_tokens": 5, "return_dict_in_generate": True, "output_scores": True, "output_logits": True},
 }
-GENERATING = [
-    Cell(method, name, task, METHODS[method])
-    for method in METHODS
-    for name, task in (
-        ("llama", "CAUSAL_LM"),
-        ("gpt2", "CAUSAL_LM"),
-        ("t5", "SEQ_2_SEQ_LM"),
-        ("bart", "SEQ_2_SEQ_LM"),
-    )
-]
+GENERATING = [c for c in cells(METHODS) if c.architecture in FIVE and c.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")]
 
 
 def generated(handle: Any, given: Mapping[str, Any]) -> Any:
@@ -156,18 +141,12 @@ def test_the_same_text(cell: Cell) -> None:
             assert torch.equal(a, b), name
 
 
-TASKS = [
-    ("llama", "CAUSAL_LM"),
-    ("gpt2", "CAUSAL_LM"),
-    ("llama", "TOKEN_CLS"),
-    ("t5", "SEQ_2_SEQ_LM"),
-    ("bart", "SEQ_2_SEQ_LM"),
-    ("bert", "SEQ_CLS"),
-    ("bert", "TOKEN_CLS"),
-    ("bert", "QUESTION_ANS"),
-    ("bert", "FEATURE_EXTRACTION"),
-]
-FILED = [Cell(method, name, task, METHODS[method]) for method in METHODS for name, task in TASKS]
+TASKS = {
+    **dict.fromkeys(("t5", "bart"), ("SEQ_2_SEQ_LM",)),
+    **dict.fromkeys(("llama", "gpt2"), ("CAUSAL_LM",)),
+    "bert": ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
+}
+FILED = [c for c in cells(METHODS) if c.task in TASKS.get(c.architecture, ()) and not c.fails_in_peft]
 
 
 def config_in(folder: Path) -> dict[str, Any]:
