@@ -56,6 +56,7 @@ from inlay.prompts.attach import Prompts
 from inlay.replicate import replicated
 from inlay.report import BASE_KEY, LoadReport
 from inlay.routing import BASE, Bound, Route, Router, Rows
+from inlay.signature import PassesOn
 from inlay.storage import stored_parameters
 from inlay.storage.arena import Arena, bytes_of
 from inlay.trained import Tied
@@ -444,6 +445,10 @@ class PeftModel(nn.Module):
     mixed: ClassVar[bool] = False
     # Heads that stay random after loading a base for this task, and are therefore trained beside the adapter.
     heads: ClassVar[tuple[str, ...]] = ()
+    # What a model for this task calls its labels; and that a packed base may be trained, for the adapters in it: both
+    # are what transformers' Trainer looks for.
+    labels: ClassVar[tuple[str, ...]] = ("labels",)
+    _hf_peft_config_loaded: ClassVar[bool] = True
     special_peft_forward_args: ClassVar[frozenset[str]] = frozenset({"adapter_names", "alora_offsets"})
 
     base_model: Tuner
@@ -572,6 +577,7 @@ class PeftModel(nn.Module):
 
     # ------------------------------------------------------------------ calls
 
+    @PassesOn
     def forward(
         self,
         *args: Any,
@@ -1165,6 +1171,7 @@ class PeftModelForQuestionAnswering(PeftModel):
     """A span predictor with adapters; its head is trained and saved with them."""
 
     heads = ("qa_outputs",)
+    labels = ("start_positions", "end_positions")
 
 
 class PeftModelForFeatureExtraction(PeftModel):
