@@ -125,6 +125,11 @@ def when_set() -> dict[str, str]:
     return {"written": _Written.WHEN_SET}
 
 
+def later() -> dict[str, bool]:
+    """Metadata of a field of PEFT's that is not built yet: setting it is an `UnsupportedFieldError`."""
+    return {"later": True}
+
+
 def within(interval: str) -> dict[str, str]:
     """Metadata of a field whose number, or every number of whose table, lies in an interval such as ``"[0, 1)"``."""
     return {"within": interval}
@@ -176,6 +181,8 @@ class PeftConfig:
     example: ClassVar[dict[str, Any]] = {}
     # Fields that PEFT's config of this method has and the shared block would write only when set.
     always_written: ClassVar[frozenset[str]] = frozenset()
+    # Fields that it inherits and that say nothing about it: setting one is an error.
+    meaningless: ClassVar[frozenset[str]] = frozenset()
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
 
@@ -216,6 +223,9 @@ class PeftConfig:
                     f"{type(self).__name__}.{f.name} must be {_readable(hints[f.name])}, got {value!r} "
                     f"({type(value).__name__})."
                 )
+            if (f.metadata.get("later") or f.name in self.meaningless) and value not in (None, _default(f)):
+                why = "has no meaning here" if f.name in self.meaningless else "is not built yet"
+                raise UnsupportedFieldError(f"{cls.__name__}.{f.name}={value!r} {why}; leave it at {_default(f)!r}.")
             interval = f.metadata.get("within")
             if interval and value is not None and (found := _outside(value, interval)) is not None:
                 raise ConfigError(f"{f.name} must be in {interval}, got {str(found)[:20]}.")
@@ -422,13 +432,3 @@ class AdapterConfig(PeftConfig):
 
     def spell_out(self, model_type: str | None) -> None:
         """Writes what was left to the architecture's default into the config, for files; targets are spelt already."""
-
-    def unsupported(self, name: str, why: str = "is not built yet") -> UnsupportedFieldError:
-        """The error for a field that asks for something this library does not do."""
-        return UnsupportedFieldError(
-            f"{type(self).__name__}.{name}={getattr(self, name)!r} {why}; leave it at {_field_default(self, name)!r}."
-        )
-
-
-def _field_default(config: PeftConfig, name: str) -> Any:
-    return next(_default(f) for f in fields(config) if f.name == name)

@@ -363,7 +363,7 @@ def test_loftq_config() -> None:
     with pytest.raises(ConfigError, match="loftq_bits"):
         inlay.LoftQConfig(loftq_bits=5)
     with pytest.raises(ConfigError, match="alpha"):
-        config(init_lora_weights="olora", alpha_pattern={"0": 0})
+        fresh(init_lora_weights="olora", alpha_pattern={"0": 0})
 
 
 @pytest.mark.parametrize("name", ["eva", "corda", "lora_ga", "mica"])

@@ -17,8 +17,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay.methods._abstract import Layer, Params, as_dtype, kaiming_
-from inlay.methods._lycoris import Lycoris, LycorisConfig, bare_slots, spread_core
+from inlay.methods._abstract import Layer, Params, as_dtype, bare_slots, kaiming_
+from inlay.methods._lycoris import Lycoris, LycorisConfig, spread_core
 
 
 @dataclass
