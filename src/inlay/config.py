@@ -241,6 +241,10 @@ class PeftConfig:
             out[f.name] = _plain(value)
         return out
 
+    def as_loaded(self) -> Self:
+        """The config of the adapter that a file with this config holds."""
+        return self
+
     def as_saved(self) -> Self:
         """The config of the file of an adapter that is saved as another one (`AbstractAdapter.converts`)."""
         return self

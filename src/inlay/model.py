@@ -1057,6 +1057,7 @@ class PeftModel(nn.Module):
         if not isinstance(config, AnyConfig):
             raise ConfigError(f"{source.directory} holds a {type(config).__name__}, which adapts no layer.")
         check_adapter_name(name, FORBIDDEN_NAMES)
+        config = config.as_loaded()
         config.inference_mode = not trainable
         if name in self.peft_config:
             return self._reload(source, name, config, trainable, key_mapping, strict)

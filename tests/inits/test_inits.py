@@ -226,6 +226,13 @@ def test_loftq_is_close_to_the_original(settings: dict[str, Any]) -> None:
     same_state(bits(model.unload()), before)
 
 
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_the_type_says_how_it_quantises(name: str) -> None:
+    layer = fresh(**LOFTQ | {"loftq_config": inlay.LoftQConfig(quant_type=name)}).base_model.model[0]
+    held = layer.base_layer.weight + layer.lora_offset_W["default"]
+    close(held, inits.quantise(layer.base_layer.weight, 4, name[:2]))
+
+
 def test_orthogonal_starts_at_zero_with_both_factors() -> None:
     expected = net()(inputs())
     model = fresh(init_lora_weights="orthogonal")
@@ -360,13 +367,21 @@ def test_loftq_config() -> None:
     assert json.loads(json.dumps(made.to_dict()))["loftq_config"] == made.loftq_config
     with pytest.warns(inlay.PeftWarning, match="no effect"):
         assert config(loftq_config={"loftq_bits": 4}).loftq_config == {}
-    with pytest.raises(ConfigError, match="loftq_bits"):
-        inlay.LoftQConfig(loftq_bits=5)
+    made = config(init_lora_weights="loftq", loftq_config={"quant_type": "fp4"})
+    assert made.loftq_config == {"loftq_bits": 4, "loftq_iter": 1, "quant_type": "fp4"}
+    for wrong in (
+        {"loftq_bits": 5},
+        {"loftq_iter": 11},
+        {"quant_type": "fp8"},
+        {"quant_type": "fp4", "loftq_bits": 2},
+    ):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            inlay.LoftQConfig(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="alpha"):
         fresh(init_lora_weights="olora", alpha_pattern={"0": 0})
 
 
-@pytest.mark.parametrize("name", ["eva", "corda", "lora_ga", "mica"])
+@pytest.mark.parametrize("name", ["eva", "corda", "lora_ga", "mica", "pissa_niter_100"])
 def test_what_is_not_built_is_named(name: str) -> None:
     with pytest.raises(NotImplementedError, match=name):
         config(init_lora_weights=name)

@@ -48,8 +48,9 @@ class AbstractLowRank(AbstractDelta):
     init: Any
     # Which rows of the rank a file has, where training has cut the others.
     kept: list[bool] | None = None
-    # What computes the start, and the names in p of the offset that it leaves.
+    # What computes the start, of which rank where that is not r, and the names in p of the offset that it leaves.
     start: Callable[[Tensor, int, float], inits.Start] | None = None
+    start_rank: int | None = None
     offset: tuple[str, ...] = ()
 
     # ------------------------------------------------------------------ the product
@@ -125,7 +126,7 @@ class AbstractLowRank(AbstractDelta):
                 f"init_lora_weights={self.init!r} is defined on one matrix: neither on grouped convolutions nor on "
                 "stacks of experts."
             )
-        if name == "orthogonal" and self.r % 2:
+        if name == "orthogonal" and (self.start_rank or self.r) % 2:
             raise UnsupportedLayerError(f"init_lora_weights='orthogonal' needs an even r, got {self.r}.")
         self.converts = name in ("pissa", "olora")
         # PEFT starts a table as ever, whatever is asked for.
@@ -145,7 +146,7 @@ class AbstractLowRank(AbstractDelta):
             if self.start is None:
                 self.draw(p, layer)
             else:
-                start = self.start(layer.matrix(), self.r, self.natural_scaling())
+                start = self.start(layer.matrix(), self.start_rank or self.r, self.natural_scaling())
                 self.begin(p, start.down_RI, start.up_OR)
                 for key in self.offset:
                     p[key].copy_(p[key[:-1]] if start.offset_OI is None else start.offset_OI)

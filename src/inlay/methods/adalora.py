@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inlay import inits
 from inlay.config import RANKS, within
-from inlay.errors import ConfigError, PeftWarning, UnsupportedFieldError, UnsupportedLayerError
+from inlay.errors import ConfigError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
 from inlay.methods._abstract import Layer, Params, bare_slots
 from inlay.methods._low_rank import AbstractLowRank
@@ -68,16 +68,12 @@ class AdaLoraConfig(LoraConfig):
     meaningless: ClassVar[frozenset[str]] = frozenset({"use_dora", "use_rslora", "lora_bias"})
 
     def __post_init__(self) -> None:
-        if self.init_lora_weights not in (True, False, "gaussian") or self.loftq_config:
-            raise UnsupportedFieldError("init_lora_weights loftq_config")
         super().__post_init__()
         self.check_schedule()
-        told = ["AdaLoRA does not use r: init_r is the rank at the start."] * (self.r != 8)
-        told += [f"ranks will not fall: target_r={self.target_r} is above init_r={self.init_r}."] * (
-            self.target_r > self.init_r
-        )
-        for text in told:
-            warnings.warn(text, PeftWarning, stacklevel=3)
+        if self.r != 8:
+            warnings.warn("AdaLoRA does not use r: init_r is the rank at the start.", PeftWarning, stacklevel=3)
+        if self.target_r > self.init_r:
+            warnings.warn(f"target_r={self.target_r} is above init_r: ranks will not fall.", PeftWarning, stacklevel=3)
         for key, kept in (self.rank_pattern or {}).items():
             if len(kept) != self.init_r:
                 raise ConfigError(f"rank_pattern[{key!r}] must have init_r={self.init_r} entries, got {len(kept)}.")
@@ -86,13 +82,17 @@ class AdaLoraConfig(LoraConfig):
         """Raises `ConfigError` where the steps leave no time for ranks to fall."""
         if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
-                f"tinit={self.tinit} and tfinal={self.tfinal} leave no step of total_step={self.total_step} for the "
-                "ranks to fall: make them smaller, or train longer."
+                f"tinit={self.tinit} and tfinal={self.tfinal} leave none of total_step={self.total_step}: lower them."
             )
 
     def layer_values(self, path: str, model_type: str | None) -> dict[str, Any]:
         kept = (self.rank_pattern or {}).get(f"{path}.lora_E")
         return {} if kept is None else {"pattern": kept}
+
+    def as_loaded(self) -> Self:
+        # A file that was converted says True, and where PEFT wrote a name, it had no effect.
+        named = inits.name_of(self.init_lora_weights) in ("pissa", "olora")
+        return replace(self, init_lora_weights=True) if named else self
 
     def as_saved(self) -> Self:
         # The triplets and those that are taken out; alpha / (ranknum + 1e-5) stays what it was.
@@ -110,7 +110,8 @@ class AdaLoraAdapter(AbstractLowRank):
     def __init__(self, config: AdaLoraConfig, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
         # Which of the first init_r rows are in memory, where a file had fewer.
         self.pattern: list[bool] | None = values.get("pattern")
-        self.r, self.ranknum = config.init_r if self.pattern is None else sum(self.pattern), config.init_r
+        self.r = config.init_r if self.pattern is None else sum(self.pattern)
+        self.ranknum = self.start_rank = config.init_r
         self.lora_alpha: float = values.get("lora_alpha", config.lora_alpha)
         self.scaling = self.natural_scaling()
         self.lora_dropout = self.dropout = config.lora_dropout
@@ -118,7 +119,7 @@ class AdaLoraAdapter(AbstractLowRank):
         out, inner = kind.shape(base)
         self.slots = bare_slots("lora_", {"A": (self.r, inner), "B": (out, self.r), "E": (self.r, 1)})
         self.prepare_start(config, kind, base, values)
-        if self.offset and self.pattern is not None:
+        if "A0" in self.slots and self.pattern is not None:
             raise UnsupportedLayerError(f"rank_pattern cuts it, so it cannot start by {self.init!r}: leave one out.")
 
     def natural_scaling(self) -> float:
@@ -126,14 +127,14 @@ class AdaLoraAdapter(AbstractLowRank):
 
     def draw(self, p: Params, layer: Layer) -> None:
         std = 1.0 if self.init is False else 0.02
-        p["A"].normal_(std=std)
-        p["B"].normal_(std=std)
-        p["E"].normal_() if self.init is False else p["E"].zero_()
-        if inits.name_of(self.init) == "orthogonal":
+        for key in "ABE":
+            p[key].normal_(std=std) if key != "E" or self.init is False else p[key].zero_()
+        if inits.name_of(self.init) == "orthogonal" and self.pattern is None:
             inits.draw_(p["A"], p["B"], self.init, self.r)
             self.begin(p, p["A"].clone(), p["B"].clone())
 
     def begin(self, p: Params, down_RI: Tensor, up_OR: Tensor) -> None:
+        down_RI, up_OR = down_RI[: self.r], up_OR[:, : self.r]  # a file with fewer rows brings its own
         # E has the lengths of A's rows and B's columns. What has none is not to be zero twice, or it stays so.
         a_R1, b_1R = down_RI.norm(dim=1, keepdim=True), up_OR.norm(dim=0, keepdim=True)
         p["E"].copy_(a_R1 * b_1R.t() * (self.ranknum + 1e-5))
