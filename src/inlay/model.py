@@ -862,7 +862,8 @@ class PeftModel(nn.Module):
             is_main_process (`bool`, *optional*, defaults to `True`): Only the main process writes.
             path_initial_model_for_weight_conversion (`str`, *optional*): Folder of the adapter that training began
                 with, where it has been taken out of the base by other means than ``init_lora_weights``: what is saved
-                is the difference. Adapters that record their start are saved so without being asked.
+                is the difference. Adapters that record their start are saved so without being asked. Of LoftQ it
+                is what training has changed of the original model: its quantised base is no LoRA.
             state_dict (`Mapping[str, Tensor]`, *optional*): Take tensors from here, by live name.
             kwargs: Accepted as PEFT does.
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from laws import bits, close, same_bits, same_state
@@ -500,6 +501,27 @@ def test_a_given_start_is_taken_out(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError):
         model.save_pretrained(tmp_path / "x", path_initial_model_for_weight_conversion=str(tmp_path))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("settings", ["plain", "rslora", "bias"])
+def test_of_loftq_a_plain_lora_holds_what_training_changed(tmp_path: Path, settings: str) -> None:
+    model = fresh(**LOFTQ, **SETTINGS[settings])
+    layers = [model.base_model.model[i] for i in (0, 1)]
+    begun = [layer.get_delta_weight("default").detach() for layer in layers]
+    model.save_pretrained(tmp_path / "start")
+    train(model)
+    model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    written = json.loads((tmp_path / "end" / "adapter_config.json").read_text())
+    assert (written["init_lora_weights"], written["r"], written["loftq_config"]) == (True, 8, {})
+    plain = inlay.PeftModel.from_pretrained(net(), tmp_path / "end")
+    theirs = peft.PeftModel.from_pretrained(net(), str(tmp_path / "end"))
+    for i, (layer, first) in enumerate(zip(layers, begun, strict=True)):
+        close(plain.base_model.model[i].get_delta_weight("default"), layer.get_delta_weight("default") - first, 1e-4)
+    close(theirs(inputs()), plain(inputs()))
+    # By default the quantised weight is computed again, and the function is that which was trained.
+    model.save_pretrained(tmp_path / "same")
+    again = inlay.PeftModel.from_pretrained(net(), tmp_path / "same")
+    close(again(inputs()), model(inputs()))
 
 
 def test_kept_by_its_name_while_training_and_put_back(tmp_path: Path) -> None:

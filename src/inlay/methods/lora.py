@@ -119,7 +119,8 @@ class LoraConfig(AdapterConfig):
     def rescaled(self, factor: float, **fields: Any) -> Self:
         """The config of a file whose offset is in its factors."""
         fields["alpha_pattern"] = {path: factor * alpha for path, alpha in self.alpha_pattern.items()}
-        return replace(self, init_lora_weights=True, lora_alpha=factor * self.lora_alpha, **fields)
+        fields.update(init_lora_weights=True, loftq_config=None, lora_alpha=factor * self.lora_alpha)
+        return replace(self, **fields)
 
 
 class LoraAdapter(AbstractLowRank):
