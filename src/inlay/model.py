@@ -198,9 +198,14 @@ class Tuner(nn.Module):
 
     def disable_adapter_layers(self) -> None:
         """Switches all adapters off, for all threads; `PeftModel.disable_adapter` does for one thread."""
-        if any(config.bias != "none" for config in self.peft_config.values()):
-            warnings.warn("Trained biases stay in place while adapters are off.", PeftWarning, stacklevel=2)
+        self.tell_biases()
         self._enable(False)
+
+    def tell_biases(self, stacklevel: int = 3) -> None:
+        """Warns where switching adapters off does not give the base model back."""
+        if any(config.bias != "none" for config in self.peft_config.values()):
+            text = "Trained biases are the model's own: they stay in place while adapters are off."
+            warnings.warn(text, PeftWarning, stacklevel)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter.
@@ -718,7 +723,11 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Runs the frozen model inside the ``with``, in the calling thread and task only; merged stays merged."""
+        """Runs the frozen model inside the ``with``, in the calling thread and task only; merged stays merged.
+
+        Biases that an adapter trains (``bias``) stay as they are, with a warning: all adapters share them.
+        """
+        self.base_model.tell_biases(stacklevel=4)
         with self.base_model.router.choose(Route(())):
             yield
 

@@ -62,13 +62,14 @@ class WdLoHaAdapter(LoHaAdapter):
 
     def __init__(self, config: LoHaConfig, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
         super().__init__(config, kind, base, values)
+        self.slots = {k: slot._replace(name=f"wdloha_{k}") for k, slot in self.slots.items()}
         self.slots["magnitude"] = Slot(kind.channel_shape(base), "wdloha_magnitude")
 
     def draw(self, p: Params, layer: Layer) -> None:
         super().draw({key: t for key, t in p.items() if key != "magnitude"}, layer)
 
 
-FACTORS = tuple(f"hada_w{i}_{side}" for i in "12" for side in "ab")
+FACTORS = tuple(f"wdloha_w{i}_{side}" for i in "12" for side in "ab")
 OPTIONS = {
     "HRA": Option({}, additive=False),
     "WDLOHA": Option({"r": 1, "alpha": 2}, constant=FACTORS),

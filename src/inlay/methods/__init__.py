@@ -52,12 +52,16 @@ class Method:
 
         Raises:
             UnsupportedLayerError: The method, configured so, is not defined on it.
+            ConfigError: The method names a tensor as something else is, or may be, named.
         """
         if not self.adapter.stacks and (experts := kind.experts(base)) > 1:
             raise UnsupportedLayerError(
                 f"its weight stacks {experts} matrices, and {config.method} is defined on one."
             )
         adapter = self.adapter(config, kind, base, values)
+        for slot in adapter.slots.values():
+            if not (slot.name.startswith(self.prefix) and slot.name.isidentifier()):
+                raise ConfigError(f"A slot of {config.method} must be named {self.prefix}..., got {slot.name!r}.")
         adapter.check(kind, base)
         return adapter
 

@@ -31,6 +31,7 @@ class RankBudget(TrainingHooks):
         self.seen = Importance()  # of A, B and E of every layer, in this order
 
     def begin(self, total_steps: int) -> None:
+        self.fills = self.fills or self.config.total_step is None
         if self.fills:
             self.config.total_step = total_steps
             self.config.check_schedule()
