@@ -40,19 +40,18 @@ class PassesOn:
 def _showing(function: FunctionType, receiver: type | tuple[str, ...]) -> FunctionType:
     """A copy of ``function`` that shows the keywords, or the parameters of the forward, which it hands on."""
     own = inspect.signature(function)
-    shown = {name: p.replace(kind=p.POSITIONAL_ONLY) if name == "self" else p for name, p in own.parameters.items()}
+    this, *mine = own.parameters.values()
     if isinstance(receiver, tuple):
-        shown.update((name, Parameter(name, Parameter.KEYWORD_ONLY, default=None)) for name in receiver)
+        theirs = [*mine, *(Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in receiver)]
     else:
         try:
             theirs = list(inspect.signature(receiver.forward).parameters.values())[1:]  # type: ignore[attr-defined]
         except (TypeError, ValueError):
             return function
-        shown = {name: p for name, p in shown.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-        shown.update((p.name, p) for p in theirs)
+    shown = [this.replace(kind=this.POSITIONAL_ONLY), *(p for p in mine if p.kind is p.KEYWORD_ONLY), *theirs]
     copy = FunctionType(function.__code__, function.__globals__, closure=function.__closure__)
     update_wrapper(copy, function)
     copy.__kwdefaults__ = function.__kwdefaults__
-    ordered = sorted(shown.values(), key=lambda p: p.kind)
+    ordered = sorted({p.name: p for p in shown}.values(), key=lambda p: p.kind)
     copy.__signature__ = own.replace(parameters=ordered)  # type: ignore[attr-defined]
     return copy

@@ -27,7 +27,7 @@ from inlay.errors import (
     MissingFileError,
     UnsupportedLayerError,
 )
-from inlay.inits.loftq import codebook
+from inlay.inits.loftq import codebook, quantise
 from inlay.storage.plain import Plain
 
 LOFTQ = {"init_lora_weights": "loftq", "loftq_config": inlay.LoftQConfig(loftq_bits=4, loftq_iter=2)}
@@ -146,10 +146,10 @@ def test_quantising_is_nearest(bits_: int, name: str) -> None:
     torch.manual_seed(0)
     W = torch.randn(7, 30)  # no multiple of a block
     W[0] = 0.0
-    Q = inits.quantise(W, bits_, name)
+    Q = quantise(W, bits_, name)
     assert Q.shape == W.shape
     assert not Q[0].any()
-    close(inits.quantise(Q, bits_, name), Q, 1e-2 if bits_ == 8 else 1e-6)  # what can be held is held
+    close(quantise(Q, bits_, name), Q, 1e-2 if bits_ == 8 else 1e-6)  # what can be held is held
     if bits_ == 8:
         top = W.abs().amax(1, keepdim=True)
         assert bool(((Q - W).abs() <= 0.502 * top / 127 + 1e-3 * W.abs()).all())
@@ -167,13 +167,13 @@ def test_quantising_is_that_of_bitsandbytes(name: str) -> None:
     torch.manual_seed(0)
     W = torch.randn(37, 50)
     packed, state = functional.quantize_4bit(W, quant_type=f"{name}4", blocksize=64)
-    close(inits.quantise(W, 4, name), functional.dequantize_4bit(packed, state))
+    close(quantise(W, 4, name), functional.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("bits_", [2, 4, 8])
 def test_loftq_makes_up_for_what_is_lost(weight: Tensor, bits_: int) -> None:
     weight = torch.randn(64, 96)
-    lost = inits.quantise(weight, bits_) - weight
+    lost = quantise(weight, bits_) - weight
     before = lost.norm()
     for rounds in (1, 4):
         start = inits.loftq(weight, 8, 0.5, bits_, rounds)
@@ -181,7 +181,7 @@ def test_loftq_makes_up_for_what_is_lost(weight: Tensor, bits_: int) -> None:
         left = (start.offset_OI + 0.5 * start.up_OR @ start.down_RI).norm()
         assert left < before
         before = left
-    close(inits.quantise(weight + start.offset_OI, bits_), weight + start.offset_OI, 1e-2)
+    close(quantise(weight + start.offset_OI, bits_), weight + start.offset_OI, 1e-2)
 
 
 # ---------------------------------------------------------------- in a layer
@@ -218,7 +218,7 @@ def test_loftq_is_close_to_the_original(settings: dict[str, Any]) -> None:
         without = (layer.lora_offset_W["default"]).norm()
         assert layer.get_delta_weight("default").norm() < without
     held = W + layer.lora_offset_W["default"]
-    close(inits.quantise(held), held)
+    close(quantise(held), held)
     train(model)
     trained = model(inputs())
     model.merge_adapter()
@@ -231,7 +231,7 @@ def test_loftq_is_close_to_the_original(settings: dict[str, Any]) -> None:
 def test_the_type_says_how_it_quantises(name: str) -> None:
     layer = fresh(**LOFTQ | {"loftq_config": inlay.LoftQConfig(quant_type=name)}).base_model.model[0]
     held = layer.base_layer.weight + layer.lora_offset_W["default"]
-    close(held, inits.quantise(layer.base_layer.weight, 4, name[:2]))
+    close(held, quantise(layer.base_layer.weight, 4, name[:2]))
 
 
 def test_orthogonal_starts_at_zero_with_both_factors() -> None:
@@ -562,7 +562,7 @@ def quantised(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
         packed = Packed(layer.in_features, layer.out_features)
         packed.load_state_dict(layer.state_dict())
         with torch.no_grad():
-            packed.weight.copy_(inits.quantise(packed.weight, 2))
+            packed.weight.copy_(quantise(packed.weight, 2))
         base[i] = packed  # type: ignore[index]
     return base
 

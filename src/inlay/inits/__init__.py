@@ -21,7 +21,7 @@ from torch import Tensor
 from inlay.errors import ConfigError, PeftWarning, UnsupportedFieldError
 from inlay.inits.decompose import Start, olora, pissa
 from inlay.inits.draw import DRAWN, draw_, kaiming_
-from inlay.inits.loftq import LoftQConfig, loftq, quantise
+from inlay.inits.loftq import LoftQConfig, loftq
 
 _ITERATED = re.compile(r"pissa_niter_(\d{1,2})")  # a file may ask for any number
 
@@ -79,16 +79,4 @@ def computed(
     return olora if name == "olora" else None
 
 
-__all__ = [
-    "LoftQConfig",
-    "Start",
-    "checked",
-    "computed",
-    "draw_",
-    "kaiming_",
-    "loftq",
-    "name_of",
-    "olora",
-    "pissa",
-    "quantise",
-]
+__all__ = ["LoftQConfig", "Start", "checked", "computed", "draw_", "kaiming_", "name_of", "pissa"]

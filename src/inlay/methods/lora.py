@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from inlay import inits
-from inlay.config import ALPHAS, RANKS, AdapterConfig, TaskType, later, runtime_only, within
+from inlay.config import ALPHAS, LATER, RANKS, RUNTIME_ONLY, AdapterConfig, TaskType, within
 from inlay.errors import ConfigError, NotMergeableError, UnsupportedLayerError
 from inlay.layers import LayerKind
 from inlay.methods._abstract import Layer, Params, Slot
@@ -70,23 +70,23 @@ class LoraConfig(AdapterConfig):
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata=within(RANKS))
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=within(ALPHAS))
-    megatron_config: dict[str, Any] | None = field(default=None, metadata=later())
+    megatron_config: dict[str, Any] | None = field(default=None, metadata=LATER)
     megatron_core: str | None = "megatron.core"
     loftq_config: inits.LoftQConfig | dict[str, Any] | None = field(default_factory=dict)
-    eva_config: Any = field(default=None, metadata=later())
-    corda_config: Any = field(default=None, metadata=later())
-    lora_ga_config: Any = field(default=None, metadata=later())
+    eva_config: Any = field(default=None, metadata=LATER)
+    corda_config: Any = field(default=None, metadata=LATER)
+    lora_ga_config: Any = field(default=None, metadata=LATER)
     use_dora: bool = False
-    velora_config: Any = field(default=None, metadata=later())
+    velora_config: Any = field(default=None, metadata=LATER)
     alora_invocation_tokens: list[int] | None = None
-    use_qalora: bool = field(default=False, metadata=later())
+    use_qalora: bool = field(default=False, metadata=LATER)
     qalora_group_size: int = 16
-    monteclora_config: Any = field(default=None, metadata=later())
-    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, metadata=runtime_only())
+    monteclora_config: Any = field(default=None, metadata=LATER)
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, metadata=RUNTIME_ONLY)
     lora_bias: bool = False
-    use_bdlora: Any = field(default=None, metadata=later())
-    arrow_config: Any = field(default=None, metadata=later())
-    kasa_config: Any = field(default=None, metadata=later())
+    use_bdlora: Any = field(default=None, metadata=LATER)
+    arrow_config: Any = field(default=None, metadata=LATER)
+    kasa_config: Any = field(default=None, metadata=LATER)
 
     method: ClassVar[str] = "LORA"
     patterned: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay.config import RANKS, AdapterConfig, when_set, within
+from inlay.config import RANKS, WHEN_SET, AdapterConfig, within
 from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
 from inlay.methods._abstract import Layer, Params, Slot, as_dtype
@@ -60,8 +60,8 @@ class OFTConfig(AdapterConfig):
     block_share: bool = False
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = field(default=5, metadata=within("[2, 100]"))
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=when_set() | within(RANKS))
-    block_size_pattern: dict[str, int] = field(default_factory=dict, metadata=when_set() | within(RANKS))
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=WHEN_SET | within(RANKS))
+    block_size_pattern: dict[str, int] = field(default_factory=dict, metadata=WHEN_SET | within(RANKS))
 
     method: ClassVar[str] = "OFT"
     patterned: ClassVar[dict[str, str]] = {"r": "rank_pattern", "oft_block_size": "block_size_pattern"}
