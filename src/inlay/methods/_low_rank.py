@@ -45,7 +45,7 @@ class AbstractLowRank(AbstractDelta):
     experts: int = 1
     use_dora: bool = False
     r: int
-    init: Any
+    init: Any = True
     # Which rows of the rank a file has, where training has cut the others.
     kept: list[bool] | None = None
     # What computes the start, of which rank where that is not r, and the names in p of the offset that it leaves.
