@@ -282,6 +282,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
             {"rank_pattern": None},
         ),
         "dropout": Option({"init_r": 3, "target_r": 2, "lora_alpha": 40, "lora_dropout": 0.3}, {"init_r": 2}),
+        "pissa": Option(
+            {"init_r": 2, "target_r": 1, "init_lora_weights": "pissa"}, {"init_r": 3}, narrow=0.1, converts=True
+        ),
     },
     "IA3": {
         "plain": Option({"feedforward_modules": []}, additive=False),
@@ -326,6 +329,7 @@ UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
     ("LORA", "dora with dropout", "Conv2d grouped"): (UnsupportedLayerError, "as without dropout"),
     ("LORA", "pissa", "Conv2d grouped"): (UnsupportedLayerError, "B A is not a grouped weight, nor a part of one"),
     ("LORA", "pissa", "Parameter of experts"): (UnsupportedLayerError, "the start is a part of one matrix"),
+    ("ADALORA", "pissa", "Conv2d grouped"): (UnsupportedLayerError, "as LoRA"),
     ("LORA", "bias", "Embedding"): (UnsupportedLayerError, "an embedding has no bias"),
     ("LORA", "bias", "Embedding with padding"): (UnsupportedLayerError, "an embedding has no bias"),
     ("LORA", "bias", "MultiheadAttention without bias"): (UnsupportedLayerError, "there is no bias to add to"),
@@ -336,7 +340,7 @@ UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
     },
     **{
         ("ADALORA", option, "Parameter of experts"): (UnsupportedLayerError, "one E weighs rows of one matrix")
-        for option in ("plain", "random", "pruned", "dropout")
+        for option in ("plain", "random", "pruned", "dropout", "pissa")
     },
     ("ADALORA", "dropout", "Parameter"): _PARAMETER_ONLY_WEIGHT,
     **{

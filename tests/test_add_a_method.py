@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,20 @@ def test_beside_a_method_of_the_package() -> None:
     expected = model(x)
     model.merge_adapter()
     laws.close(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ["scale", "ssf_a.b", "base_layer", "lora_A"])
+def test_names_of_tensors_are_checked(name: str) -> None:
+    class Renamed(METHODS["SSF"].adapter):  # type: ignore[name-defined, misc]
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.slots["scale"] = self.slots["scale"]._replace(name=name)
+
+    METHODS["SSF"] = replace(METHODS["SSF"], adapter=Renamed)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    with pytest.raises(ConfigError, match=f"ssf_.*{name}"):
+        inlay.get_peft_model(net, METHODS["SSF"].config(target_modules=["0"]))
+    assert type(net[0]) is torch.nn.Linear
 
 
 def test_kinds_are_checked() -> None:

@@ -21,7 +21,7 @@ from inlay.model import PeftModel
 from inlay.storage import STORAGES
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*lora_dropout has no effect there"),
+    pytest.mark.filterwarnings("ignore:.*dropout has no effect there"),
     pytest.mark.filterwarnings("ignore:.* does not divide a layer's width"),
     pytest.mark.filterwarnings("ignore:Merged into 1 packed weights"),
 ]

@@ -27,6 +27,7 @@ RANKS = {
     "errors": 0,
     "report": 0,
     "settings": 0,
+    "signature": 0,
     # pure functions over strings and tensors
     "patterns": 1,
     "sources": 1,

@@ -13,7 +13,7 @@ from laws import KINDS, OPTIONS, UNMERGEABLE, UNSUPPORTED, Case
 from torch import Tensor
 
 import inlay
-from inlay.errors import ConfigError
+from inlay.errors import ConfigError, MissingFileError
 from inlay.inject import wrappers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* does not divide a layer's width")
@@ -89,6 +89,8 @@ def test_saved_in_a_folder_each_and_loaded(one: Case, two: Case, tmp_path: Path)
     x, model = one.inputs(), mixed(one, two)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["a", "b"]
+    with pytest.raises(MissingFileError, match=r"Folders in it have one: a, b\."):
+        inlay.PeftMixedModel.from_pretrained(one.base(), tmp_path)
     again = inlay.PeftMixedModel.from_pretrained(one.base(), tmp_path / "a", adapter_name="a")
     again.load_adapter(tmp_path / "b", adapter_name="b")
     assert isinstance(again, inlay.PeftMixedModel)

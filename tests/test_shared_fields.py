@@ -120,6 +120,9 @@ def test_bias(method: str, which: str, tmp_path: Path) -> None:
     trained = {name for name, p in model.named_parameters() if p.requires_grad} - set(laws.adapter_tensors(model))
     wanted = {f"base_model.model.{path}.base_layer.bias" for path in found}
     assert trained == (wanted | {"base_model.model.head.bias"} if which == "all" else wanted)
+    kept = {name: model.get_parameter(name).detach().clone() for name in trained}
+    with pytest.warns(PeftWarning, match="stay in place"), model.disable_adapter():
+        assert all(torch.equal(model.get_parameter(name), t) for name, t in kept.items())
     returns(model, tmp_path)
 
 

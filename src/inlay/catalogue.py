@@ -149,7 +149,7 @@ def _paper(cls: type) -> str:
 
 def _adapter(method: Method, kind: LayerKind, layer: nn.Module) -> AbstractAdapter:
     config = method.config(**method.config.example)
-    return method.adapter(config, kind, layer, config.layer_values("layer", None))
+    return method.on(config, kind, layer, config.layer_values("layer", None))
 
 
 def _samples(outs: int = 64, ins: int = 64) -> list[tuple[LayerKind, nn.Module]]:

@@ -108,21 +108,11 @@ def _readable(hint: Any) -> str:
     return text.replace("typing.", "").replace("inlay.config.", "").replace("inlay.methods.", "")
 
 
-class _Written:
-    """Marker in a field's metadata: ``NEVER`` in files, or only ``WHEN_SET`` (PEFT's own config lacks the field)."""
-
-    NEVER = "never"
-    WHEN_SET = "when set"
-
-
-def runtime_only() -> dict[str, str]:
-    """Metadata of a field that is never written to a file."""
-    return {"written": _Written.NEVER}
-
-
-def when_set() -> dict[str, str]:
-    """Metadata of a field that PEFT's config of most methods lacks: it is written where it is not the default."""
-    return {"written": _Written.WHEN_SET}
+# Metadata of fields: never written to a file; written where it is not the default, for PEFT's config of most methods
+# lacks it; PEFT's and not built yet, so that setting it is an `UnsupportedFieldError`.
+RUNTIME_ONLY = {"written": "never"}
+WHEN_SET = {"written": "when set"}
+LATER = {"later": True}
 
 
 def within(interval: str) -> dict[str, str]:
@@ -176,6 +166,8 @@ class PeftConfig:
     example: ClassVar[dict[str, Any]] = {}
     # Fields that PEFT's config of this method has and the shared block would write only when set.
     always_written: ClassVar[frozenset[str]] = frozenset()
+    # Fields that it inherits and that say nothing about it: setting one is an error.
+    meaningless: ClassVar[frozenset[str]] = frozenset()
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
 
@@ -216,6 +208,9 @@ class PeftConfig:
                     f"{type(self).__name__}.{f.name} must be {_readable(hints[f.name])}, got {value!r} "
                     f"({type(value).__name__})."
                 )
+            if (f.metadata.get("later") or f.name in self.meaningless) and value not in (None, _default(f)):
+                why = "has no meaning here" if f.name in self.meaningless else "is not built yet"
+                raise UnsupportedFieldError(f"{cls.__name__}.{f.name}={value!r} {why}; leave it at {_default(f)!r}.")
             interval = f.metadata.get("within")
             if interval and value is not None and (found := _outside(value, interval)) is not None:
                 raise ConfigError(f"{f.name} must be in {interval}, got {str(found)[:20]}.")
@@ -226,10 +221,14 @@ class PeftConfig:
         for f in fields(self):
             value, written = getattr(self, f.name), f.metadata.get("written")
             unset = value == _default(f) and f.name not in self.always_written
-            if written == _Written.NEVER or (written == _Written.WHEN_SET and unset):
+            if written == "never" or (written == "when set" and unset):
                 continue
             out[f.name] = _plain(value)
         return out
+
+    def as_loaded(self) -> Self:
+        """The config of the adapter that a file with this config holds."""
+        return self
 
     def as_saved(self) -> Self:
         """The config of the file of an adapter that is saved as another one (`AbstractAdapter.converts`)."""
@@ -277,7 +276,7 @@ class PeftConfig:
                 PeftWarning,
                 stacklevel=3,
             )
-        kept = {k: v for k, v in values.items() if k in known and known[k].metadata.get("written") != _Written.NEVER}
+        kept = {k: v for k, v in values.items() if k in known and known[k].metadata.get("written") != "never"}
         return config_cls(**kept)
 
     @classmethod
@@ -370,14 +369,14 @@ class AdapterConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | set[str] | None = None
-    layers_to_transform: list[int] | int | None = field(default=None, metadata=when_set())
-    layers_pattern: list[str] | str | None = field(default=None, metadata=when_set())
-    bias: str = field(default="none", metadata=when_set())
-    fan_in_fan_out: bool = field(default=False, metadata=when_set())
-    target_parameters: list[str] | set[str] | None = field(default=None, metadata=when_set())
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None, metadata=when_set())
-    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata=when_set())
-    ensure_weight_tying: bool = field(default=False, metadata=when_set())
+    layers_to_transform: list[int] | int | None = field(default=None, metadata=WHEN_SET)
+    layers_pattern: list[str] | str | None = field(default=None, metadata=WHEN_SET)
+    bias: str = field(default="none", metadata=WHEN_SET)
+    fan_in_fan_out: bool = field(default=False, metadata=WHEN_SET)
+    target_parameters: list[str] | set[str] | None = field(default=None, metadata=WHEN_SET)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None, metadata=WHEN_SET)
+    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata=WHEN_SET)
+    ensure_weight_tying: bool = field(default=False, metadata=WHEN_SET)
 
     # Field of the value that varies by layer -> field with the {pattern: value} table.
     patterned: ClassVar[dict[str, str]] = {}
@@ -422,13 +421,3 @@ class AdapterConfig(PeftConfig):
 
     def spell_out(self, model_type: str | None) -> None:
         """Writes what was left to the architecture's default into the config, for files; targets are spelt already."""
-
-    def unsupported(self, name: str, why: str = "is not built yet") -> UnsupportedFieldError:
-        """The error for a field that asks for something this library does not do."""
-        return UnsupportedFieldError(
-            f"{type(self).__name__}.{name}={getattr(self, name)!r} {why}; leave it at {_field_default(self, name)!r}."
-        )
-
-
-def _field_default(config: PeftConfig, name: str) -> Any:
-    return next(_default(f) for f in fields(config) if f.name == name)

@@ -444,13 +444,9 @@ def _adapter(
     key: str | None = None,
 ) -> AbstractAdapter:
     """The adapter of one layer; ``key`` is the layer's path in files, where it is not ``path``."""
-    adapter = method_of(config).adapter
     try:
-        if not adapter.stacks and (experts := kind.experts(layer)) > 1:
-            raise UnsupportedLayerError(
-                f"its weight stacks {experts} matrices, and {config.method} is defined on one."
-            )
-        made = adapter(config, kind, layer, {**values, **config.layer_values(key or path, found.model_type)})
+        values = {**values, **config.layer_values(key or path, found.model_type)}
+        made = method_of(config).on(config, kind, layer, values)
         made.activated = config.invocation is not None
         if made.activated and kind.name not in _BY_TOKEN:
             raise UnsupportedLayerError(f"an activated adapter acts on single tokens, which a {kind.name} does not.")

@@ -242,6 +242,8 @@ class _Conv(LayerKind):
 
     def up_shape(self, layer: nn.Module, r: int) -> tuple[int, ...]:
         conv = cast(nn.Conv2d, layer)
+        if r % conv.groups:
+            raise UnsupportedLayerError(f"r={r} must be a multiple of the convolution's {conv.groups} groups.")
         return (conv.out_channels, r // conv.groups, *(1,) * self.dims)
 
     def channels(self, v_O: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ from inlay.prompts.attach import Prompts
 from inlay.replicate import replicated
 from inlay.report import BASE_KEY, LoadReport
 from inlay.routing import BASE, Bound, Route, Router, Rows
+from inlay.signature import PassesOn
 from inlay.storage import stored_parameters
 from inlay.storage.arena import Arena, bytes_of
 from inlay.trained import ModulesToSaveWrapper, Tied
@@ -202,9 +203,14 @@ class Tuner(nn.Module):
 
     def disable_adapter_layers(self) -> None:
         """Switches all adapters off, for all threads; `PeftModel.disable_adapter` does for one thread."""
-        if any(config.bias != "none" for config in self.peft_config.values()):
-            warnings.warn("Trained biases stay in place while adapters are off.", PeftWarning, stacklevel=2)
+        self.tell_biases()
         self._enable(False)
+
+    def tell_biases(self, stacklevel: int = 3) -> None:
+        """Warns where switching adapters off does not give the base model back."""
+        if any(config.bias != "none" for config in self.peft_config.values()):
+            text = "Trained biases are the model's own: they stay in place while adapters are off."
+            warnings.warn(text, PeftWarning, stacklevel)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter.
@@ -449,6 +455,10 @@ class PeftModel(nn.Module):
     mixed: ClassVar[bool] = False
     # Heads that stay random after loading a base for this task, and are therefore trained beside the adapter.
     heads: ClassVar[tuple[str, ...]] = ()
+    # What a model for this task calls its labels; and that a packed base may be trained, for the adapters in it: both
+    # are what transformers' Trainer looks for.
+    labels: ClassVar[tuple[str, ...]] = ("labels",)
+    _hf_peft_config_loaded: ClassVar[bool] = True
     special_peft_forward_args: ClassVar[frozenset[str]] = frozenset({"adapter_names", "alora_offsets"})
 
     base_model: Tuner
@@ -580,6 +590,7 @@ class PeftModel(nn.Module):
 
     # ------------------------------------------------------------------ calls
 
+    @PassesOn
     def forward(
         self,
         *args: Any,
@@ -713,7 +724,11 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Runs the frozen model inside the ``with``, in the calling thread and task only; merged stays merged."""
+        """Runs the frozen model inside the ``with``, in the calling thread and task only; merged stays merged.
+
+        Biases that an adapter trains (``bias``) stay as they are, with a warning: all adapters share them.
+        """
+        self.base_model.tell_biases(stacklevel=4)
         with self.base_model.router.choose(Route(())):
             yield
 
@@ -901,7 +916,8 @@ class PeftModel(nn.Module):
             is_main_process (`bool`, *optional*, defaults to `True`): Only the main process writes.
             path_initial_model_for_weight_conversion (`str`, *optional*): Folder of the adapter that training began
                 with, where it has been taken out of the base by other means than ``init_lora_weights``: what is saved
-                is the difference. Adapters that record their start are saved so without being asked.
+                is the difference. Adapters that record their start are saved so without being asked. Of LoftQ it
+                is what training has changed of the original model: its quantised base is no LoRA.
             state_dict (`Mapping[str, Tensor]`, *optional*): Take tensors from here, by live name.
             kwargs: Accepted as PEFT does.
 
@@ -1096,6 +1112,7 @@ class PeftModel(nn.Module):
         if not isinstance(config, AnyConfig):
             raise ConfigError(f"{source.directory} holds a {type(config).__name__}, which adapts no layer.")
         check_adapter_name(name, FORBIDDEN_NAMES)
+        config = config.as_loaded()
         config.inference_mode = not trainable
         if name in self.peft_config:
             return self._reload(source, name, config, trainable, key_mapping, strict)
@@ -1210,6 +1227,7 @@ class PeftModelForQuestionAnswering(PeftModel):
     """A span predictor with adapters; its head is trained and saved with them."""
 
     heads = ("qa_outputs",)
+    labels = ("start_positions", "end_positions")
 
 
 class PeftModelForFeatureExtraction(PeftModel):

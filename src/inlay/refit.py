@@ -15,7 +15,7 @@ from inlay.errors import CorruptFileError, MissingFileError, UnsupportedLayerErr
 from inlay.formats import files
 from inlay.formats.peft import PREFIX
 from inlay.inject import wrappers
-from inlay.methods._started import StartedLowRank
+from inlay.methods._low_rank import AbstractLowRank
 from inlay.state import config_of
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -51,7 +51,7 @@ def replace_lora_weights_loftq(
         raise UnsupportedLayerError(f"No quantised layer has the adapter {adapter_name!r}: nothing was lost.")
     for path, layer in layers.values():
         method = layer.methods[adapter_name]
-        if not isinstance(method, StartedLowRank) or method.offset or layer.merged:
+        if not isinstance(method, AbstractLowRank) or not method.rank_dims or method.offset or layer.merged:
             raise UnsupportedLayerError(
                 f"{path}: {adapter_name!r} must be an unmerged LoRA with init_lora_weights=True to be given a start."
             )
@@ -105,13 +105,12 @@ def _refit(
     callback: Callable[[nn.Module, str], bool] | None,
 ) -> None:
     method, p = layer.methods[adapter_name], layer.params(adapter_name)
-    assert isinstance(method, StartedLowRank)
+    assert isinstance(method, AbstractLowRank)
     with torch.no_grad():
-        before = {key: p[key].clone() for key in ("down", "up")}
+        before = {key: p[key].clone() for key in method.rank_dims}
         lost_OI = W_OI.to(layer.facts()[1], torch.float32) - layer.matrix().float()
         start = inits.pissa(lost_OI, method.r, method.natural_scaling())
-        p["down"].copy_(start.down_RI)
-        p["up"].copy_(start.up_OR)
+        method.begin(p, start.down_RI, start.up_OR)
         if callback is not None and not callback(model, path):
             for key, t in before.items():
                 p[key].copy_(t)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from laws import bits, close, same_bits, same_state
@@ -26,7 +27,7 @@ from inlay.errors import (
     MissingFileError,
     UnsupportedLayerError,
 )
-from inlay.inits.loftq import codebook
+from inlay.inits.loftq import codebook, quantise
 from inlay.storage.plain import Plain
 
 LOFTQ = {"init_lora_weights": "loftq", "loftq_config": inlay.LoftQConfig(loftq_bits=4, loftq_iter=2)}
@@ -145,10 +146,10 @@ def test_quantising_is_nearest(bits_: int, name: str) -> None:
     torch.manual_seed(0)
     W = torch.randn(7, 30)  # no multiple of a block
     W[0] = 0.0
-    Q = inits.quantise(W, bits_, name)
+    Q = quantise(W, bits_, name)
     assert Q.shape == W.shape
     assert not Q[0].any()
-    close(inits.quantise(Q, bits_, name), Q, 1e-2 if bits_ == 8 else 1e-6)  # what can be held is held
+    close(quantise(Q, bits_, name), Q, 1e-2 if bits_ == 8 else 1e-6)  # what can be held is held
     if bits_ == 8:
         top = W.abs().amax(1, keepdim=True)
         assert bool(((Q - W).abs() <= 0.502 * top / 127 + 1e-3 * W.abs()).all())
@@ -166,13 +167,13 @@ def test_quantising_is_that_of_bitsandbytes(name: str) -> None:
     torch.manual_seed(0)
     W = torch.randn(37, 50)
     packed, state = functional.quantize_4bit(W, quant_type=f"{name}4", blocksize=64)
-    close(inits.quantise(W, 4, name), functional.dequantize_4bit(packed, state))
+    close(quantise(W, 4, name), functional.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("bits_", [2, 4, 8])
 def test_loftq_makes_up_for_what_is_lost(weight: Tensor, bits_: int) -> None:
     weight = torch.randn(64, 96)
-    lost = inits.quantise(weight, bits_) - weight
+    lost = quantise(weight, bits_) - weight
     before = lost.norm()
     for rounds in (1, 4):
         start = inits.loftq(weight, 8, 0.5, bits_, rounds)
@@ -180,7 +181,7 @@ def test_loftq_makes_up_for_what_is_lost(weight: Tensor, bits_: int) -> None:
         left = (start.offset_OI + 0.5 * start.up_OR @ start.down_RI).norm()
         assert left < before
         before = left
-    close(inits.quantise(weight + start.offset_OI, bits_), weight + start.offset_OI, 1e-2)
+    close(quantise(weight + start.offset_OI, bits_), weight + start.offset_OI, 1e-2)
 
 
 # ---------------------------------------------------------------- in a layer
@@ -217,13 +218,20 @@ def test_loftq_is_close_to_the_original(settings: dict[str, Any]) -> None:
         without = (layer.lora_offset_W["default"]).norm()
         assert layer.get_delta_weight("default").norm() < without
     held = W + layer.lora_offset_W["default"]
-    close(inits.quantise(held), held)
+    close(quantise(held), held)
     train(model)
     trained = model(inputs())
     model.merge_adapter()
     close(model(inputs()), trained, 1e-4)
     model.unmerge_adapter()
     same_state(bits(model.unload()), before)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_the_type_says_how_it_quantises(name: str) -> None:
+    layer = fresh(**LOFTQ | {"loftq_config": inlay.LoftQConfig(quant_type=name)}).base_model.model[0]
+    held = layer.base_layer.weight + layer.lora_offset_W["default"]
+    close(held, quantise(layer.base_layer.weight, 4, name[:2]))
 
 
 def test_orthogonal_starts_at_zero_with_both_factors() -> None:
@@ -360,13 +368,21 @@ def test_loftq_config() -> None:
     assert json.loads(json.dumps(made.to_dict()))["loftq_config"] == made.loftq_config
     with pytest.warns(inlay.PeftWarning, match="no effect"):
         assert config(loftq_config={"loftq_bits": 4}).loftq_config == {}
-    with pytest.raises(ConfigError, match="loftq_bits"):
-        inlay.LoftQConfig(loftq_bits=5)
+    made = config(init_lora_weights="loftq", loftq_config={"quant_type": "fp4"})
+    assert made.loftq_config == {"loftq_bits": 4, "loftq_iter": 1, "quant_type": "fp4"}
+    for wrong in (
+        {"loftq_bits": 5},
+        {"loftq_iter": 11},
+        {"quant_type": "fp8"},
+        {"quant_type": "fp4", "loftq_bits": 2},
+    ):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            inlay.LoftQConfig(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="alpha"):
-        config(init_lora_weights="olora", alpha_pattern={"0": 0})
+        fresh(init_lora_weights="olora", alpha_pattern={"0": 0})
 
 
-@pytest.mark.parametrize("name", ["eva", "corda", "lora_ga", "mica"])
+@pytest.mark.parametrize("name", ["eva", "corda", "lora_ga", "mica", "pissa_niter_100"])
 def test_what_is_not_built_is_named(name: str) -> None:
     with pytest.raises(NotImplementedError, match=name):
         config(init_lora_weights=name)
@@ -487,6 +503,27 @@ def test_a_given_start_is_taken_out(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("settings", ["plain", "rslora", "bias"])
+def test_of_loftq_a_plain_lora_holds_what_training_changed(tmp_path: Path, settings: str) -> None:
+    model = fresh(**LOFTQ, **SETTINGS[settings])
+    layers = [model.base_model.model[i] for i in (0, 1)]
+    begun = [layer.get_delta_weight("default").detach() for layer in layers]
+    model.save_pretrained(tmp_path / "start")
+    train(model)
+    model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    written = json.loads((tmp_path / "end" / "adapter_config.json").read_text())
+    assert (written["init_lora_weights"], written["r"], written["loftq_config"]) == (True, 8, {})
+    plain = inlay.PeftModel.from_pretrained(net(), tmp_path / "end")
+    theirs = peft.PeftModel.from_pretrained(net(), str(tmp_path / "end"))
+    for i, (layer, first) in enumerate(zip(layers, begun, strict=True)):
+        close(plain.base_model.model[i].get_delta_weight("default"), layer.get_delta_weight("default") - first, 1e-4)
+    close(theirs(inputs()), plain(inputs()))
+    # By default the quantised weight is computed again, and the function is that which was trained.
+    model.save_pretrained(tmp_path / "same")
+    again = inlay.PeftModel.from_pretrained(net(), tmp_path / "same")
+    close(again(inputs()), model(inputs()))
+
+
 def test_kept_by_its_name_while_training_and_put_back(tmp_path: Path) -> None:
     """What trainers of PiSSA do: the config says True while a copy is kept, then the copy is loaded back."""
     model = fresh(**COMPUTED["pissa"])
@@ -525,7 +562,7 @@ def quantised(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
         packed = Packed(layer.in_features, layer.out_features)
         packed.load_state_dict(layer.state_dict())
         with torch.no_grad():
-            packed.weight.copy_(inits.quantise(packed.weight, 2))
+            packed.weight.copy_(quantise(packed.weight, 2))
         base[i] = packed  # type: ignore[index]
     return base
 

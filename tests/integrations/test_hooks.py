@@ -37,8 +37,6 @@ def trainer(folder: Path, steps: int = 6, **fields: Any) -> tuple[transformers.T
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
         dataloader_pin_memory=False,
     )
     made = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[TrainingHooksCallback()])

@@ -152,6 +152,17 @@ def test_module_dropout_leaves_out_the_whole_update(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", [inlay.LoHaConfig, inlay.LoKrConfig])
+@pytest.mark.parametrize("layer", [nn.Linear(8, 9), nn.Conv2d(8, 9, 3)], ids=str)
+def test_a_step_in_which_all_is_left_out_has_a_gradient_of_zero(config: Any, layer: nn.Module) -> None:
+    model = adapted(config(r=2, init_weights=False, module_dropout=1.0, target_modules=["m"]), layer).train()
+    x = torch.randn(3, 8, *(4, 4) * isinstance(layer, nn.Conv2d))
+    out = model(x)
+    assert torch.equal(out, model.base_model.model.m.base_layer(x))
+    out.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("config", [inlay.LoHaConfig, inlay.LoKrConfig])
 def test_a_tied_layer_follows(config: Any) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -191,3 +202,9 @@ def test_a_tied_layer_follows(config: Any) -> None:
 def test_impossible_values(config: Any, fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         config(**fields)
+
+
+@pytest.mark.parametrize("factor", [0, -2])
+def test_a_factor_that_divides_nothing_is_refused(factor: int) -> None:
+    with pytest.raises(ConfigError, match="decompose_factor"):
+        inlay.LoKrConfig(decompose_factor=factor)

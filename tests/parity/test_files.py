@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import inlay
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*lora_dropout has no effect there")
+pytestmark = pytest.mark.filterwarnings("ignore:.*dropout has no effect there")
 
 _ATTENTION = ("attention-rslora", "attention-bias-of-b")
 FILE_CASES = {k: c for k, c in CASES.items() if not k.startswith("attention-") or k in _ATTENTION}

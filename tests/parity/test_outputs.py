@@ -25,7 +25,7 @@ from parity.helpers import (
 
 import inlay
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*lora_dropout has no effect there")
+pytestmark = pytest.mark.filterwarnings("ignore:.*dropout has no effect there")
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 

@@ -126,7 +126,11 @@ def _open_regular(path: Path) -> Iterator[tuple[io.FileIO, int]]:
     except FileError:
         raise
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise MissingFileError(f"Can't find '{path.name}' at '{path.parent}'.") from error
+        inside = (
+            [] if isinstance(error, ValueError) else sorted(p.parent.name for p in path.parent.glob(f"*/{path.name}"))
+        )
+        told = f" Folders in it have one: {', '.join(inside[:9])}." if inside else ""
+        raise MissingFileError(f"Can't find '{path.name}' at '{path.parent}'.{told}") from error
     except OSError as error:
         raise _corrupt(path, f"cannot be read ({error.strerror})") from error
     with file:

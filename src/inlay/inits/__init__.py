@@ -21,9 +21,9 @@ from torch import Tensor
 from inlay.errors import ConfigError, PeftWarning, UnsupportedFieldError
 from inlay.inits.decompose import Start, olora, pissa
 from inlay.inits.draw import DRAWN, draw_, kaiming_
-from inlay.inits.loftq import LoftQConfig, loftq, quantise
+from inlay.inits.loftq import LoftQConfig, loftq
 
-_ITERATED = re.compile(r"pissa_niter_(\d{1,3})")
+_ITERATED = re.compile(r"pissa_niter_(\d{1,2})")  # a file may ask for any number
 
 
 def name_of(init: bool | str) -> str:
@@ -44,7 +44,7 @@ def checked(init: bool | str, loftq_config: LoftQConfig | Mapping[str, Any] | No
     if not (name := name_of(init)):
         raise UnsupportedFieldError(
             f"init_lora_weights={init!r} is not built; there are True, False, 'gaussian', 'orthogonal', 'pissa', "
-            "'pissa_niter_[n]' (n below 1000), 'olora' and 'loftq'."
+            "'pissa_niter_[n]' (n below 100), 'olora' and 'loftq'."
         )
     given = asdict(loftq_config) if isinstance(loftq_config, LoftQConfig) else dict(loftq_config or {})
     if name != "loftq":
@@ -53,7 +53,8 @@ def checked(init: bool | str, loftq_config: LoftQConfig | Mapping[str, Any] | No
         return {}
     if not given or given.keys() - asdict(LoftQConfig()).keys():
         raise ConfigError(f"init_lora_weights='loftq' needs loftq_config=LoftQConfig(loftq_bits=4), got {given}.")
-    return asdict(LoftQConfig(**given))
+    plain = asdict(LoftQConfig(**given))
+    return plain if plain["quant_type"] != "nf4" else {k: plain[k] for k in ("loftq_bits", "loftq_iter")}  # PEFT's
 
 
 def computed(
@@ -74,20 +75,8 @@ def computed(
         return partial(pissa, rounds=int(found[1])) if found else pissa
     if name == "loftq":
         wanted = LoftQConfig(**(loftq_config or {}))
-        return partial(loftq, bits=wanted.loftq_bits, rounds=wanted.loftq_iter)
+        return partial(loftq, bits=wanted.loftq_bits, rounds=wanted.loftq_iter, name=wanted.quant_type[:2])
     return olora if name == "olora" else None
 
 
-__all__ = [
-    "LoftQConfig",
-    "Start",
-    "checked",
-    "computed",
-    "draw_",
-    "kaiming_",
-    "loftq",
-    "name_of",
-    "olora",
-    "pissa",
-    "quantise",
-]
+__all__ = ["LoftQConfig", "Start", "checked", "computed", "draw_", "kaiming_", "name_of", "pissa"]

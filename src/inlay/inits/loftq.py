@@ -17,7 +17,7 @@ from inlay.errors import ConfigError
 from inlay.inits.decompose import Start, _filled, largest, wide
 
 _BLOCK = 64
-_MOST_ROUNDS = 100  # each is a singular value decomposition, and a config may come from a file
+_MOST_ROUNDS = 10  # each is a singular value decomposition, and a config may come from a file
 
 # Floats of 4 bits (sign, 2 of exponent, 1 of mantissa) over the largest of them, 12; there is one subnormal.
 _FP4 = (0.0, 0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
@@ -29,7 +29,8 @@ class LoftQConfig:
 
     Args:
         loftq_bits (`int`, *optional*, defaults to 4): 2, 4 or 8.
-        loftq_iter (`int`, *optional*, defaults to 1): Rounds of quantising and approximating, up to 100.
+        loftq_iter (`int`, *optional*, defaults to 1): Rounds of quantising and approximating, up to 10.
+        quant_type (`str`, *optional*, defaults to `"nf4"`): ``"fp4"`` for a base that will be packed so; 4 bits only.
 
     Raises:
         ConfigError: A value is none of these.
@@ -37,12 +38,15 @@ class LoftQConfig:
 
     loftq_bits: int = 4
     loftq_iter: int = 1
+    quant_type: str = "nf4"
 
     def __post_init__(self) -> None:
         if type(self.loftq_bits) is not int or self.loftq_bits not in (2, 4, 8):
             raise ConfigError(f"loftq_bits must be 2, 4 or 8, got {self.loftq_bits!r}.")
         if type(self.loftq_iter) is not int or not 1 <= self.loftq_iter <= _MOST_ROUNDS:
             raise ConfigError(f"loftq_iter must be 1 to {_MOST_ROUNDS}, got {self.loftq_iter!r}.")
+        if self.quant_type != "nf4" and (self.quant_type, self.loftq_bits) != ("fp4", 4):
+            raise ConfigError(f"quant_type must be 'nf4', or 'fp4' with 4 bits, got {self.quant_type!r}.")
 
 
 def codebook(name: str, bits: int = 4) -> Tensor:
@@ -86,14 +90,15 @@ def quantise(W_OI: Tensor, bits: int = 4, name: str = "nf") -> Tensor:
     return (values[at] * top).flatten()[: flat.numel()].view(W_OI.shape)
 
 
-def loftq(W_OI: Tensor, r: int, scale: float, bits: int = 4, rounds: int = 1) -> Start:
+def loftq(W_OI: Tensor, r: int, scale: float, bits: int = 4, rounds: int = 1, name: str = "nf") -> Start:
     """Factors such that the quantised weight with them is close to ``W``; the offset is quantised minus ``W``.
 
     Args:
         W_OI (`Tensor`): The weight.
         r (`int`): The rank.
         scale (`float`): What the update is multiplied by; not 0.
-        bits (`int`, *optional*, defaults to 4), rounds (`int`, *optional*, defaults to 1): See `LoftQConfig`.
+        bits (`int`, *optional*, defaults to 4), rounds (`int`, *optional*, defaults to 1), name (`str`, *optional*,
+            defaults to `"nf"`): See `LoftQConfig` and `codebook`.
 
     Example:
         >>> W = torch.linspace(-1, 1, 24).reshape(4, 6)
@@ -103,10 +108,10 @@ def loftq(W_OI: Tensor, r: int, scale: float, bits: int = 4, rounds: int = 1) ->
         True
     """
     W_OI = wide(W_OI)
-    Q_OI = quantise(W_OI, bits)
+    Q_OI = quantise(W_OI, bits, name)
     down_RI, up_OR = largest(W_OI - Q_OI, r, scale)
     for _ in range(rounds - 1):
-        Q_OI = quantise(W_OI - scale * up_OR @ down_RI, bits)
+        Q_OI = quantise(W_OI - scale * up_OR @ down_RI, bits, name)
         down_RI, up_OR = largest(W_OI - Q_OI, r, scale)
     start = _filled(down_RI, up_OR, r)
     return Start(start.down_RI, start.up_OR, Q_OI - W_OI)

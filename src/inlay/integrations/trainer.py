@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -139,10 +138,6 @@ def build_trainer(
     trainer.adapter_task = task
     if config.training.group_by_length:
         trainer.lengths = [len(row["input_ids"]) for row in train]
-    # The Trainer looks at the outermost forward, which passes anything on; what counts is who receives it.
-    receiver = model.get_base_model() if isinstance(model, inlay.PeftModel) else model
-    forward = inspect.signature(receiver.forward).parameters.values()
-    trainer.model_accepts_loss_kwargs = any(one.kind is one.VAR_KEYWORD for one in forward)
     return trainer
 
 
@@ -174,7 +169,6 @@ def _arguments(config: TrainConfig, task: AbstractTask, folder: Path) -> transfo
         predict_with_generate=task.generates,
         generation_max_length=config.data.max_target_length,
         remove_unused_columns=False,
-        label_names=["labels"],
         dataloader_pin_memory=not cpu,
         report_to=[],
         disable_tqdm=True,

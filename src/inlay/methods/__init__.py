@@ -6,20 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from inlay.config import AdapterConfig, PeftType
-from inlay.errors import ConfigError, DuplicateAdapterError
+from inlay.errors import ConfigError, DuplicateAdapterError, UnsupportedLayerError
 from inlay.hooks import TrainingHooks
-from inlay.methods._abstract import (
-    AbstractAdapter,
-    AbstractDelta,
-    AbstractLowRank,
-    Layer,
-    Params,
-    Slot,
-    as_dtype,
-    kaiming_,
-)
+from inlay.layers import LayerKind
+from inlay.methods._abstract import AbstractAdapter, AbstractDelta, Layer, Params, Slot, as_dtype, kaiming_
 from inlay.methods._budget import RankBudget
+from inlay.methods._low_rank import AbstractLowRank
 from inlay.methods._targets import ADALORA_TARGETS, DEFAULT_TARGETS, IA3_TARGETS
 from inlay.methods.adalora import AdaLoraAdapter, AdaLoraConfig
 from inlay.methods.adaption_prompt import TARGETS, AdaptionPromptAdapter, AdaptionPromptConfig
@@ -49,6 +44,26 @@ class Method:
     kinds: frozenset[str]
     default_targets: Mapping[str, list[str] | str] = field(default_factory=lambda: DEFAULT_TARGETS)
     hooks: type[TrainingHooks] | None = None
+
+    def on(
+        self, config: AdapterConfig, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]
+    ) -> AbstractAdapter:
+        """The adapter of one layer.
+
+        Raises:
+            UnsupportedLayerError: The method, configured so, is not defined on it.
+            ConfigError: The method names a tensor as something else is, or may be, named.
+        """
+        if not self.adapter.stacks and (experts := kind.experts(base)) > 1:
+            raise UnsupportedLayerError(
+                f"its weight stacks {experts} matrices, and {config.method} is defined on one."
+            )
+        adapter = self.adapter(config, kind, base, values)
+        for slot in adapter.slots.values():
+            if not (slot.name.startswith(self.prefix) and slot.name.isidentifier()):
+                raise ConfigError(f"A slot of {config.method} must be named {self.prefix}..., got {slot.name!r}.")
+        adapter.check(kind, base)
+        return adapter
 
 
 # Every kind that has a weight.

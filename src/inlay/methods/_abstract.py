@@ -8,12 +8,12 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.errors import ConfigError, PeftWarning, UnsupportedLayerError
+from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.inits import kaiming_ as kaiming_
 from inlay.layers import LayerKind
-from inlay.ops.low_rank import low_rank
 
 Params = Mapping[str, Tensor]
 
@@ -71,6 +71,11 @@ class Slot(NamedTuple):
         return f"{self.name}.{leaf}" if leaf else self.name
 
 
+def bare_slots(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
+    """Slots whose tensors stand bare, named ``prefix + key``."""
+    return {key: Slot(shape, prefix + key) for key, shape in shapes.items()}
+
+
 class AbstractAdapter(ABC):
     """One adapter on one layer: numbers and mathematics. It owns no tensor and refers to no layer.
 
@@ -93,8 +98,10 @@ class AbstractAdapter(ABC):
     from_base: bool = False
     # On a layer tied to an adapted one the very same tensors serve.
     ties_whole: bool = False
-    # Share of the input that `out` drops in training.
+    # Shares that `out` drops in training: of the input, of output channels, and of the whole change.
     dropout: float = 0.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
     # What the update is multiplied by, where the method has such a number.
     scaling: float | Tensor = 1.0
     # `saved` gives another adapter than the config says: the one that the config's `as_saved` describes.
@@ -131,12 +138,25 @@ class AbstractAdapter(ABC):
             f"{type(self).__name__} cannot follow a tied weight: set ensure_weight_tying=False."
         )
 
+    def check(self, kind: LayerKind, base: nn.Module) -> None:
+        """Raises `UnsupportedLayerError` where the layer runs by its weight alone, and that would not be all."""
+        if kind.by_weight:
+            try:
+                self.check_mergeable(kind, base)
+            except NotMergeableError as error:
+                raise UnsupportedLayerError(f"{kind.name} is adapted through its weight: {error}") from error
+        if (kind.by_weight or self.through_weight) and self.drops():
+            told = f"{kind.name} is adapted through its weight: dropout"
+            if not (kind.ignores_dropout and self.dropout):
+                raise UnsupportedLayerError(f"{told} must be 0 for it.")
+            warnings.warn(f"{told} has no effect there.", PeftWarning, stacklevel=3)
+
     def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
         """Raises `NotMergeableError` where no such layer exists."""
 
     def drops(self) -> bool:
         """Whether a training forward draws random numbers."""
-        return self.dropout > 0
+        return max(self.dropout, self.rank_dropout, self.module_dropout) > 0
 
     def factors(self, p: Params) -> tuple[Tensor, Tensor, float | Tensor] | None:
         """(down, up, scale) where the adapter does ``W + scale * up @ down`` and nothing else; else None."""
@@ -158,17 +178,6 @@ class AbstractAdapter(ABC):
         """``p`` with a record of where training began, for `saved`; not asked where `converts`."""
         raise ConfigError(f"{type(self).__name__} starts from nothing that a file could be converted with.")
 
-    def check_input_dropout(self, kind: LayerKind) -> None:
-        """Raises `UnsupportedLayerError`, or warns, where ``dropout`` finds no input to drop from."""
-        if kind.by_weight and self.dropout:
-            if not kind.ignores_dropout:
-                raise UnsupportedLayerError(f"{kind.name} is adapted by its weight: lora_dropout must be 0 for it.")
-            warnings.warn(
-                f"{kind.name} is adapted through its weight: lora_dropout has no effect there.",
-                PeftWarning,
-                stacklevel=3,
-            )
-
     def rescale(self, factor: float, absolute: bool) -> None:
         """Multiplies the scale, or the config's own scale where ``absolute``; methods without one warn."""
         if "scaling" not in self.numbers:
@@ -178,14 +187,10 @@ class AbstractAdapter(ABC):
 
 
 class AbstractDelta(AbstractAdapter):
-    """``W' = W + scaling * delta``, with two kinds of dropout that act on the change as a whole.
+    """``W' = W + scaling * delta``, with its three kinds of dropout."""
 
-    ``module_dropout`` leaves the change out of a training forward, ``rank_dropout`` single output channels of it.
-    """
-
-    rank_dropout: float = 0.0
+    # Whether what `rank_dropout` keeps makes up for the rest.
     rank_dropout_scale: bool = False
-    module_dropout: float = 0.0
 
     @abstractmethod
     def delta(self, p: Params) -> Tensor:
@@ -195,90 +200,29 @@ class AbstractDelta(AbstractAdapter):
         """``delta`` applied to ``x``, before scaling; methods with a way that builds no matrix take that."""
         return layer.operate(as_dtype(x, next(iter(p.values()))), self.delta(p))
 
-    def drops(self) -> bool:
-        return self.rank_dropout > 0 or self.module_dropout > 0
-
     def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
-        if not (layer.training and self.drops()):
-            return self._added(p, x, h, layer, fresh)
-        keep_O = self._drawn(layer, next(iter(p.values())))
-        return h if keep_O is None else self._added(p, x, h, layer, fresh, keep_O)
-
-    def _added(
-        self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool, keep_O: Tensor | None = None
-    ) -> Tensor:
-        factor = self.scaling if keep_O is None else layer.kind.channels(keep_O) * self.scaling
+        factor: Any = self.scaling
+        if layer.training:
+            x = F.dropout(x, self.dropout) if self.dropout and not layer.kind.indexed else x
+            if (keep_O := self.mask(p, layer)) is not None:
+                factor = layer.kind.channels(keep_O) * factor
         return h + as_dtype(self.change(p, x, layer) * factor, h)
 
-    def _drawn(self, layer: Layer, like: Tensor) -> Tensor | None:
-        """What one forward's dropout multiplies each output channel by; None where it leaves the change out."""
-        outs = layer.kind.shape(layer.base_layer)[0]
+    def mask(self, p: Params, layer: Layer) -> Tensor | None:
+        """What one forward's dropout multiplies each output channel by; None where it keeps all."""
+        if not self.rank_dropout and not self.module_dropout:
+            return None
+        like, outs = next(iter(p.values())), layer.kind.shape(layer.base_layer)[0]
         keep_O = (torch.rand(outs, device=like.device) >= self.rank_dropout).to(like.dtype)
         if self.rank_dropout_scale:
             keep_O = keep_O / keep_O.mean().clamp(min=1 / outs)
-        if not self.module_dropout:
-            return keep_O
-        kept = torch.rand((), device=like.device) >= self.module_dropout
-        if torch.compiler.is_compiling():  # traced code cannot branch on a draw
-            return keep_O * kept
-        return keep_O if kept else None
+        # A change that is left out is one of zero: there is a backward though all of a model's are.
+        return keep_O * (torch.rand((), device=like.device) >= self.module_dropout)
 
     def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W_OI + self.scaling * self.delta(p), b_O
-
-    def check_dropout(self, kind: LayerKind) -> None:
-        """Raises `UnsupportedLayerError` where dropout has no place: on layers that are adapted through the weight."""
-        if kind.by_weight and (self.rank_dropout or self.module_dropout):
-            raise UnsupportedLayerError(
-                f"{kind.name} is adapted through its weight: rank_dropout and module_dropout must be 0 for it."
-            )
-
-
-class AbstractLowRank(AbstractDelta):
-    """``delta = up @ down``, never built: fused products, stacked rows and merging in place come with it."""
-
-    # The rank is so high that the product is cheaper than its factors: everything goes by `delta`.
-    dense: bool = False
-
-    def pair(self, p: Params) -> tuple[Tensor, Tensor]:
-        """The factors down (R x I) and up (O x R). Differentiable in ``p``."""
-        return p["down"].flatten(1), p["up"].flatten(1)
-
-    def factors(self, p: Params) -> tuple[Tensor, Tensor, float | Tensor] | None:
-        return None if self.dense else (*self.pair(p), self.scaling)
-
-    def delta(self, p: Params) -> Tensor:
-        down_RI, up_OR = self.pair(p)
-        return up_OR @ down_RI
-
-    def change(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
-        if self.dense:
-            return super().change(p, x, layer)
-        down_RI, up_OR = self.pair(p)
-        z = layer.operate(as_dtype(x, down_RI), layer.kind.spread(layer.base_layer, down_RI))
-        return layer.kind.mix(layer.base_layer, z, up_OR)
-
-    def _added(
-        self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool, keep_O: Tensor | None = None
-    ) -> Tensor:
-        if self.dense or not layer.kind.matrix:
-            return super()._added(p, x, h, layer, fresh, keep_O)
-        down_RI, up_OR = self.pair(p)
-        up_OR = up_OR if keep_O is None else up_OR * keep_O[:, None]
-        return low_rank(x, h, down_RI, up_OR, self.scaling, h_is_fresh=fresh and not h.requires_grad)
 
 
 def as_dtype(t: Tensor, like: Tensor) -> Tensor:
     """``t`` in the dtype of ``like`` where both are floats."""
     return t if t.dtype == like.dtype or not t.is_floating_point() else t.to(like.dtype)
-
-
-def product(up_OR: Tensor, down_RI: Tensor, experts: int = 1) -> Tensor:
-    """``up @ down``; for stacked experts ``up`` is (O, R E), ``down`` (E R, I) and the result E x O x I.
-
-    The expert index varies fastest in ``up`` and slowest in ``down``: that is how files have it.
-    """
-    if experts == 1:
-        return up_OR @ down_RI
-    up_EOR = up_OR.reshape(up_OR.shape[0], -1, experts).permute(2, 0, 1)
-    return up_EOR @ down_RI.reshape(experts, -1, down_RI.shape[1])

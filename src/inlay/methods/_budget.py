@@ -1,7 +1,6 @@
 """AdaLoRA's budget (https://arxiv.org/abs/2303.10512): which triplets (row of A, entry of E, column of B) stay.
 
-    I(p) = |p dL/dp|,  I' = EMA of I,  U' = EMA of |I - I'|,  score = I' U'
-    score of triplet i = score(E_i) + mean of score(A_i,:) + mean of score(B_:,i)
+    score of triplet i = score(E_i) + mean of score(A_i,:) + mean of score(B_:,i)       (`inlay.ops.importance`)
 
 After a step of the optimiser the lowest are masked (E_i = 0) until as many are left as the schedule allows. It falls
 with the cube of the time, from all of them at ``tinit`` to ``target_r`` a layer at ``total_step - tfinal``, where the
@@ -16,9 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from inlay.errors import ConfigError, NoGradientError
+from inlay.errors import ConfigError
 from inlay.hooks import Served, TrainingHooks
 from inlay.methods.adalora import AdaLoraAdapter
+from inlay.ops.importance import Importance
 from inlay.ops.low_rank import no_autocast
 
 
@@ -28,11 +28,10 @@ class RankBudget(TrainingHooks):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.fills = config.total_step is None
-        # One of each for A, B and E of every layer, in this order.
-        self.importance: list[Tensor] = []
-        self.uncertainty: list[Tensor] = []
+        self.seen = Importance()  # of A, B and E of every layer, in this order
 
     def begin(self, total_steps: int) -> None:
+        self.fills = self.fills or self.config.total_step is None
         if self.fills:
             self.config.total_step = total_steps
             self.config.check_schedule()
@@ -43,15 +42,13 @@ class RankBudget(TrainingHooks):
         """``orth_reg_weight`` times the mean of |A A^T - 1| and |B^T B - 1| (Frobenius) over all layers."""
         if not self.config.orth_reg_weight or not layers:
             return None
-        grams: dict[int, list[Tensor]] = {}
+        gaps = []
         with no_autocast(layers[0].p["A"]):
             for _, _, p in layers:
-                A, B = _wide(p["A"]), _wide(p["B"])
-                grams.setdefault(A.shape[0], []).extend((A @ A.t(), B.t() @ B))
-            norms = []
-            for r, of_rank in grams.items():
-                eye = torch.eye(r, dtype=of_rank[0].dtype, device=of_rank[0].device)
-                norms.append(torch.linalg.matrix_norm(torch.stack([g.to(eye) for g in of_rank]) - eye).sum())
+                A, B = (t if t.itemsize >= 4 else t.float() for t in (p["A"], p["B"]))
+                eye = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
+                gaps += [A @ A.t() - eye, B.t() @ B - eye]
+            norms = torch._foreach_norm(gaps)
             total = torch.stack([n.to(norms[0]) for n in norms]).sum()
         weight: float = self.config.orth_reg_weight / (2 * len(layers))
         return total * weight
@@ -71,8 +68,8 @@ class RankBudget(TrainingHooks):
             return
         if decided:  # a new schedule
             self._decide(layers, [None] * len(layers))
-        if global_step < final or not self.importance:  # the last choice is made by what was seen before it
-            self._observe([each.p[key] for each in layers for key in "ABE"])
+        if global_step < final or not self.seen.averages:  # the last choice is made by what was seen before it
+            self.seen.observe(_params(layers), config.beta1, config.beta2)
         if global_step >= final:
             self._decide(layers, self._mask(layers, config.target_r * len(layers)))
         elif global_step > config.tinit and global_step % config.deltaT == 0:
@@ -85,29 +82,9 @@ class RankBudget(TrainingHooks):
         share = 1 - (global_step - config.tinit) / (config.total_step - config.tfinal - config.tinit)
         return int((start - end) * share**3 + end)
 
-    def _observe(self, params: list[Tensor]) -> None:
-        if all(t.grad is None for t in params):
-            raise NoGradientError(
-                "No tensor of the adapter has a gradient: call update_and_allocate after the optimiser's step and "
-                "before zero_grad."
-            )
-        grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in params]
-        seen = [_wide(t) for t in torch._foreach_mul(params, grads)]
-        torch._foreach_abs_(seen)
-        if not self.importance:
-            self.importance = [torch.zeros_like(t) for t in seen]
-            self.uncertainty = [torch.zeros_like(t) for t in seen]
-        beta1, beta2 = self.config.beta1, self.config.beta2
-        torch._foreach_mul_(self.importance, beta1)
-        torch._foreach_add_(self.importance, seen, alpha=1 - beta1)
-        torch._foreach_sub_(seen, self.importance)
-        torch._foreach_abs_(seen)
-        torch._foreach_mul_(self.uncertainty, beta2)
-        torch._foreach_add_(self.uncertainty, seen, alpha=1 - beta2)
-
     def _mask(self, layers: Sequence[Served], budget: int) -> list[Tensor]:
         """Masks all but the ``budget`` best; which these are, for each layer."""
-        scores = torch._foreach_mul(self.importance, self.uncertainty)
+        scores = self.seen.scores()
         triplets = [
             E[:, 0] + A.mean(1) + B.mean(0) for A, B, E in zip(scores[::3], scores[1::3], scores[2::3], strict=True)
         ]
@@ -125,17 +102,19 @@ class RankBudget(TrainingHooks):
         """Tells the adapters, which then cut what they save, and the config, which says so in files."""
         patterns: dict[str, list[bool]] = {}
         for each, kept in zip(layers, keep, strict=True):
-            _of(each).kept = None if kept is None else kept.tolist()
-            if (pattern := _of(each).saved_pattern()) is not None:
-                patterns[f"{each.path}.lora_E"] = pattern
+            adapter = _of(each)
+            adapter.kept = None if kept is None else kept.tolist()
+            rows = iter(adapter.kept or ())
+            if adapter.pattern is not None:  # of the first init_r, a file had these
+                patterns[f"{each.path}.lora_E"] = [s and (kept is None or next(rows)) for s in adapter.pattern]
+            elif adapter.kept is not None:
+                patterns[f"{each.path}.lora_E"] = adapter.kept
         self.config.rank_pattern = patterns or None
 
     # ------------------------------------------------------------------ interrupted training
 
     def state(self, layers: Sequence[Served]) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        for i, tensors in enumerate(zip(self.importance, self.uncertainty, strict=True)):
-            out.update({f"{what}.{i}": t for what, t in zip(("importance", "uncertainty"), tensors, strict=True)})
+        out = self.seen.state()
         for i, each in enumerate(layers):
             if (kept := _of(each).kept) is not None:  # files then lack the other rows, which still take part in `loss`
                 out[f"kept.{i}"] = torch.tensor(kept, dtype=torch.bool)
@@ -144,10 +123,7 @@ class RankBudget(TrainingHooks):
 
     @torch.no_grad()
     def load_state(self, layers: Sequence[Served], tensors: Mapping[str, Tensor]) -> None:
-        params = [each.p[key] for each in layers for key in "ABE"]
-        if "importance.0" in tensors:
-            self.importance = [tensors[f"importance.{i}"].to(t.device) for i, t in enumerate(params)]
-            self.uncertainty = [tensors[f"uncertainty.{i}"].to(t.device) for i, t in enumerate(params)]
+        self.seen.load(tensors, _params(layers))
         if "kept.0" in tensors:
             self._decide(layers, [tensors[f"kept.{i}"] for i in range(len(layers))])
             for i, (_, _, p) in enumerate(layers):
@@ -159,5 +135,5 @@ def _of(layer: Served) -> AdaLoraAdapter:
     return cast(AdaLoraAdapter, layer.adapter)
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t if t.itemsize >= 4 else t.float()
+def _params(layers: Sequence[Served]) -> list[Tensor]:
+    return [each.p[key] for each in layers for key in "ABE"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from inlay.config import ALPHAS, RANKS, AdapterConfig, within
 from inlay.layers import LayerKind
-from inlay.methods._abstract import AbstractDelta, Params, Slot
+from inlay.methods._abstract import AbstractDelta, Params
 
 
 @dataclass
@@ -57,7 +57,6 @@ class Lycoris(AbstractDelta):
         self.alpha: float = values.get("alpha", config.alpha)
         self.scaling: float | Tensor = self.natural_scaling()
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
-        self.check_dropout(kind)
         outs, ins = kind.shape(base)
         kernel = kind.down_shape(base, 1)[2:]
         # Files give a kernel's core two dimensions at least.
@@ -76,11 +75,6 @@ class Lycoris(AbstractDelta):
     def tied(self, p: Params) -> Params:
         # The tied layer's matrix is the transpose: what stood left stands right.
         return {key.translate(str.maketrans("ab", "ba")): t.t() for key, t in p.items()}
-
-
-def bare_slots(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
-    """Slots whose tensors stand bare, named ``prefix + key``."""
-    return {key: Slot(shape, prefix + key) for key, shape in shapes.items()}
 
 
 def spread_core(core_RRK: Tensor, b_RI: Tensor) -> Tensor:

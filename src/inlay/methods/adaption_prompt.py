@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from inlay.config import RANKS, AdapterConfig, when_set, within
+from inlay.config import RANKS, WHEN_SET, AdapterConfig, within
 from inlay.errors import FieldTypeError, NotMergeableError
 from inlay.layers import Attention, LayerKind
 from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype
@@ -47,8 +47,8 @@ class AdaptionPromptConfig(AdapterConfig):
         True
     """
 
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=when_set())
-    modules_to_save: list[str] | set[str] | None = field(default=None, metadata=when_set())
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=WHEN_SET)
+    modules_to_save: list[str] | set[str] | None = field(default=None, metadata=WHEN_SET)
     adapter_len: int | None = field(default=None, metadata=within(RANKS))
     adapter_layers: int | None = field(default=None, metadata=within(RANKS))
 

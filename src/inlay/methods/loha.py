@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from inlay.methods._abstract import AbstractLowRank, Layer, Params, kaiming_
-from inlay.methods._lycoris import Lycoris, LycorisConfig, bare_slots, spread_core
+from inlay.methods._abstract import Layer, Params, bare_slots, kaiming_
+from inlay.methods._low_rank import AbstractLowRank
+from inlay.methods._lycoris import Lycoris, LycorisConfig, spread_core
 
 
 @dataclass
@@ -52,11 +53,11 @@ class LoHaAdapter(Lycoris, AbstractLowRank):
         shapes = {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b}
         self.slots = bare_slots("hada_", {**shapes, **({"t1": self.core, "t2": self.core} if self.effective else {})})
 
-    def initialise(self, p: Params, layer: Layer) -> None:
+    def draw(self, p: Params, layer: Layer) -> None:
         for t in p.values():
             kaiming_(t)
         if self.init:
-            nn.init.zeros_(p["w2_b"])
+            p["w2_b"].zero_()
 
     def _half(self, p: Params, at: str) -> tuple[Tensor, Tensor]:
         """One of the two low-rank matrices: O x R and R x I."""

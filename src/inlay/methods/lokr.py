@@ -10,15 +10,17 @@ the kernel; with `use_effective_conv2d` a low-rank w2 has a core t2 (R x R x ker
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt, prod
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from inlay.methods._abstract import Layer, Params, as_dtype, kaiming_
-from inlay.methods._lycoris import Lycoris, LycorisConfig, bare_slots, spread_core
+from inlay.config import within
+from inlay.errors import ConfigError
+from inlay.methods._abstract import Layer, Params, as_dtype, bare_slots, kaiming_
+from inlay.methods._lycoris import Lycoris, LycorisConfig, spread_core
 
 
 @dataclass
@@ -40,12 +42,17 @@ class LoKrConfig(LycorisConfig):
     """
 
     decompose_both: bool = False
-    decompose_factor: int = -1
+    decompose_factor: int = field(default=-1, metadata=within("[-1, inf)"))
     rank_dropout_scale: bool = False
     init_weights: bool | Literal["lycoris"] = True
 
     method: ClassVar[str] = "LOKR"
     bias_only: ClassVar[str] = "lokr_only"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decompose_factor == 0:
+            raise ConfigError("decompose_factor must be -1, or at least 1, got 0.")
 
 
 class LoKrAdapter(Lycoris):

@@ -3,10 +3,8 @@
     W' = W R^T,  R = blockdiag(R_1 ... R_n) orthogonal, each from a skew-symmetric Q:
     Cayley R = (I - Q)(I + Q)^-1,  or the Neumann series of its inverse,  R = I + 2 Q + 2 Q^2 + ... + Q^k
 
-The layer's input is rotated block by block: ``W' x = W (R^T x)``. An embedding's output is rotated instead. A
-convolution rotates the packed patch that one output sees; with a kernel of one element that is a rotation of the
-channels, with a larger one there is no way through the input, and the layer runs with the rotated weight. Each group
-has rotations of its own. Q starts at zero, so a fresh adapter changes nothing.
+Each block rotates so many channels of the layer's input, or elements of a patch: see `_rotation`. Q starts at zero,
+so a fresh adapter changes nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay.config import RANKS, AdapterConfig, when_set, within
+from inlay.config import RANKS, WHEN_SET, AdapterConfig, within
 from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
-from inlay.methods._abstract import AbstractAdapter, Layer, Params, Slot, as_dtype
+from inlay.methods._abstract import Layer, Params, Slot, as_dtype
+from inlay.methods._rotation import AbstractRotation
 from inlay.ops.rotation import rotate, rotation
 
 
@@ -61,15 +60,13 @@ class OFTConfig(AdapterConfig):
     block_share: bool = False
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = field(default=5, metadata=within("[2, 100]"))
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=when_set() | within(RANKS))
-    block_size_pattern: dict[str, int] = field(default_factory=dict, metadata=when_set() | within(RANKS))
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=WHEN_SET | within(RANKS))
+    block_size_pattern: dict[str, int] = field(default_factory=dict, metadata=WHEN_SET | within(RANKS))
 
     method: ClassVar[str] = "OFT"
     patterned: ClassVar[dict[str, str]] = {"r": "rank_pattern", "oft_block_size": "block_size_pattern"}
     bias_only: ClassVar[str] = "oft_only"
-    always_written: ClassVar[frozenset[str]] = frozenset(
-        {"fan_in_fan_out", "bias", "layers_to_transform", "layers_pattern"}
-    )
+    always_written = frozenset({"fan_in_fan_out", "bias", "layers_to_transform", "layers_pattern"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,31 +78,18 @@ class OFTConfig(AdapterConfig):
             )
 
 
-class OFTAdapter(AbstractAdapter):
+class OFTAdapter(AbstractRotation):
     """OFT on one layer; see the module's text for the mathematics."""
-
-    stacks = True  # all experts see the same rotated input
 
     numbers = ("r", "oft_block_size")
 
     def __init__(self, config: OFTConfig, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
-        outs, inner = kind.shape(base)
-        channels = kind.features(base)[0]
-        self.groups = kind.groups(base)
-        self.embeds, self.spatial = kind.indexed, max(len(kind.channel_shape(base)) - 2, 0)
-        self.changes_input = not kind.indexed
-        self.through_weight = self.spatial > 0 and inner * self.groups > channels
-        # Channels are rotated in the input, where groups do not matter; packed patches are within a group.
-        width = outs if kind.indexed else inner if self.through_weight else channels
-        self.oft_block_size = self._block_of(config, values, width)
-        self.inner, self.r = inner, width // self.oft_block_size * (self.groups if self.through_weight else 1)
+        width = self.lay_out(kind, base)
+        self.oft_block_size = b = self._block_of(config, values, width)
+        self.r = width // b * (self.groups if self.through_weight else 1)
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         self.module_dropout, self.init = config.module_dropout, config.init_weights
-        if self.module_dropout and (kind.by_weight or self.through_weight):
-            raise UnsupportedLayerError(
-                f"this {kind.name} is adapted through its weight: module_dropout must be 0 for it."
-            )
-        stored, b = 1 if config.block_share else self.r, self.oft_block_size
+        stored = 1 if config.block_share else self.r
         # Q's Frobenius norm is sqrt(2) times that of its triangle.
         self.radius = config.eps / (2 * stored) ** 0.5 if config.coft else None
         self.slots = {"packed": Slot((stored, b * (b - 1) // 2), f"oft_{kind.infix}R", "weight")}
@@ -122,15 +106,12 @@ class OFTAdapter(AbstractAdapter):
         told = [f"{name}={wanted} does not divide a layer's width {width}: {found} is used there."] * (found != wanted)
         told += ["A block of one channel rotates nothing: that layer is not adapted."] * (block == 1)
         if told:
-            warnings.warn(" ".join(told), PeftWarning, stacklevel=4)
+            warnings.warn(" ".join(told), PeftWarning, stacklevel=5)
         return block
 
     def initialise(self, p: Params, layer: Layer) -> None:
         with torch.no_grad():
             p["packed"].zero_() if self.init else p["packed"].normal_(std=0.1)
-
-    def drops(self) -> bool:
-        return self.module_dropout > 0
 
     def _blocks(self, p: Params) -> Tensor:
         """R, N x b x b, or 1 x b x b where it is shared."""
@@ -142,47 +123,27 @@ class OFTAdapter(AbstractAdapter):
             packed = packed + ((self.radius / norm).clamp(max=1.0) - 1.0) * fixed
         return rotation(packed, self.oft_block_size, self.terms)
 
-    def _rotated(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
-        """``x`` with its channels rotated: the last dimension, or before the spatial ones."""
-        if layer.training:
+    def turn(self, p: Params, x: Tensor, layer: Layer | None = None, back: bool = False) -> Tensor:
+        if layer is None:
+            R = self._blocks(p)
+            x = as_dtype(x, R)
+        elif layer.training:
             R = as_dtype(self._blocks(p), x)
+            R = self._dropped(R) if self.module_dropout else R
         else:
             R = layer.remember(("R", x.dtype), (p["packed"],), lambda: as_dtype(self._blocks(p), x))
-        if layer.training and self.module_dropout:
-            R = self._dropped(R)
-        if self.spatial:
-            x_last = x.movedim(-self.spatial - 1, -1)
-            return as_dtype(rotate(x_last, R), x).movedim(-1, -self.spatial - 1)
-        return as_dtype(rotate(x, R), x)
+        return rotate(x, R.mT if back else R)
 
     def _dropped(self, R: Tensor) -> Tensor:
         kept_N11 = torch.rand(self.r, 1, 1, device=R.device) >= self.module_dropout
         return torch.where(kept_N11, R, torch.eye(self.oft_block_size, dtype=R.dtype, device=R.device))
-
-    def into(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
-        return self._rotated(p, x, layer) if self.changes_input else x
-
-    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
-        return self._rotated(p, h, layer) if self.embeds else h
-
-    def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        R = self._blocks(p)
-        W = as_dtype(W_OI, R)
-        if self.embeds:  # the table is the transposed matrix
-            return rotate(W.t(), R).t(), b_O
-        if self.groups == 1:
-            return rotate(W, R.mT), b_O
-        # Side by side, the groups' filters are as wide as the rotations of all groups.
-        side = W.reshape(self.groups, -1, self.inner).transpose(0, 1).flatten(1)
-        back = rotate(side, R.mT).reshape(-1, self.groups, self.inner).transpose(0, 1)
-        return back.reshape(W.shape), b_O
 
     def tied(self, p: Params) -> Params:
         # The tied layer's matrix is the transpose, and R(-Q) is the transpose of R(Q).
         return {"packed": -p["packed"]}
 
     def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
-        if self.inner % self.oft_block_size and not self.embeds:
+        if self.inner % self.oft_block_size and self.changes_input:
             raise NotMergeableError(
                 f"a block of {self.oft_block_size} channels lies across the groups of this convolution, {self.inner} "
                 "channels each, which no grouped weight can do: leave it unmerged."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -95,3 +96,24 @@ class Storage(ABC):
     def nbytes(self, stored: Tensor) -> int:
         """Bytes of a weight as stored, and of all that belongs to it."""
         return sum(t.nbytes for t in self.parts(stored))
+
+
+class Packed(Storage):
+    """A weight packed into numbers and statistics: a row says how both are made and put in place."""
+
+    @abstractmethod
+    def pack(self, layer: Any, W: Tensor) -> Tensor:
+        """``W`` as the layer would store it."""
+
+    @abstractmethod
+    def put(self, layer: Any, packed: Any) -> None:
+        """Gives the layer the values of a weight as stored, in place."""
+
+    def write(self, layer: nn.Module, W: Tensor, parameter: str = "weight") -> None:
+        self.put(layer, self.pack(layer, W.detach().contiguous()))
+
+    def keep(self, layer: nn.Module, parameter: str, copy: Callable[[Tensor], Tensor]) -> Tensor:
+        return deepcopy(self.stored(layer, parameter))
+
+    def restore(self, layer: nn.Module, kept: Tensor, parameter: str = "weight") -> None:
+        self.put(layer, kept)

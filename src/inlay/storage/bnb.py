@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.storage._abstract import Storage
+from inlay.storage._abstract import Packed
 
 
 def _is_a(layer: nn.Module, name: str) -> bool:
@@ -25,7 +25,7 @@ def _bnb() -> Any:
     return sys.modules["bitsandbytes"]
 
 
-class Bnb4(Storage):
+class Bnb4(Packed):
     """`bitsandbytes.nn.Linear4bit`: a `Params4bit` with its ``quant_state``.
 
     A layer that has not been moved to a device yet is not packed either, and an ordinary one so far.
@@ -34,32 +34,21 @@ class Bnb4(Storage):
     name = "bnb4"
 
     def owns(self, layer: nn.Module, parameter: str = "weight") -> bool:
-        return (
-            parameter == "weight"
-            and _is_a(layer, "Linear4bit")
-            and getattr(layer.weight, "quant_state", None) is not None
-        )
+        packed = parameter == "weight" and _is_a(layer, "Linear4bit")
+        return packed and getattr(layer.weight, "quant_state", None) is not None
 
-    def stored(self, layer: nn.Module, parameter: str) -> Tensor:
+    def stored(self, layer: nn.Module, parameter: str = "weight") -> Tensor:
         W: Any = layer.weight
         if not getattr(W.quant_state, "packing_format_for_cpu", False):
             return W  # type: ignore[no-any-return]
         # A forward on some processors repacks the layer for itself: what is read is the ordinary form, made anew.
         inverse = _bnb().functional._convert_weight_packed_for_cpu_inverse
-        return self._packed(W, *inverse(W.data, copying.copy(W.quant_state)))
+        return self._made(W, *inverse(W.data, copying.copy(W.quant_state)))
 
-    def _packed(self, like: Any, data: Tensor, state: Any) -> Tensor:
-        W: Tensor = _bnb().nn.Params4bit(
-            data,
-            requires_grad=False,
-            quant_state=state,
-            blocksize=like.blocksize,
-            compress_statistics=like.compress_statistics,
-            quant_type=like.quant_type,
-            quant_storage=like.quant_storage,
-            bnb_quantized=True,
-        )
-        return W
+    def _made(self, like: Any, data: Tensor, state: Any) -> Tensor:
+        W: Any = copying.copy(like)
+        W.data, W.quant_state, W.module = data, state, None
+        return W  # type: ignore[no-any-return]
 
     def dense(self, layer: nn.Module, stored: Any) -> Tensor:
         state = copying.copy(stored.quant_state)
@@ -72,33 +61,22 @@ class Bnb4(Storage):
         nested = (state.state2.absmax, state.state2.code) if state.nested else ()
         return (stored, state.absmax, state.code, *nested)
 
-    def write(self, layer: nn.Module, W: Tensor, parameter: str = "weight") -> None:
-        old: Any = self.stored(layer, parameter)
-        data, state = _bnb().functional.quantize_4bit(
-            W.detach().contiguous(),
-            blocksize=old.blocksize,
-            compress_statistics=old.compress_statistics,
-            quant_type=old.quant_type,
-            quant_storage=old.quant_storage,
-        )
+    def pack(self, layer: Any, W: Tensor) -> Tensor:
+        old: Any = self.stored(layer)
+        how = {key: getattr(old, key) for key in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+        data, state = _bnb().functional.quantize_4bit(W, **how)
         state.dtype = old.quant_state.dtype
-        self._put(layer, data, state)
+        return self._made(old, data, state)
 
-    def _put(self, layer: Any, data: Tensor, state: Any) -> None:
+    def put(self, layer: Any, packed: Any) -> None:
         W = layer.weight
         with torch.no_grad():
-            if W.shape == data.shape:
-                W.copy_(data)
+            if W.shape == packed.shape:
+                W.copy_(packed.data)
             else:
-                W.data = data
-        W.quant_state = layer.quant_state = state
-
-    def keep(self, layer: nn.Module, parameter: str, copy: Callable[[Tensor], Tensor]) -> Tensor:
-        W: Any = self.stored(layer, parameter)
-        return self._packed(W, copy(W.data), copying.deepcopy(W.quant_state))
-
-    def restore(self, layer: nn.Module, kept: Any, parameter: str = "weight") -> None:
-        self._put(layer, kept.data, kept.quant_state)
+                W.data = packed.data
+        W.quant_state = packed.quant_state
+        self.settle(layer)
 
     def settle(self, layer: Any) -> None:
         layer.quant_state = layer.weight.quant_state
@@ -110,7 +88,7 @@ class Bnb4(Storage):
         return int(parameter.quant_state.shape.numel())
 
 
-class Bnb8(Storage):
+class Bnb8(Packed):
     """`bitsandbytes.nn.Linear8bitLt`: an `Int8Params` and its row statistics SCB.
 
     The layer's first forward moves both off the parameter into ``layer.state``; here SCB stands on the parameter too.
@@ -118,24 +96,23 @@ class Bnb8(Storage):
 
     name = "bnb8"
 
-    def owns(self, layer: nn.Module, parameter: str = "weight") -> bool:
-        if parameter != "weight" or not _is_a(layer, "Linear8bitLt"):
-            return False
-        state: Any = layer.state
-        return bool(state.has_fp16_weights) or layer.weight.dtype == torch.int8
+    def owns(self, layer: Any, parameter: str = "weight") -> bool:
+        packed = parameter == "weight" and _is_a(layer, "Linear8bitLt")
+        return packed and (bool(layer.state.has_fp16_weights) or layer.weight.dtype == torch.int8)
 
-    def unreadable(self, layer: nn.Module, parameter: str) -> str | None:
-        state: Any = layer.state
-        if not state.has_fp16_weights:
-            return None
-        return "it packs its weight anew in each call: make it with has_fp16_weights=False"
+    def unreadable(self, layer: Any, parameter: str) -> str | None:
+        why = "it packs its weight anew in each call: make it with has_fp16_weights=False"
+        return why if layer.state.has_fp16_weights else None
 
-    def stored(self, layer: nn.Module, parameter: str) -> Tensor:
+    def stored(self, layer: Any, parameter: str = "weight") -> Tensor:
         W: Any = layer.weight
         if getattr(W, "SCB", None) is None:
-            state: Any = layer.state
-            W.SCB = state.SCB
+            W.SCB = layer.state.SCB
         return W  # type: ignore[no-any-return]
+
+    def _made(self, CB: Tensor, SCB: Tensor) -> Tensor:
+        W: Tensor = _bnb().nn.Int8Params(CB, requires_grad=False, has_fp16_weights=False, SCB=SCB)
+        return W
 
     def dense(self, layer: nn.Module, stored: Any) -> Tensor:
         W: Tensor = _bnb().functional.int8_vectorwise_dequant(stored.data, stored.SCB)
@@ -144,30 +121,18 @@ class Bnb8(Storage):
     def parts(self, stored: Any) -> tuple[Tensor, ...]:
         return stored, stored.SCB
 
-    def write(self, layer: nn.Module, W: Tensor, parameter: str = "weight") -> None:
-        CB, SCB, _ = _bnb().functional.int8_vectorwise_quant(W.detach().contiguous().half())
-        self._put(layer, CB, SCB)
+    def pack(self, layer: Any, W: Tensor) -> Tensor:
+        return self._made(*_bnb().functional.int8_vectorwise_quant(W.half())[:2])
 
-    def _put(self, layer: Any, CB: Tensor, SCB: Tensor) -> None:
+    def put(self, layer: Any, packed: Any) -> None:
         with torch.no_grad():
-            layer.weight.copy_(CB)
-        layer.weight.SCB = SCB
+            layer.weight.copy_(packed.data)
+        layer.weight.SCB = packed.SCB
         self.settle(layer)
-
-    def keep(self, layer: nn.Module, parameter: str, copy: Callable[[Tensor], Tensor]) -> Tensor:
-        W: Any = self.stored(layer, parameter)
-        return self._packed(copy(W.data), W.SCB.clone())
-
-    def _packed(self, CB: Tensor, SCB: Tensor) -> Tensor:
-        W: Tensor = _bnb().nn.Int8Params(CB, requires_grad=False, has_fp16_weights=False, SCB=SCB)
-        return W
-
-    def restore(self, layer: nn.Module, kept: Any, parameter: str = "weight") -> None:
-        self._put(layer, kept.data, kept.SCB)
 
     def moved(self, kept: Any, fn: Callable[[Tensor], Tensor]) -> Tensor:
         W = fn(kept)
-        return self._packed(W.data, kept.SCB.to(W.device))
+        return self._made(W.data, kept.SCB.to(W.device))
 
     def settle(self, layer: Any) -> None:
         W = layer.weight

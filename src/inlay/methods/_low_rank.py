@@ -1,0 +1,263 @@
+"""What low-rank methods share: products that are never built, starts that are a part of the weight, and DoRA.
+
+    W' = W + s up down
+    W' = W - s up0 down0 + s up down   or   W' = W + W0 + s up down,  W0 = quantised W - W     (`inlay.inits`)
+    W' = m / |W + s up down|_row * (W + s up down), the norm outside the gradient   (https://arxiv.org/abs/2402.09353)
+
+The offset's tensors stand beside the trained ones, frozen; the weight itself is never written. Files hold the first as
+a plain update of twice the rank, [down; down0] and [up, -up0], and of the second the factors alone: it is computed
+anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from inlay import inits
+from inlay.errors import ConfigError, LoadError, NotMergeableError, UnsupportedLayerError
+from inlay.layers import LayerKind
+from inlay.methods._abstract import AbstractDelta, Layer, Params, Slot, as_dtype
+from inlay.ops.dora import dora, weight_norm
+from inlay.ops.dropout import apply_mask, draw_mask
+from inlay.ops.low_rank import low_rank
+from inlay.report import LoadReport
+
+_PACKED = "start by True, then call replace_lora_weights_loftq with the weights that it was packed from"
+
+
+class AbstractLowRank(AbstractDelta):
+    """``delta = up @ down``, never built: fused products, stacked rows and merging in place come with it.
+
+    A method that names its factors in `rank_dims` may begin at a part of the weight: it calls `prepare_start` when its
+    slots are there. One with a slot ``magnitude`` may set `use_dora`. A ``bias`` is added to what ``up`` gives.
+    """
+
+    # Along which dimension of each trained factor the rank runs.
+    rank_dims: ClassVar[Mapping[str, int]] = {}
+    # The rank is so high that the product is cheaper than its factors: everything goes by `delta`.
+    dense: bool = False
+    # How many matrices the factors stack.
+    experts: int = 1
+    use_dora: bool = False
+    r: int
+    init: Any = True
+    # Which rows of the rank a file has, where training has cut the others.
+    kept: list[bool] | None = None
+    # What computes the start, of which rank where that is not r, and the names in p of the offset that it leaves.
+    start: Callable[[Tensor, int, float], inits.Start] | None = None
+    start_rank: int | None = None
+    offset: tuple[str, ...] = ()
+
+    # ------------------------------------------------------------------ the product
+
+    def pair(self, p: Params) -> tuple[Tensor, Tensor]:
+        """The factors down (R x I) and up (O x R). Differentiable in ``p``."""
+        down, up = p["down"], p["up"]
+        return (down, up) if down.dim() == 2 else (down.flatten(1), up.flatten(1))
+
+    def whole(self, p: Params) -> tuple[Tensor, Tensor]:
+        """The factors of the update and of its offset in one pair."""
+        if not self.offset or "W0" in p:
+            return self.pair(p)
+        (down, up), (down0, up0) = self.pair(p), self.pair(self._begun(p))
+        return torch.cat([down, down0]), torch.cat([up, -up0], 1)
+
+    def factors(self, p: Params) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        alone = not (self.dense or self.use_dora or self.experts > 1 or "bias" in p or "W0" in p)
+        return (*self.whole(p), self.scaling) if alone else None
+
+    def delta(self, p: Params) -> Tensor:
+        return product(*self.whole(p), self.experts)
+
+    def change(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
+        if self.dense:
+            return super().change(p, x, layer)
+        down_RI, up_OR = self.pair(p)
+        z = layer.operate(as_dtype(x, down_RI), layer.kind.spread(layer.base_layer, down_RI))
+        change = layer.kind.mix(layer.base_layer, z, up_OR)
+        return change + layer.kind.channels(p["bias"]) if "bias" in p else change
+
+    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
+        h = self.shifted(p, x, h, layer, fresh) if self.offset else h
+        if self.use_dora:
+            return self._dora(p, x, h, layer, fresh)
+        if self.dense or not layer.kind.matrix:
+            return super().out(p, x, h, layer, fresh)
+        (down_RI, up_OR), dropout = self.pair(p), 0.0
+        if layer.training:
+            dropout = self.dropout
+            if (keep_O := self.mask(p, layer)) is not None:
+                up_OR = up_OR * keep_O[:, None]
+        fresh = fresh and not h.requires_grad
+        return low_rank(x, h, down_RI, up_OR, self.scaling, dropout, p.get("bias"), h_is_fresh=fresh)
+
+    def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        W = self.base(p, W_OI) + self.scaling * self.delta(p)
+        if self.use_dora:
+            W = W * (p["magnitude"].flatten() / W.detach().norm(dim=1))[:, None]
+        return W, b_O
+
+    def check(self, kind: LayerKind, base: nn.Module) -> None:
+        if self.use_dora and (kind.by_weight or kind.groups(base) > 1):
+            why = "is adapted through its weight" if kind.by_weight else "is grouped, so B A is no weight of it"
+            raise UnsupportedLayerError(f"use_dora must be off: this {kind.name} {why}.")
+        super().check(kind, base)
+
+    def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
+        first = next(iter(self.rank_dims), None)
+        if first is not None and prod(self.slots[first].shape[1:]) > kind.shape(base)[1]:
+            raise NotMergeableError(
+                "its factors see all channels of a grouped convolution, which a grouped weight cannot: leave it "
+                "unmerged."
+            )
+
+    # ------------------------------------------------------------------ where it begins
+
+    def prepare_start(self, config: Any, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
+        """Adds the offset's slots. A layer tied to another uses that one's tensors, and has none of its own."""
+        name = inits.name_of(self.init)
+        if name not in ("true", "false", "gaussian") and not kind.experts(base) == kind.groups(base) == 1:
+            raise UnsupportedLayerError(
+                f"init_lora_weights={self.init!r} is defined on one matrix: neither on grouped convolutions nor on "
+                "stacks of experts."
+            )
+        if name == "orthogonal" and (self.start_rank or self.r) % 2:
+            raise UnsupportedLayerError(f"init_lora_weights='orthogonal' needs an even r, got {self.r}.")
+        self.converts = name in ("pissa", "olora")
+        # PEFT starts a table as ever, whatever is asked for.
+        if kind.indexed or "tied" in values or (start := inits.computed(self.init, config.loftq_config)) is None:
+            return
+        if not self.scaling:
+            raise ConfigError("lora_alpha must not be 0: starting values of the weight are divided by the scale.")
+        self.start, self.unpacked_only = start, None if self.converts else _PACKED
+        head = next(iter(self.slots.values())).name.partition("_")[0]
+        shapes = {f"{key}0": (self.slots[key].shape, self.slots[key].name.partition("_")[2]) for key in self.rank_dims}
+        for key, (shape, tail) in (shapes if self.converts else {"W0": (kind.shape(base), "W")}).items():
+            self.slots[key] = Slot(shape, f"{head}_offset_{tail}", trainable=False, filed=False)
+            self.offset += (key,)
+
+    def initialise(self, p: Params, layer: Layer) -> None:
+        with torch.no_grad():
+            if self.start is None:
+                self.draw(p, layer)
+            else:
+                start = self.start(layer.matrix(), self.start_rank or self.r, self.natural_scaling())
+                self.begin(p, start.down_RI, start.up_OR)
+                for key in self.offset:
+                    p[key].copy_(p[key[:-1]] if start.offset_OI is None else start.offset_OI)
+            if self.use_dora:
+                p["magnitude"].copy_(self._norm(p, layer).reshape(p["magnitude"].shape))
+
+    def draw(self, p: Params, layer: Layer) -> None:
+        """Fills the factors with what needs no weight; not recorded."""
+        inits.draw_(p["down"], p["up"], self.init, self.r, layer.kind.indexed)
+
+    def begin(self, p: Params, down_RI: Tensor, up_OR: Tensor) -> None:
+        """Has ``up @ down`` be this product; not recorded."""
+        p["down"].copy_(down_RI.reshape(p["down"].shape))
+        p["up"].copy_(up_OR.reshape(p["up"].shape))
+
+    def _begun(self, p: Params) -> Params:
+        """The factors that the offset takes out."""
+        return dict(zip(self.rank_dims, map(p.__getitem__, self.offset), strict=True))
+
+    def shifted(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
+        """``h`` of the frozen layer, as if the offset stood in its weight."""
+        if (W_OI := p.get("W0")) is not None:
+            return h + as_dtype(layer.operate(as_dtype(x, W_OI), W_OI), h)
+        begun = self._begun(p)
+        if layer.kind.matrix:
+            return low_rank(x, h, *self.pair(begun), -self.scaling, h_is_fresh=fresh and not h.requires_grad)
+        return h - as_dtype(self.change(begun, x, layer) * self.scaling, h)
+
+    def base(self, p: Params, W_OI: Tensor) -> Tensor:
+        """The frozen weight, with an offset that is no product."""
+        return W_OI + p["W0"] if "W0" in p else W_OI
+
+    # ------------------------------------------------------------------ files
+
+    def saved(self, p: Params) -> Params:
+        dims = self.rank_dims
+        out = {key: t for key, t in p.items() if key[:-1] not in dims}
+        for key, dim in dims.items() if self.kept is not None else ():
+            if key in out:
+                out[key] = out[key].index_select(dim, self._rows(out[key]))
+        if dims.keys() <= p.keys() and (self.converts or any(f"{key}0" in p for key in dims)):
+            for key, dim in dims.items():
+                t0 = p.get(f"{key}0", torch.zeros_like(p[key]))  # a table has none, and all of a file has one rank
+                out[key] = torch.cat([out[key], -t0 if dim else t0], dim)
+        return out
+
+    def restored(self, saved: Params, p: Params) -> Params:
+        dims, n = self.rank_dims, self.r if self.kept is None else sum(self.kept)
+        out, found = dict(saved), [saved[key].shape[dim] for key, dim in dims.items() if key in saved]
+        if self.converts and found == [n + self.r] * len(dims):
+            parts = {key: torch.split(saved[key], [n, self.r], dim) for key, dim in dims.items()}
+            out.update({key: t for key, (t, _) in parts.items()})
+            out.update({f"{key}0": -t0 if dims[key] else t0 for key, (_, t0) in parts.items() if self.offset})
+            if not self.offset and all(t0.any() for _, t0 in parts.values()):
+                raise LoadError(
+                    f"A part of the update in the file is an offset, and init_lora_weights={self.init!r} has none on "
+                    "a table: load it under another name.",
+                    LoadReport(),
+                )
+        for key, dim in dims.items() if self.kept is not None and len(found) == len(dims) else ():
+            if (t := out[key]).shape[dim] == n:  # another choice of rows is named by the comparison of shapes
+                out[key] = p[key].detach().to(t, copy=True).index_copy_(dim, self._rows(t), t)
+        return out
+
+    def _rows(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.kept, device=like.device).nonzero()[:, 0]
+
+    def begun_at(self, p: Params, initial: Params) -> Params:
+        if not self.rank_dims:
+            return super().begun_at(p, initial)
+        return {**p, **{f"{key}0": initial[key] for key in self.rank_dims}}
+
+    # ------------------------------------------------------------------ DoRA
+
+    def _norm(self, p: Params, layer: Layer) -> Tensor:
+        squares = None if "W0" in p else layer.row_squares()
+        return weight_norm(self.base(p, layer.matrix()), *self.whole(p), self.scaling, squares)
+
+    def _dora(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool) -> Tensor:
+        bias, kind, (down, up) = layer.offset(), layer.kind, self.pair(p)
+        dropout = self.dropout if layer.training and not kind.indexed else 0.0
+        if layer.training:
+            norm_O = self._norm(p, layer)
+        else:
+            owners = tuple(t for key, t in p.items() if key != "magnitude")
+            norm_O = layer.remember(("norm", self.scaling), owners, lambda: self._norm(p, layer))
+        mask = dropped = None
+        if dropout:
+            # Only the update sees dropout: (gain - 1) W drop(x) stands beside the frozen layer's W x.
+            mask = draw_mask(x.shape, dropout, x.device)
+            seen = apply_mask(x, mask, dropout)
+            dropped = layer.operate(seen, as_dtype(layer.matrix(), x))
+            dropped = self.shifted(p, seen, dropped, layer) if self.offset else dropped
+        if kind.matrix:
+            dropped = dropped if dropped is None or bias is None else dropped + bias
+            return dora(
+                x, h, down, up, self.scaling, p["magnitude"], norm_O, bias, dropout,
+                mask=mask, h_dropped_BO=dropped, h_is_fresh=fresh and not h.requires_grad,
+            )  # fmt: skip
+        gain = kind.channels(p["magnitude"].flatten() / norm_O)
+        frozen = dropped if dropped is not None else h if bias is None else h - kind.channels(bias)
+        x = x if mask is None else apply_mask(x, mask, dropout)
+        return h + as_dtype((gain - 1) * frozen + gain * self.scaling * self.change(p, x, layer), h)
+
+
+def product(down_RI: Tensor, up_OR: Tensor, experts: int = 1) -> Tensor:
+    """``up @ down``; for stacked experts ``up`` is (O, R E), ``down`` (E R, I) and the result E x O x I.
+
+    The expert index varies fastest in ``up`` and slowest in ``down``: that is how files have it.
+    """
+    if experts == 1:
+        return up_OR @ down_RI
+    up_EOR = up_OR.reshape(up_OR.shape[0], -1, experts).permute(2, 0, 1)
+    return up_EOR @ down_RI.reshape(experts, -1, down_RI.shape[1])
