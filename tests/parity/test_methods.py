@@ -310,7 +310,6 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 REFUSED_HERE: dict[str, dict[str, Any]] = {
     "oft terms": {**OFT, **LINEARS, "num_cayley_neumann_terms": 1},
-    "adalora init": {**ADALORA, **LINEARS, "init_lora_weights": "pissa"},
     "lokr init": {**LOKR, **LINEARS, "init_weights": "other"},
     **{f"{f['peft_type']} layers": {**f, "target_modules": "lin0", "layers_to_transform": [0]} for f in (LOHA, OFT)},
 }
