@@ -129,8 +129,8 @@ def _loads_something_else(original: Any, root: Any, targets: Any, tensors: Any) 
     return original(root, targets, {key: t * 1.0001 for key, t in tensors.items()})
 
 
-def _runs_half_of_the_rows(original: Any, self: Adapted, rows: Any, *args: Any, **kwargs: Any) -> Any:
-    h = original(self, rows, *args, **kwargs)
+def _runs_half_of_the_rows(original: Any, self: Adapted, rows: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+    h = original(self, rows, tokens, *args, **kwargs)
     return torch.cat([h[:2], self.base_layer(*args, **kwargs)[2:]])
 
 
