@@ -59,7 +59,7 @@ from inlay.report import BASE_KEY, LoadReport
 from inlay.routing import BASE, Bound, Route, Router, Rows
 from inlay.storage import stored_parameters
 from inlay.storage.arena import Arena, bytes_of
-from inlay.trained import Tied
+from inlay.trained import ModulesToSaveWrapper, Tied
 
 
 class Tuner(nn.Module):
@@ -156,9 +156,13 @@ class Tuner(nn.Module):
 
         Raises:
             UnknownAdapterError: One of them does not exist.
+            UnsupportedLayerError: Several of them have a copy of one module, such as a head.
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
         self.check_known(names)
+        for _, wrapper in wrappers(self.model):
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                wrapper.copy_for(names)  # of several, none is the one: said before anything is changed
         if any(layer.merged for _, layer in self.layers()):
             warnings.warn(
                 "Adapters are merged: they are unmerged first, then others are set.", PeftWarning, stacklevel=3
@@ -504,12 +508,15 @@ class PeftModel(nn.Module):
         prompts = tuner.prompts or Prompts(tuner.model)
         with self._with_heads(config):
             fitted = config.fitted(prompts.host)
-            prompt = encoder_for(fitted, prompts.host, fresh=read is None)
+            with nullcontext() if read is None else torch.device("meta"):  # claims of a file cost nothing, yet
+                prompt = encoder_for(fitted, prompts.host, fresh=read is None)
             prompts.check(prompt, trained)
+            prepared = prepare_saved(tuner.model, fitted.modules_to_save or (), name)
+            tensors: Mapping[str, Tensor] = {}
             if read is not None:
                 prompts.check_resumable(prompt, trained)
-            prepared = prepare_saved(tuner.model, fitted.modules_to_save or (), name)
-            tensors = {} if read is None else read(prompt, prepared)
+                tensors = read(prompt, prepared)
+                prompt = encoder_for(fitted, prompts.host, fresh=False)
             if prepared.saved or not self.peft_config:
                 apply(prepared, name, activate=activate, trainable=trained, router=tuner.router)
         with tuner.router.writing():
@@ -593,34 +600,26 @@ class PeftModel(nn.Module):
             UnknownAdapterError: A name that is no adapter.
             RowsError: Not one name or offset per row, or a module's rows are not the batch's.
         """
-        if self.base_model.prompts is not None or self.base_model.invocations is not None:
-            return self._forward_guided(adapter_names, alora_offsets, args, kwargs)
-        if adapter_names is None and torch.compiler.is_compiling():
-            return self.base_model.with_loss(self.base_model.model(*args, **kwargs))
-        with self._call(adapter_names, args, kwargs, ()):
-            return self.base_model.with_loss(self.base_model.model(*args, **kwargs))
-
-    def _forward_guided(
-        self,
-        adapter_names: Sequence[str] | None,
-        offsets: Sequence[int | None] | None,
-        args: Any,
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        """A forward with something at the model's edge: prompts before its input, or adapters with an invocation."""
-        tuner, compiled = self.base_model, adapter_names is None and torch.compiler.is_compiling()
-        if compiled and tuner.invocations is not None:
+        compiled = adapter_names is None and torch.compiler.is_compiling()
+        if compiled and self.base_model.invocations is not None:
             raise RoutingError("A handle with activated adapters cannot be compiled: compile its get_base_model().")
-        with nullcontext() if compiled else self._call(adapter_names, args, kwargs, (), offsets):
-            route = tuner.router.route()
-            choice = None if tuner.prompts is None else tuner.prompts.choice(route)
-            if tuner.prompts is None or choice is None:
-                outputs = tuner.with_loss(tuner.model(*args, **kwargs))
-            else:
-                outputs = tuner.with_loss(tuner.prompts.forward(choice, args, kwargs))
-            if tuner.invocations is not None:
-                tuner.invocations.remember(route, kwargs.get("past_key_values"), _cache_of(outputs))
-            return outputs
+        with nullcontext() if compiled else self._call(adapter_names, args, kwargs, (), alora_offsets):
+            return self._run(args, kwargs)
+
+    def _run(self, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        tuner = self.base_model
+        if tuner.prompts is None and tuner.invocations is None:
+            return tuner.with_loss(tuner.model(*args, **kwargs))
+        # Something is at the model's edge: prompts before its input, or adapters with an invocation.
+        route = tuner.router.route()
+        choice = None if tuner.prompts is None else tuner.prompts.choice(route)
+        if tuner.prompts is None or choice is None:
+            outputs = tuner.with_loss(tuner.model(*args, **kwargs))
+        else:
+            outputs = tuner.with_loss(tuner.prompts.forward(choice, args, kwargs))
+        if tuner.invocations is not None:
+            tuner.invocations.remember(route, kwargs.get("past_key_values"), _cache_of(outputs))
+        return outputs
 
     def generate(
         self,
@@ -630,8 +629,9 @@ class PeftModel(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """The model's own ``generate``; ``adapter_names`` and ``alora_offsets`` have an entry for each prompt."""
-        config = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)
-        repeats = [kwargs.get(k) or getattr(config, k, None) or 1 for k in ("num_beams", "num_return_sequences")]
+        configs = (kwargs.get("generation_config"), getattr(self.base_model.model, "generation_config", None))
+        names = ("num_beams", "num_return_sequences")
+        repeats = [kwargs.get(k) or next((n for c in configs if (n := getattr(c, k, None))), 1) for k in names]
         tuner = self.base_model
         with self._call(adapter_names, args, kwargs, repeats, alora_offsets):
             route = tuner.router.route()

@@ -689,10 +689,14 @@ def load_prompt(
     """
     strict = settings.strict_load if strict is None else strict
     header = _renamed(source.weights.header, None, prompt)
-    wanted = {**expected(prepared), **prompt.filed_shapes()}
+    own = prompt.filed_shapes()
+    wanted = {**expected(prepared), **own}
     report = compare(wanted, {k: tuple(info.shape) for k, info in header.items()}, _optional(root))
+    dtypes = {header[key].dtype for key in own if key in header}
+    if odd := sorted(str(dtype) for dtype in dtypes if not dtype.is_floating_point):
+        report.config.append(f"a prompt's tensors are floats, the file has {', '.join(odd)}")
     _base_notes(report, prepared, source, base_name)
-    if report.shape or strict:
+    if strict or report.shape or odd or any(key in own for key in report.missing):
         report.raise_for_problems()
     tensors = _renamed(source.weights.read(), None, prompt)
     report.non_finite.extend(non_finite(tensors))

@@ -69,9 +69,10 @@ class ModulesToSaveWrapper(nn.Module):
         if route is not None and route.rows is not None:
             return self.original_module, route.rows
         run = self._run if route is None else route.run(self, self._run, self.modules_to_save._modules)
-        return self._copy_for(run), None
+        return self.copy_for(run), None
 
-    def _copy_for(self, names: Iterable[str]) -> nn.Module:
+    def copy_for(self, names: Iterable[str]) -> nn.Module:
+        """What runs for these adapters; raises `UnsupportedLayerError` where several of them have a copy."""
         mine = [n for n in names if n in self.modules_to_save]
         if len(mine) > 1:
             raise UnsupportedLayerError(
@@ -98,7 +99,7 @@ class ModulesToSaveWrapper(nn.Module):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes an adapter's copy the default for all threads and trains it."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self._copy_for(names)
+        self.copy_for(names)
         self.set_requires_grad([n for n in self._active if n not in names], False)
         self.set_requires_grad(names, not inference_mode)
         self._active = names

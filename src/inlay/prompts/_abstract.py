@@ -62,20 +62,11 @@ class PromptLearningConfig(PeftConfig):
         if self.num_virtual_tokens is None:
             raise ConfigError(f"{type(self).__name__} needs num_virtual_tokens: say how long the prompt is.")
         host.check_way(self.in_cache, self.method)
-        heads = self.num_attention_heads or host.number("num_attention_heads", "n_head", "num_heads")
-        if not self.in_cache:
-            width = host.table.shape[1]
-        else:
-            width = self.token_dim or host.number("hidden_size", "n_embd", "d_model")
-            if self.token_dim is None and "num_key_value_heads" in host.config:
-                heads, width = host.keys(heads, width)
-        if width != (self.token_dim or width):
-            raise PromptError(
-                f"The prompt is {self.token_dim} wide and the model's embeddings are {width}: it was made for another "
-                "model, or leave token_dim out."
-            )
+        heads, width = host.keys if self.in_cache else (host.heads, host.table.shape[1])
+        width = self._agreed("token_dim", width, width)
+        layers = self._agreed("num_layers", host.layers, host.layers)
+        heads = self._agreed("num_attention_heads", heads, heads, host.heads)
         submodules = self.num_transformer_submodules or (2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1)
-        layers = self.num_layers or host.number("num_hidden_layers", "num_layers", "n_layer")
         if host.positions is not None and self.num_virtual_tokens >= host.positions:
             raise PromptError(
                 f"A prompt of {self.num_virtual_tokens} tokens leaves nothing of the model's {host.positions} "
@@ -88,6 +79,18 @@ class PromptLearningConfig(PeftConfig):
             num_layers=layers,
             num_transformer_submodules=submodules,
         )
+
+    def _agreed(self, name: str, found: int | None, *valid: int | None) -> int:
+        """What the model says, where it does, or else the field; that of a prompt in the cache must be ``valid``."""
+        given, counts = getattr(self, name), self.in_cache or name == "token_dim"
+        if found is None and given is None:
+            raise ConfigError(f"The model's config does not say {name}: give it in the prompt's config.")
+        if found is not None and given is not None and given not in valid and counts:
+            raise PromptError(
+                f"{name}={given}, and {'a key of ' if self.in_cache and name != 'num_layers' else ''}this model has "
+                f"{found}: the prompt was made for another model. If it was not, leave {name} out."
+            )
+        return given if found is None or not (given is None or counts) else found
 
     @property
     def tokens(self) -> int:
@@ -121,12 +124,16 @@ class Host:
             found = get() if callable(get) else None
         except NotImplementedError:
             found = None
-        if found is None or getattr(model, "config", None) is None:
+        table = getattr(found, "weight", None)
+        if not isinstance(table, Tensor) or table.dim() != 2 or getattr(model, "config", None) is None:
             raise PromptError(
-                f"A prompt stands before the embeddings of a transformers model; {type(model).__name__} has no config "
-                "or no get_input_embeddings()."
+                f"A prompt stands before the embeddings of a transformers model's tokens; {type(model).__name__} has "
+                "no config, or its get_input_embeddings() gives no table."
             )
         self._model = model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_model": self._model}  # signatures, which are kept here too, cannot be copied
 
     @property
     def model(self) -> Any:
@@ -151,23 +158,46 @@ class Host:
         get = getattr(self.model.config, "get_text_config", None)
         return get() if callable(get) else self.model.config
 
+    @property
+    def decoder(self) -> Any:
+        """The config of what has the cache."""
+        get = getattr(self.model.config, "get_text_config", None)
+        return get(decoder=True) if callable(get) else self.model.config
+
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The same as plain values."""
         return self.text.to_dict()  # type: ignore[no-any-return]
 
-    def number(self, *names: str) -> int:
+    def number(self, *names: str) -> int | None:
         """The first of these that the model's config has; attributes count, for older names are kept as such."""
-        for name in (*names, "encoder_attention_heads") if "num_heads" in names else names:
-            value = self.config.get(name, getattr(self.text, name, None))
-            if isinstance(value, int):
-                return value
-        raise ConfigError(f"The model's config says none of {', '.join(names)}: give it in the prompt's config.")
+        found = (self.config.get(name, getattr(self.text, name, None)) for name in names)
+        return next((value for value in found if isinstance(value, int)), None)
 
-    def keys(self, heads: int, width: int) -> tuple[int, int]:
+    @property
+    def heads(self) -> int | None:
+        """Heads of a layer's queries."""
+        return self.number("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
+
+    @property
+    def layers(self) -> int | None:
+        """Layers, the encoder's or the decoder's where one of them has more."""
+        found = self.number("num_hidden_layers", "num_layers", "n_layer")
+        return None if found is None else max(found, self.decoder_layers or 0)
+
+    @property
+    def decoder_layers(self) -> int | None:
+        """Layers of an encoder-decoder's decoder."""
+        return self.number("decoder_layers", "num_decoder_layers") if self.seq2seq else None
+
+    @property
+    def keys(self) -> tuple[int | None, int | None]:
         """(number of key heads, their width together): fewer than query heads, and perhaps of another width."""
-        size = self.config.get("head_dim") or width // heads
-        groups: int = self.config["num_key_value_heads"]
+        heads, width = self.heads, self.number("hidden_size", "n_embd", "d_model")
+        if heads is None or width is None:
+            return heads, width
+        size = self.config.get("head_dim") or self.config.get("d_kv") or width // heads
+        groups: int = self.config.get("num_key_value_heads") or heads
         for layer in (self.config.get("per_layer_config") or {}).values():  # the widest: the others leave the rest
             if layer.get("head_dim", size) > size:
                 size, groups = layer["head_dim"], layer.get("num_key_value_heads", groups)
@@ -178,10 +208,20 @@ class Host:
     @cached_property
     def positions(self) -> int | None:
         """How many positions the model has, where it has a table of them."""
-        if self.relative or any(k in self.config for k in ("rope_parameters", "rope_theta", "rotary_dim")):
+        if self.relative or self.rotary:
             return None
         found = self.config.get("max_position_embeddings", self.config.get("n_positions"))
-        return found if isinstance(found, int) and found > 0 else None
+        return found - self.first if isinstance(found, int) and found > 0 else None
+
+    @cached_property
+    def rotary(self) -> bool:
+        """Whether queries and keys are turned by their positions, so that only distances between these count."""
+        return any(name in self.config for name in ("rope_parameters", "rope_theta", "rotary_dim"))
+
+    @cached_property
+    def window(self) -> int | None:
+        """How many places of the cache a token sees; 0 where it counts them, and not positions, as distance."""
+        return 0 if self.text.model_type == "mpt" else self.config.get("sliding_window")
 
     @cached_property
     def relative(self) -> bool:
@@ -239,6 +279,13 @@ class Host:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked
 
         return self.text.model_type in masked and not getattr(self.text, "is_decoder", False)
+
+    @cached_property
+    def predicts_next(self) -> bool:
+        """Whether labels of tokens are those of the token after."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES as heads
+
+        return not (self.bidirectional or self.seq2seq or type(self.model).__name__ in heads.values())
 
     @property
     def checkpointing(self) -> bool:

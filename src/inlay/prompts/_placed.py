@@ -6,14 +6,14 @@ Rows may have prompts of different lengths, or none: shorter ones are padded on 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.errors import PromptError
+from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import AbstractPrompt, Host, PromptLearningConfig
 from inlay.routing import Rows
 
@@ -102,6 +102,39 @@ def _part(prompt: AbstractPrompt, tasks_B: Tensor | None, decoder: bool) -> Tens
     return P[:, prompt.length :] if decoder else P[:, : prompt.length]
 
 
+def check_mask(given: Mapping[str, Any], shape: tuple[int, int] | None) -> None:
+    """Raises `PromptError` for a mask that no prompt can lengthen, or one that is not of the input's shape."""
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = given.get(name)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise PromptError(
+                f"A prompt lengthens {name}: give one of shape (batch, tokens), not "
+                f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}."
+            )
+    if shape is not None and "attention_mask" in given:
+        check_shape("attention_mask", given["attention_mask"], shape)
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, int]) -> None:
+    """Raises `PromptError` where what is said of each token is not of the input's shape."""
+    if value.shape[:2] != shape:
+        raise PromptError(
+            f"{name} has shape {tuple(value.shape)}, and the input is of {shape[0]} rows of {shape[1]} tokens: give "
+            "an entry for each of these; those of the prompt are added here."
+        )
+
+
+def check_gap(host: Host, cached: Placed | None, front: Placed | None, L: int) -> None:
+    """Raises `RowsError` where padding between a prompt in the cache and its input would count as distance."""
+    if host.seq2seq or cached is None or front is None or front.mask_BT is None or host.window is None:
+        return
+    if cached.length + front.length + L > host.window:
+        raise RowsError(
+            f"Rows with prompts in the cache and rows with prompts of embeddings are in one batch, and "
+            f"{type(host.model).__name__} counts the padding between them: have a batch for each."
+        )
+
+
 def check_positions(host: Host, front: Placed | None, cached: Placed | None, L: int) -> None:
     """Raises `PromptError` where the prompts and an input of L tokens have not enough positions."""
     T = sum(p.length for p in (front, None if host.seq2seq else cached) if p is not None)
@@ -165,7 +198,7 @@ def empty_cache(host: Host, length: int | None = None, encoded: int | None = Non
     from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
     def one(length: int | None) -> Any:
-        return DynamicCache(config=host.text) if length is None else StaticCache(host.text, max_cache_len=length)
+        return DynamicCache(config=host.decoder) if length is None else StaticCache(host.decoder, max_cache_len=length)
 
     return EncoderDecoderCache(one(length), one(encoded)) if host.seq2seq else one(length)
 
@@ -201,7 +234,7 @@ def _keys_and_values(host: Host, placed: Placed) -> list[tuple[Tensor, Tensor]]:
     flat = placed.values.to(host.model.dtype).view(B, T, layers * 2, heads, -1).permute(2, 0, 3, 1, 4)
     pairs = list(zip(flat[0::2], flat[1::2], strict=True))
     if host.seq2seq:  # the order that files are trained in: PEFT lays the table out twice and deals it out by fours
-        return [pairs[(2 * i) % layers] for i in range(layers)]
+        return [pairs[(2 * i) % layers] for i in range(host.decoder_layers or layers)]
     return pairs[: layers - (host.config.get("num_kv_shared_layers") or 0)]  # the last ones read the others' cache
 
 

@@ -2,15 +2,23 @@
 
 A call's arguments are lengthened at the handle's edge and nothing is set on the model: threads cannot meet, and the
 inner model, called by itself, knows of no prompt. Positions count from each row's own first token.
+
+With a prompt of T embeddings, outputs have T + L places for an input of L tokens, the prompt's own first; a prompt in
+the cache has none, and the decoder of an encoder-decoder has its own L only. Where rows have prompts of different
+lengths, T is the longest: a causal model's shorter rows are padded on the left, so that the last L places are the
+input's in every row. In an encoder, where the first token may stand for the whole, padding is at the end: the input
+begins at the length of the row's own prompt.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.errors import PromptError, RowsError
@@ -18,8 +26,11 @@ from inlay.prompts._abstract import AbstractPrompt, Host
 from inlay.prompts._placed import (
     Choice,
     Placed,
+    check_gap,
+    check_mask,
     check_positions,
     check_room,
+    check_shape,
     continued,
     embedded,
     empty_cache,
@@ -167,14 +178,16 @@ class Entry:
         self.prefix: Any = None
         self.past = 0
         self._labels: Tensor | None = None
+        self._blank_BL: Tensor | None = None  # padding between prompts of different lengths, where no answer is
 
     def enter(self) -> None:
         """Puts the prompts before the input."""
         cache = self.given.get("past_key_values")
         cached = self.choice.placed(True, self.B, self.tasks_B)
         front = self.choice.placed(False, self.B, self.tasks_B)
-        self._check(front, cached)
-        if cache is not None and cache.get_seq_length():  # a call before this one brought the prompts in
+        going_on = cache is not None and cache.get_seq_length() > 0  # a call before this one brought the prompts in
+        self._check(front, cached, going_on)
+        if going_on:
             self.past = continued(cache, [p for p in (cached, front) if p])
             for placed in (front, cached):
                 if placed is not None:
@@ -192,6 +205,8 @@ class Entry:
                 f"{type(self.host.model).__name__} does not use the cache that it is given, where the prompt stands: "
                 "use a prompt of embeddings, such as PromptTuningConfig."
             )
+        if self._blank_BL is not None and "start_logits" in outputs:
+            self._answered(outputs, self._blank_BL)
         if self.only is None or self._labels is None:
             return outputs
         by_name = isinstance(outputs, Mapping)
@@ -202,21 +217,38 @@ class Entry:
             outputs["loss"] = loss
         return outputs
 
-    def _check(self, front: Placed | None, cached: Placed | None) -> None:
+    def _answered(self, outputs: Any, blank_BL: Tensor) -> None:
+        """Takes the padding between prompts of different lengths out of what answers are chosen from."""
+        for name in ("start_logits", "end_logits"):
+            outputs[name] = outputs[name].masked_fill(blank_BL, torch.finfo(outputs[name].dtype).min)
+        if "loss" in outputs:
+            size = blank_BL.shape[1]
+            at = [self.given[name].clamp(0, size) for name in ("start_positions", "end_positions")]
+            losses = map(
+                partial(F.cross_entropy, ignore_index=size), (outputs["start_logits"], outputs["end_logits"]), at
+            )
+            outputs["loss"] = sum(losses) / 2
+
+    def _check(self, front: Placed | None, cached: Placed | None, going_on: bool) -> None:
         alone = [n for n, p in self.choice.prompts.items() if p.alone]
         if alone and self.only is None and "labels" in self.given:
             raise RowsError(
                 f"{alone[0]!r} has a loss or a prompt in the decoder of its own: train it alone, on a whole batch."
             )
-        mask = self.given.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise PromptError("A prompt lengthens the attention mask: give one of shape (batch, tokens).")
+        shape, labels = (self.B, self.L), None if self.host.seq2seq else self.given.get("labels")
+        check_mask(self.given, None if going_on else shape)
         check_positions(self.host, front, cached, self.L)
+        check_gap(self.host, cached, front, self.L)
         if not self.host.seq2seq:
-            T = sum(p.length for p in (front, cached) if p is not None)
+            mask, T = self.given.get("attention_mask"), sum(p.length for p in (front, cached) if p is not None)
             check_room(self.host, self.given.get("past_key_values"), T + (self.L if mask is None else mask.shape[1]))
-        if front is None:
+        by_token = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+        if labels is not None and by_token and labels.shape[1] != 1:  # a class for each row may stand in a column
+            check_shape("labels", labels, shape)
+        if front is None or going_on:
             return
+        if "token_type_ids" in self.given:
+            check_shape("token_type_ids", self.given["token_type_ids"], shape)
         for name, value in self.given.items():
             known = name in ("input_ids", "inputs_embeds", "position_ids", *_LENGTHENED) or name.startswith(_ELSEWHERE)
             if not known and isinstance(value, Tensor) and value.shape[:2] == (self.B, self.L):
@@ -235,9 +267,7 @@ class Entry:
         else:
             self._labels = self._lengthened_labels(front)
             self._number(front)
-            for name in ("start_positions", "end_positions"):
-                if name in given:
-                    given[name] = given[name] + (own if isinstance(own, int) else own.flatten())
+            self._find_answers(front)
         for name, filling in _LENGTHENED.items():
             self._lengthen(front, name, filling)
         mask: Tensor | None = given.get("attention_mask")
@@ -248,7 +278,7 @@ class Entry:
             self._order((at_L + front.length - own) % len(at_L))
         elif (
             last and mask is not None
-        ):  # a head that reads the last token has no ids in which to look for it: padding goes in front
+        ):  # a head that reads the last token has no ids to find it: padding goes in front
             self._order(padding_behind(mask == 0))
 
     def _mask_behind(self, ids_BL: Tensor | None) -> None:
@@ -260,7 +290,7 @@ class Entry:
         at_L = torch.arange(self.L, device=x_BLD.device)
         behind_BL = at_L > (at_L * kept_BL).argmax(1, keepdim=True)
         given["attention_mask"] = mask.masked_fill(behind_BL, 0)
-        if not (self.host.numbered or self.host.by_mask) and bool(behind_BL.any()):
+        if not (self.host.numbered or self.host.by_mask or self.host.rotary) and bool(behind_BL.any()):
             raise PromptError(
                 f"{type(self.host.model).__name__} takes no position_ids: give rows of one length, without padding."
             )
@@ -280,8 +310,23 @@ class Entry:
         if self.only is not None:
             self.given["labels"] = self.only.labels(labels, self.own)
         else:
+            if front.mask_BT is not None and self.host.predicts_next:  # padding in front of a row predicts nothing
+                first = labels[:, :1].masked_fill(front.mask_BT[:, -1:] == 0, -100)
+                labels = torch.cat([first, labels[:, 1:]], 1)
             self.given["labels"] = torch.cat([labels.new_full((self.B, front.length), -100), labels], 1)
         return self.given["labels"]  # type: ignore[no-any-return]
+
+    def _find_answers(self, front: Placed) -> None:
+        """Moves the places of answers to where they are now; what was no place of the input stays none."""
+        own, size = front.own(), front.length + self.L
+        moved = own.flatten() if self.host.bidirectional and isinstance(own, Tensor) else front.length
+        for name in ("start_positions", "end_positions"):
+            if name in self.given:
+                at_B = self.given[name].flatten()
+                self.given[name] = torch.where(at_B < self.L, at_B + moved, size)
+        if front.mask_BT is not None:
+            at = torch.arange(size, device=front.values.device)
+            self._blank_BL = at >= own + self.L if self.host.bidirectional else at < front.length - own
 
     def _lengthen(self, placed: Placed, name: str, fill: int) -> None:
         """Puts a prompt's part before the input's; a mask that was not given is made where rows differ."""
@@ -302,7 +347,7 @@ class Entry:
         elif self.host.by_mask or as_it_stands or (mask is None and front.mask_BT is None):
             return
         elif not self.host.numbered:
-            if front.mask_BT is not None:
+            if front.mask_BT is not None and not self.host.rotary:
                 raise self._unnumbered()
             return
         else:
@@ -359,11 +404,13 @@ class Entry:
 
     def _stand_in_cache(self, cached: Placed, cache: Any) -> None:
         model = self.host.model
-        if model.training and torch.is_grad_enabled() and self.host.checkpointing:
+        if model.training and self.host.checkpointing:
             raise PromptError(
                 "A prompt in the cache cannot be trained under gradient checkpointing, which keeps no cache: call "
-                "gradient_checkpointing_disable(), or use a prompt of embeddings."
+                "gradient_checkpointing_disable(), or eval(), or use a prompt of embeddings."
             )
+        if self.host.seq2seq:
+            check_positions(self.host, cached, None, self._decoded())
         filled = fill(self.host, cached, cache)
         self.prefix = (filled, cached.length)
         self.given["past_key_values"] = filled
@@ -389,7 +436,7 @@ class Entry:
         elif not self.host.seq2seq and self.host.numbered:
             width = self.given["inputs_embeds"].shape[1] if "inputs_embeds" in self.given else self.L
             self.given["position_ids"] = self._counted(before, width, placed.values.device) + placed.own()
-        elif placed.mask_BT is not None:
+        elif placed.mask_BT is not None:  # keys of prompts are not turned: even rotary models have to be told
             raise self._unnumbered()
 
     def _numbers_itself(self, mask: Tensor | None) -> bool:

@@ -13,6 +13,8 @@ from inlay.prompts._abstract import Host
 from inlay.prompts._placed import (
     Choice,
     Placed,
+    check_gap,
+    check_mask,
     check_positions,
     check_room,
     continued,
@@ -63,6 +65,8 @@ class Generation:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments with the prompts in them."""
+        cache = self.given.get("past_key_values")
+        check_mask(self.given, None if cache is not None and cache.get_seq_length() else (self.B, self.L))
         check_positions(self.host, self.front, self.cached, self.L)
         return self._of_seq2seq() if self.host.seq2seq else self._of_decoder()
 
@@ -94,11 +98,23 @@ class Generation:
                 self.ids_BL if self.x_BLD is None else self.x_BLD
             )
         if self.cached is not None:
-            if self.cached.mask_BT is not None:
-                raise RowsError("Prompts in a decoder's cache have to be of one length: generate a batch for each.")
+            self._lengthen_decoded(self.cached)
             started = given.get("decoder_input_ids")
             self._fill(1 if started is None else started.shape[1], self._asked("max_length") or 20)
         return given
+
+    def _lengthen_decoded(self, cached: Placed) -> None:
+        """Puts a prompt's part before the mask of what the decoder begins with."""
+        mask, ids = self.given.get("decoder_attention_mask"), self.given.get("decoder_input_ids")
+        if cached.mask_BT is not None and (not self.host.relative or ids is not None):
+            raise RowsError(
+                "Prompts in a decoder's cache have to be of one length, where it has a table of positions or is given "
+                "decoder_input_ids: generate a batch for each."
+            )
+        if mask is None and cached.mask_BT is not None:
+            mask = cached.mask_BT.new_ones(self.B, 1)
+        if mask is not None:
+            self.given["decoder_attention_mask"] = torch.cat([cached.ones(mask), mask], 1)
 
     def _of_decoder(self) -> dict[str, Any]:
         given, cache = self.given, self.given.get("past_key_values")
@@ -107,6 +123,7 @@ class Generation:
         if going_on:
             continued(cache, placed)
         self._lengths()
+        check_gap(self.host, self.cached, self.front, self.L + self._new(20))
         mask = self._mask()
         self._pass_over(leading(mask))
         given["attention_mask"] = torch.cat([*(p.ones(mask) for p in placed), mask], 1)
@@ -155,11 +172,7 @@ class Generation:
             return self.given["attention_mask"]  # type: ignore[no-any-return]
         if self.ids_BL is None:
             return torch.ones(self.B, self.L, dtype=torch.long, device=self.x_BLD.device)
-        defaults = self.host.model.generation_config
-        pad, end = (
-            self._asked(name) if self._asked(name) is not None else getattr(defaults, name)
-            for name in ("pad_token_id", "eos_token_id")
-        )
+        pad, end = self._asked("pad_token_id"), self._asked("eos_token_id")
         ends = end if isinstance(end, list) else [end]
         if pad is None or pad in ends:
             return torch.ones_like(self.ids_BL)
@@ -192,7 +205,7 @@ class Generation:
         """
         assert self.cached is not None, "asked by whoever calls"
         cache, kind = self.given.get("past_key_values"), self._asked("cache_implementation")
-        if kind not in (None, "dynamic", "static"):
+        if kind not in (None, "dynamic", "static", "hybrid"):  # the last, a default of files, is passed over
             raise PromptError(
                 f"A prompt in the cache needs one that can be filled beforehand, 'dynamic' or 'static', not {kind!r}."
             )
