@@ -319,7 +319,7 @@ def test_no_input_at_all(name: str, how: str) -> None:
 @pytest.mark.parametrize("name", ["p5", "k4"])
 def test_labels_of_another_length(arch: str, task: str, name: str) -> None:
     model, ids = handle(arch, task, name), torch.full((2, 6), 5)
-    for shape in ((2, 11), (2, 5), (3, 6)):
+    for shape in ((2, 12), (2, 5), (3, 6), *([(2, 11)] if name == "k4" or task == "CAUSAL_LM" else [])):
         with refused(PromptError, rf"labels has shape \({shape[0]}, {shape[1]}\).*2 rows of 6 tokens", model):
             model(input_ids=ids, labels=torch.ones(shape, dtype=torch.long))
     model(input_ids=ids, labels=torch.ones(2, 6, dtype=torch.long))

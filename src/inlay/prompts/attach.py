@@ -235,16 +235,14 @@ class Entry:
             raise RowsError(
                 f"{alone[0]!r} has a loss or a prompt in the decoder of its own: train it alone, on a whole batch."
             )
-        shape, labels = (self.B, self.L), None if self.host.seq2seq else self.given.get("labels")
+        shape = (self.B, self.L)
         check_mask(self.given, None if going_on else shape)
         check_positions(self.host, front, cached, self.L)
         check_gap(self.host, cached, front, self.L)
         if not self.host.seq2seq:
             mask, T = self.given.get("attention_mask"), sum(p.length for p in (front, cached) if p is not None)
             check_room(self.host, self.given.get("past_key_values"), T + (self.L if mask is None else mask.shape[1]))
-        by_token = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
-        if labels is not None and by_token and labels.shape[1] != 1:  # a class for each row may stand in a column
-            check_shape("labels", labels, shape)
+        self._check_labels(front)
         if front is None or going_on:
             return
         if "token_type_ids" in self.given:
@@ -253,6 +251,16 @@ class Entry:
             known = name in ("input_ids", "inputs_embeds", "position_ids", *_LENGTHENED) or name.startswith(_ELSEWHERE)
             if not known and isinstance(value, Tensor) and value.shape[:2] == (self.B, self.L):
                 raise PromptError(f"{name} has an entry for each token, and a prompt has none for it: leave it out.")
+
+    def _check_labels(self, front: Placed | None) -> None:
+        labels = self.given.get("labels")
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point() or self.host.seq2seq:
+            return
+        lengths = [self.L, 1]  # a class for each row may stand in a column
+        if front is not None and front.mask_BT is None and not self.host.predicts_next:
+            lengths.append(front.length + self.L)  # those of PEFT's token classifiers, which lengthens none
+        if labels.shape[1] not in lengths or len(labels) != self.B:
+            check_shape("labels", labels, (self.B, self.L))
 
     def _stand_in_front(self, front: Placed) -> None:
         given, host, own = self.given, self.host, front.own()
