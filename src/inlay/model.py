@@ -52,7 +52,7 @@ from inlay.inject import (
     wrappers,
 )
 from inlay.invocation import Invocations, check_invocation
-from inlay.prompts import EMBEDDINGS, AbstractPrompt, AnyConfig, PromptLearningConfig, encoder_for
+from inlay.prompts import EMBEDDINGS, AbstractPrompt, AnyConfig, PromptLearningConfig, encoder_for, outline_for
 from inlay.prompts.attach import Prompts
 from inlay.replicate import replicated
 from inlay.report import BASE_KEY, LoadReport
@@ -518,8 +518,7 @@ class PeftModel(nn.Module):
         prompts = tuner.prompts or Prompts(tuner.model)
         with self._with_heads(config):
             fitted = config.fitted(prompts.host)
-            with nullcontext() if read is None else torch.device("meta"):  # claims of a file cost nothing, yet
-                prompt = encoder_for(fitted, prompts.host, fresh=read is None)
+            prompt = (encoder_for if read is None else outline_for)(fitted, prompts.host)
             prompts.check(prompt, trained)
             prepared = prepare_saved(tuner.model, fitted.modules_to_save or (), name)
             tensors: Mapping[str, Tensor] = {}

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import inlay
-from inlay.prompts.prefix_tuning import PrefixTuningConfig
-from inlay.prompts.prompt_tuning import PromptTuningConfig
+from inlay import PrefixTuningConfig, PromptTuningConfig
 
 V, D, LAYERS, HEADS, LABELS, POSITIONS = 64, 32, 2, 4, 3, 64
 _TOKENS = {"vocab_size": V, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_labels": LABELS}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import inlay
+from inlay import PrefixTuningConfig, PromptTuningConfig
 from inlay.errors import (
     ConfigError,
     CorruptFileError,
@@ -24,10 +25,10 @@ from inlay.errors import (
     NonFiniteError,
     PeftError,
     PromptError,
+    TaskIndexError,
     WrongMethodError,
 )
-from inlay.prompts.prefix_tuning import PrefixTuningConfig
-from inlay.prompts.prompt_tuning import PromptTuningConfig
+from inlay.prompts import PROMPTS
 
 KINDS = {"embeddings": PromptTuningConfig, "cache": PrefixTuningConfig}
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -325,6 +326,25 @@ def test_labels_of_another_length(arch: str, task: str, name: str) -> None:
     model(input_ids=ids, labels=torch.ones(2, 6, dtype=torch.long))
 
 
+@pytest.mark.parametrize("how", ["forward", "generate"])
+@pytest.mark.parametrize(
+    ("tasks", "error", "match"),
+    [
+        ([0, 2], TaskIndexError, "task_ids has 2, the prompt has the tasks 0 to 1"),
+        ([-1, 0], TaskIndexError, "task_ids has -1, the prompt has the tasks 0 to 1"),
+        ([0, 1, 1], PromptError, "a task for each of the 2 rows"),
+        ([0.0, 1.0], PromptError, "a task for each of the 2 rows"),
+        (None, PromptError, "give task_ids"),
+    ],
+)
+def test_tasks_that_there_are_not(how: str, tasks: Any, error: type[Exception], match: str) -> None:
+    made = inlay.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2)
+    model, ids = inlay.get_peft_model(base("llama", "CAUSAL_LM"), made).eval(), torch.full((2, 6), 5)
+    with refused(error, match, model):
+        call(model, how, input_ids=ids, task_ids=None if tasks is None else torch.tensor(tasks))
+    call(model, how, input_ids=ids, task_ids=torch.tensor([1, 0]))
+
+
 def test_classes_may_stand_in_a_column() -> None:
     model, ids = handle("llama", "SEQ_CLS", "p5"), torch.full((2, 6), 5)
     one = model(input_ids=ids, labels=torch.tensor([1, 2])).loss
@@ -445,6 +465,66 @@ def test_a_file_that_does_not_fit(kind: str, case: str, trainable: bool, tmp_pat
     if "prompt_embeddings" in match and error is LoadError:  # there is no way to go on
         with refused(error, match, model):
             inlay.PeftModel.from_pretrained(model, directory, is_trainable=trainable, strict=False)
+
+
+_M = 2**31 - 1
+CLAIMS: dict[str, list[tuple[dict[str, Any], type[Exception] | None, type[Exception] | None]]] = {
+    # what the config says -> the error where it is loaded frozen, and where it is to be trained on
+    "MULTITASK_PROMPT_TUNING": [
+        ({"num_tasks": _M}, LoadError, LoadError),
+        ({"num_ranks": _M}, LoadError, LoadError),
+        ({"num_tasks": _M, "num_ranks": _M, "num_virtual_tokens": _M}, PromptError, PromptError),
+        ({"prompt_tuning_init": "EXACT_SOURCE_TASK", "prompt_tuning_init_state_dict_path": "/nowhere"}, None, None),
+    ],
+    "PROMPT_TUNING": [
+        ({"num_virtual_tokens": _M, "num_transformer_submodules": 2}, LoadError, LoadError),
+        ({"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x", "tokenizer_name_or_path": "/no"}, None, None),
+    ],
+    "P_TUNING": [
+        ({"encoder_hidden_size": _M}, None, PromptError),
+        ({"encoder_num_layers": _M, "encoder_reparameterization_type": "LSTM"}, None, PromptError),
+    ],
+    "PREFIX_TUNING": [({"encoder_hidden_size": _M, "prefix_projection": True}, None, PromptError)],
+    "CPT": [
+        ({"cpt_token_ids": [10**30] * 4}, ConfigError, ConfigError),
+        ({"cpt_tokens_type_mask": [10**30] * 4}, ConfigError, ConfigError),
+        ({"cpt_token_ids": [1] * 5}, ConfigError, ConfigError),
+    ],
+    "CARTRIDGE": [
+        ({"num_virtual_tokens": _M, "num_frozen_tokens": _M}, LoadError, LoadError),
+        ({"num_frozen_tokens": _M}, ConfigError, ConfigError),
+    ],
+}
+
+
+_WHY: dict[type[Exception], str] = {
+    LoadError: "of another shape",
+    PromptError: "cannot be trained on|No prompt can have",
+    ConfigError: "cpt_token_ids|num_frozen_tokens",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "errors"),
+    [(method, fields, errors) for method, rows in CLAIMS.items() for fields, *errors in rows],
+    ids=lambda part: ",".join(part) if isinstance(part, dict) else None,
+)
+def test_what_a_config_claims_costs_nothing(
+    method: str, fields: dict[str, Any], errors: list[type[Exception] | None], tmp_path: Path
+) -> None:
+    """Neither memory nor time, and nothing that it names is opened."""
+    row = PROMPTS[method].config
+    inlay.get_peft_model(base("llama", "CAUSAL_LM"), row(**{"task_type": "CAUSAL_LM", **row.example})).save_pretrained(
+        tmp_path
+    )
+    rewritten(tmp_path, _set(**fields))
+    for trainable, error in zip((False, True), errors, strict=True):
+        model = base("llama", "CAUSAL_LM")
+        if error is None:
+            inlay.PeftModel.from_pretrained(model, tmp_path, is_trainable=trainable)
+        else:
+            with refused(error, _WHY[error], model):
+                inlay.PeftModel.from_pretrained(model, tmp_path, is_trainable=trainable)
 
 
 @pytest.mark.parametrize(

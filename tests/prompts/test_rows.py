@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from prompts.batches import CELLS, DECODERS, LABELS, LENGTHS, Batch, base, batch, config, handle, windowed
+from prompts.batches import CELLS, DECODERS, LABELS, LENGTHS, Batch, base, batch, config, disturb, handle, windowed
 from torch import Tensor
 
 import inlay
 from inlay.errors import RowsError, UnknownAdapterError
+from inlay.prompts import PROMPTS
 
 NAMES = (*LENGTHS, "lora")
 BASE = "__base__"
@@ -160,6 +162,53 @@ def test_loss_and_gradients_are_sums_over_rows(arch: str, task: str, names: tupl
             torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
         used = {n for n in names if n not in (BASE, "lora")}
         assert all(mine[f"prompt_encoder.{n}.embedding.weight"].any() for n in used)
+
+
+EVERY = {
+    "prompt": inlay.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "tasks": inlay.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=3),
+    "p": inlay.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "context": inlay.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[5, 6, 7], cpt_tokens_type_mask=[1, 2, 4]),
+    "prefix": inlay.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True),
+    "cartridge": inlay.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "lora": inlay.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]),
+}
+
+
+def every_method() -> inlay.PeftModel:
+    made: inlay.PeftModel | None = None
+    for name, one in EVERY.items():
+        if made is None:
+            made = inlay.get_peft_model(base("llama", "CAUSAL_LM"), copy.deepcopy(one), name)
+        else:
+            made.add_adapter(name, copy.deepcopy(one))
+    assert made is not None
+    disturb(made.double())
+    return made.eval()
+
+
+def test_rows_of_every_method() -> None:
+    assert {one.method for one in EVERY.values()} == {"LORA", *PROMPTS}
+    model, names = every_method(), (BASE, *EVERY)
+    rows = prompts_of(batch("llama", "CAUSAL_LM", len(names), "left", labels=False))
+    tasks = torch.arange(len(names)) % 3
+    options = {"max_new_tokens": 4, "eos_token_id": 63}
+    with torch.no_grad():
+        out = model(**rows.inputs, adapter_names=names, task_ids=tasks).logits
+        found = model.generate(**rows.inputs, adapter_names=names, task_ids=tasks, **options)
+        for i, name in enumerate(names):
+            given = {**rows.row(i), **({"task_ids": tasks[i : i + 1]} if name == "tasks" else {})}
+            with choice(model, name):
+                equal(out[i : i + 1, -6:][:, rows.kept_BL[i]], model(**given).logits[:, -6:][:, rows.kept_BL[i]])
+                alone = model.generate(**given, **options)
+            assert torch.equal(found[i : i + 1, : alone.shape[1]], alone)
+    with pytest.raises(RowsError, match="'context' has a loss"):
+        model(**rows.inputs, labels=rows.inputs["input_ids"], adapter_names=names, task_ids=tasks)
+    model.set_requires_grad(EVERY)
+    others = [name if name != "context" else BASE for name in names]
+    model(**rows.inputs, labels=rows.inputs["input_ids"], adapter_names=others, task_ids=tasks).loss.backward()
+    trained = {n for n in EVERY for k, p in model.named_parameters() if f".{n}." in k and p.grad is not None}
+    assert trained == set(EVERY) - {"context"}
 
 
 @torch.no_grad()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from inlay.config import AdapterConfig
+from inlay.errors import PromptError
 from inlay.prompts._abstract import EMBEDDINGS, AbstractPrompt, Host, PromptLearningConfig
 from inlay.prompts.cartridge import CartridgeConfig, CartridgeEncoder
 from inlay.prompts.cpt import CPTConfig, CPTEmbedding
@@ -48,6 +51,19 @@ def encoder_for(config: PromptLearningConfig, host: Host, fresh: bool = True) ->
     return prompt
 
 
+def outline_for(config: PromptLearningConfig, host: Host) -> AbstractPrompt:
+    """The same without memory, and without what trains it: what a file's claims cost until they are compared.
+
+    Raises:
+        PromptError: No prompt can be as large as the config says.
+    """
+    try:
+        with torch.device("meta"):
+            return encoder_for(replace(config, inference_mode=True), host, fresh=False)
+    except RuntimeError as error:  # more elements than can be counted
+        raise PromptError(f"No prompt can have the numbers of this {type(config).__name__}: {error}.") from error
+
+
 __all__ = [
     "EMBEDDINGS",
     "PROMPTS",
@@ -57,4 +73,5 @@ __all__ = [
     "PromptLearningConfig",
     "PromptMethod",
     "encoder_for",
+    "outline_for",
 ]

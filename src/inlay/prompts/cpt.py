@@ -66,10 +66,12 @@ class CPTConfig(PromptLearningConfig):
         ids = self.cpt_token_ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
         mask = self.cpt_mask = [1] * len(ids) if self.cpt_mask is None else self.cpt_mask
         types = self.cpt_tokens_type_mask = self.cpt_tokens_type_mask or [1] * len(ids)
-        if not ids or len(mask) != len(ids) or len(types) != len(ids) or min(types) < 0:
+        too_large = any(abs(n) >= 2**31 for n in (*ids, *types))
+        if not ids or len(mask) != len(ids) or len(types) != len(ids) or min(types) < 0 or too_large:
             raise ConfigError(
-                "cpt_token_ids, cpt_mask and cpt_tokens_type_mask need a number for every token of the context, types "
-                f"of 0 or more: they have {len(ids)}, {len(mask)} and {len(types)}, types {types[:8]}."
+                "cpt_token_ids, cpt_mask and cpt_tokens_type_mask need a number for every token of the context, below "
+                f"2147483648, types of 0 or more: they have {len(ids)}, {len(mask)} and {len(types)}, "
+                f"types {types[:8]}."
             )
         self.num_virtual_tokens, self.num_transformer_submodules = len(ids), 1
 
