@@ -34,24 +34,27 @@ def test_copies_are_copies() -> None:
 
 
 def test_the_mapping_serves_again_once_every_copy_is_gone() -> None:
-    arena = Arena()
-    W = torch.randn(1000)
+    arena, W = Arena(), torch.randn(1000)
     first = arena.copier(_WORTHWHILE)(W)
-    pointer = first.data_ptr()
+    mapping = arena._mapping
     second = arena.copier(_WORTHWHILE)(W)
-    assert second.data_ptr() != pointer  # the first still lives
+    assert arena._mapping is not mapping  # the first still lives
     first.zero_()
     assert torch.equal(second, W)
 
-    view, pointer = second[10:], second.data_ptr()
+    mapping, view = arena._mapping, second[10:]
     del second
-    assert arena.copier(_WORTHWHILE)(W).data_ptr() != pointer  # a view lives
+    third = arena.copier(_WORTHWHILE)(W)
+    assert arena._mapping is not mapping  # a view of it lives
+    third.zero_()
     assert torch.equal(view, W[10:])
-    arena = Arena()
-    pointer = arena.copier(_WORTHWHILE)(W).data_ptr()
-    again = arena.copier(_WORTHWHILE)(W)
-    assert again.data_ptr() == pointer
-    assert torch.equal(again, W)
+
+    mapping = arena._mapping
+    del third
+    assert torch.equal(arena.copier(_WORTHWHILE)(W), W)
+    assert arena._mapping is mapping
+    assert torch.equal(arena.copier(2 * _WORTHWHILE)(W), W)
+    assert arena._mapping is not mapping  # more than it holds
 
 
 def test_copies_outlive_their_arena() -> None:
@@ -83,11 +86,12 @@ def test_a_merged_model_comes_back_from_one_mapping(monkeypatch: pytest.MonkeyPa
     config = inlay.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False)
     model = inlay.get_peft_model(net, config)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    places = set()
+    mappings = set()
     for _ in range(20):
         model.merge_adapter()
         assert not torch.equal(net[0].weight, before["base_model.model.0.base_layer.weight"])
-        places.add(net[0]._kept["weight"].data_ptr())
+        mappings.add(model.base_model._arena._mapping)
         model.unmerge_adapter()
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert len(places) == 1
+    assert len(mappings) == 1
+    assert None not in mappings
