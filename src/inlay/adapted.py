@@ -289,7 +289,8 @@ class Adapted(_Light):
                 return self._through_weight(run, x)
             z = method.into(p, x, self) if method.changes_input else x
             # Nobody else can hold what a plain linear layer returns, so it may be written to.
-            fresh = type(base) is nn.Linear and not base._forward_hooks and not _global_forward_hooks
+            own = type(base) is nn.Linear and "forward" not in base.__dict__
+            fresh = own and not base._forward_hooks and not _global_forward_hooks
             return method.out(p, x, base(z, *args[1:], **kwargs), self, fresh)
         return self._forward_several(run, base, x, *args[1:], **kwargs)
 
@@ -353,8 +354,8 @@ class Adapted(_Light):
         base: Any = self._frozen() if self._merged else self._modules["base_layer"]
         h0 = h = base(z, *args[1:], **kwargs)
         if stack.order:
-            plain = type(base) is nn.Linear and not base._forward_hooks and not _global_forward_hooks
-            fresh = plain and not names and not h.requires_grad
+            own = type(base) is nn.Linear and "forward" not in base.__dict__
+            fresh = own and not base._forward_hooks and not _global_forward_hooks and not names
             h = rows_product(x, h, *stack.factors, rows.index_of(stack.order), h_is_fresh=fresh)
         for name in names:
             at = rows.members[rows.names.index(name)]

@@ -260,7 +260,7 @@ class AbstractLowRank(AbstractDelta):
             return super()._added(p, x, h, layer, fresh, keep_O)
         down_RI, up_OR = self.pair(p)
         up_OR = up_OR if keep_O is None else up_OR * keep_O[:, None]
-        return low_rank(x, h, down_RI, up_OR, self.scaling, h_is_fresh=fresh and not h.requires_grad)
+        return low_rank(x, h, down_RI, up_OR, self.scaling, h_is_fresh=fresh)
 
 
 def as_dtype(t: Tensor, like: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class StartedLowRank(AbstractLowRank):
             return h + as_dtype(layer.operate(as_dtype(x, W_OI), W_OI), h)
         down, up = p["down0"], p["up0"]
         if layer.kind.matrix:
-            return low_rank(x, h, down, up, -self.scaling, h_is_fresh=fresh and not h.requires_grad)
+            return low_rank(x, h, down, up, -self.scaling, h_is_fresh=fresh)
         return h - as_dtype(AbstractLowRank.change(self, {"down": down, "up": up}, x, layer) * self.scaling, h)
 
     def whole(self, p: Params) -> tuple[Tensor, Tensor]:

@@ -148,7 +148,6 @@ class AdaLoraAdapter(AbstractLowRank):
             return h
         dropout = self.dropout if layer.training and not layer.kind.indexed else 0.0
         if layer.kind.matrix:
-            fresh = fresh and not h.requires_grad
             return low_rank(x, h, *self.pair(p), self.scaling, dropout, h_is_fresh=fresh)
         return h + as_dtype(self.change(p, F.dropout(x, dropout) if dropout else x, layer) * self.scaling, h)
 

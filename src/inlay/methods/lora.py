@@ -224,7 +224,7 @@ class LoraAdapter(StartedLowRank):
                 self.scaling,
                 dropout,
                 p.get("bias"),
-                h_is_fresh=fresh and not h.requires_grad,
+                h_is_fresh=fresh,
             )
         return h + as_dtype(self.change(p, F.dropout(x, dropout) if dropout else x, layer) * self.scaling, h)
 
@@ -258,7 +258,7 @@ class LoraAdapter(StartedLowRank):
             dropped = dropped if dropped is None or bias is None else dropped + bias
             return dora(
                 x, h, p["down"], p["up"], self.scaling, p["magnitude"], norm_O, bias, dropout,
-                mask=mask, h_dropped_BO=dropped, h_is_fresh=fresh and not h.requires_grad,
+                mask=mask, h_dropped_BO=dropped, h_is_fresh=fresh,
             )  # fmt: skip
         gain = kind.channels(p["magnitude"].flatten() / norm_O)
         frozen = dropped if dropped is not None else h if bias is None else h - kind.channels(bias)
