@@ -33,17 +33,22 @@ def measure(setting: Setting) -> Iterator[Figure]:
 
 
 def alternate(programs: dict[str, str], rounds: int) -> dict[str, Outcome]:
-    """Every program once per round; what it took is under its name, and all of it under the name with " in use"."""
+    """Every program once per round; what it took is under its name, and all of it under the name with " in use".
+
+    One round before these does not count: it leaves the bytecode that an installed package comes with.
+    """
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     failed: dict[str, Missing] = {}
-    for _ in range(rounds):
+    for number in range(1 + rounds):
         for name, program in programs.items():
             if name in failed:
                 continue
             try:
-                samples[name].append(in_fresh_process(program))
+                pair = in_fresh_process(program)
             except RuntimeError as error:
                 failed[name] = Missing(str(error))
+            else:
+                samples[name] += [pair] if number else []
     outcomes: dict[str, Outcome] = {}
     for name, pairs in samples.items():
         outcomes[name] = failed.get(name) or Measured(tuple(first for first, _ in pairs))
@@ -57,7 +62,9 @@ def in_fresh_process(program: str) -> tuple[float, float]:
     Raises:
         RuntimeError: If it fails there; the message is the last line of what it wrote.
     """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
+    # A library in a tree of sources must be compiled no more often than one that pip has put in place.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     first, both = done.stdout.split()[-2:]

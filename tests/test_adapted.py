@@ -577,6 +577,38 @@ def test_modules_of_ours_are_modules_like_any_other(model: inlay.PeftModel) -> N
     assert seen == ["leaf", "leaf"]
 
 
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
+def test_a_layers_output_is_not_written_to_where_somebody_may_hold_it(
+    mlp: nn.Module, x: Tensor, fields: dict[str, Any], record: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inlay.ops.low_rank._FEW", 0)
+    layer = handle(mlp, **fields).train().base_model.model.lin0
+    base, forward = layer.base_layer, layer.base_layer.forward
+    held: list[Tensor] = []
+
+    def keeping(x: Tensor) -> Tensor:
+        held.append(forward(x))
+        return held[-1]
+
+    def check() -> None:
+        with torch.set_grad_enabled(record):
+            layer(x.detach().requires_grad_(record))
+        assert held
+        assert torch.equal(held.pop(), forward(x))
+
+    base.forward = keeping
+    check()
+    del base.forward
+    hook = base.register_forward_hook(lambda module, args, out: held.append(out))
+    check()
+    hook.remove()
+    if record:
+        hook = base.register_full_backward_hook(lambda *args: None)
+        layer(x.detach().requires_grad_()).sum().backward()
+        hook.remove()
+
+
 def test_few_frames_per_layer(model: inlay.PeftModel, x: Tensor) -> None:
     """What the wrapper costs at one token is Python frames: at most 8 of ours."""
     layer = model.base_model.model.lin0

@@ -295,7 +295,8 @@ class Adapted(_Light):
                 return self._through_weight(run, x)
             z = method.into(p, x, self) if method.changes_input else x
             # Nobody else can hold what a plain linear layer returns, so it may be written to.
-            fresh = type(base) is nn.Linear and not base._forward_hooks and not _global_forward_hooks
+            own = type(base) is nn.Linear and "forward" not in base.__dict__
+            fresh = own and not base._forward_hooks and not _global_forward_hooks
             return method.out(p, x, base(z, *args[1:], **kwargs), self, fresh)
         return self._forward_several(run, base, x, *args[1:], **kwargs)
 
@@ -379,8 +380,8 @@ class Adapted(_Light):
         h: Tensor = base(z, *args, **kwargs)
         h0 = h
         if stack.order:
-            plain = type(base) is nn.Linear and not base._forward_hooks and not _global_forward_hooks
-            fresh = plain and not names and not h.requires_grad and tokens is None
+            own = type(base) is nn.Linear and "forward" not in base.__dict__
+            fresh = own and not base._forward_hooks and not _global_forward_hooks and not names and tokens is None
             h = rows_product(x, h, *stack.factors, rows.index_of(stack.order), h_is_fresh=fresh)
         for name in names:
             at = rows.members[rows.names.index(name)]
@@ -649,31 +650,28 @@ class Adapted(_Light):
         wanted = self._active if adapter_names is None else adapter_names
         if any(n in self._merged for n in wanted):
             warnings.warn(f"{self.path}: already merged are {list(self._merged)}.", PeftWarning, stacklevel=2)
-        new = self.check_merge(wanted, safe_merge)
-        if not new:
-            return
-        self.router.changing(self, self._run, new)
-        with torch.no_grad():
-            self._write(new, keep_base, aside)
-        self._merged += new
-        self._refresh()
+        self.write(self.check_merge(wanted, safe_merge), keep_base, aside)
 
     def check_merge(self, adapter_names: Iterable[str] | None, safe_merge: bool = False) -> tuple[str, ...]:
         """The adapters that merging would write, after checking that it can; nothing is written."""
         wanted = self._active if adapter_names is None else adapter_names
-        new = tuple(n for n in wanted if n in self.methods and n not in self._merged)
+        new = tuple([n for n in wanted if n in self.methods and n not in self._merged])
+        if not new:
+            return new
+        base = self._modules["base_layer"]
+        assert base is not None
         for name in new:
             if self.methods[name].activated:
                 raise NotMergeableError(
                     f"{self.path}: {name!r} acts from its invocation on, and a merged weight would on every token: "
                     "leave it unmerged."
                 )
-            self.methods[name].check_mergeable(self.kind, self.base_layer)
-        if new and (why := self.kind.unmergeable(self.base_layer)):
+            self.methods[name].check_mergeable(self.kind, base)
+        if why := self.kind.unmergeable(base):
             raise NotMergeableError(f"{self.path}: {why}")
-        if new and self.get_base_layer().get_parameter(self.kind.weight_name).is_meta:
+        if getattr(base, self.kind.weight_name).is_meta:
             raise NotMergeableError(f"{self.path}: its weight is on the meta device (offloaded): bring it back first.")
-        if new and safe_merge:
+        if safe_merge:
             with torch.no_grad():
                 finite = [bool(t.isfinite().all()) for t in self.effective(self._merged + new) if t is not None]
             if not all(finite):
@@ -682,25 +680,41 @@ class Adapted(_Light):
                 )
         return new
 
-    def _write(self, new: tuple[str, ...], keep_base: bool, aside: Callable[[Tensor], Tensor]) -> None:
-        base, kind = self.base_layer, self.kind
-        on_top = self.storage.in_place and not self.tied and (not self._merged or not self._kept)
-        factors = [self.methods[n].factors(self.params(n)) for n in new] if on_top else [None]
-        if all(f is not None for f in factors):
-            if keep_base and not self._merged:
-                self._kept[kind.weight_name] = self.storage.keep(base, kind.weight_name, aside)
-            for f in factors:
-                assert f is not None
-                self._add_product(*f, sign=1)
-                if not keep_base:  # the adapter may change while it is merged: what was added is what is subtracted
-                    down, up, scale = f
-                    self._added.append((down.detach().clone(), up.detach().clone(), scale))
+    def write(
+        self, new: tuple[str, ...], keep_base: bool = True, aside: Callable[[Tensor], Tensor] = torch.clone
+    ) -> None:
+        """`merge` of what `check_merge` has returned."""
+        if not new:
             return
-        b0 = self.offset()
-        W, b = self.effective(self._merged + new)
-        for parameter, value in ((kind.weight_name, W), (kind.bias_name, None if b is b0 else b)):
-            if value is not None:
-                self._replace(parameter, value, keep_base, aside)
+        self.router.changing(self, self._run, new)
+        with torch.no_grad():
+            if not self._add_products(new, keep_base, aside):
+                b0 = self.offset()
+                W, b = self.effective(self._merged + new)
+                self._replace(self.kind.weight_name, W, keep_base, aside)
+                if b is not None and b is not b0:
+                    self._replace(self.kind.bias_name, b, keep_base, aside)
+        self.__dict__["_merged"] += new
+        self._refresh()
+
+    def _add_products(self, new: tuple[str, ...], keep_base: bool, aside: Callable[[Tensor], Tensor]) -> bool:
+        """Adds products into the weight where it stands; False, and nothing done, where merging is more than that."""
+        storage, base, name = self.storage, self.base_layer, self.kind.weight_name
+        if self.tied or not storage.in_place or (self._merged and self._kept):
+            return False
+        factors = []
+        for n in new:
+            pair = self.methods[n].factors(self.params(n))
+            if pair is None:
+                return False
+            factors.append(pair)
+        if keep_base and not self._merged:
+            self._kept[name] = storage.keep(base, name, aside)
+        for down, up, scale in factors:
+            self._add_product(down, up, scale, sign=1)
+            if not keep_base:  # the adapter may change while it is merged: what was added is what is subtracted
+                self._added.append((down.detach().clone(), up.detach().clone(), scale))
+        return True
 
     def _replace(self, parameter: str, value: Tensor, keep_base: bool, aside: Callable[[Tensor], Tensor]) -> None:
         base, storage = self.base_layer, self._storage(parameter)
@@ -722,8 +736,8 @@ class Adapted(_Light):
 
     def _add_product(self, down: Tensor, up: Tensor, scale: Any, sign: int) -> None:
         kind = self.kind
-        W = self.base_layer.get_parameter(kind.weight_name)
-        W_OI, down, up = kind.to_matrix(self.base_layer, W), down.flatten(1), up.flatten(1)
+        base = self.base_layer
+        W_OI, down, up = kind.to_matrix(base, getattr(base, kind.weight_name)), down.flatten(1), up.flatten(1)
         if W_OI.dtype == down.dtype and isinstance(scale, int | float):
             W_OI.addmm_(up, down, alpha=sign * scale)
         else:  # one rounding, at the end
@@ -764,7 +778,7 @@ class Adapted(_Light):
 
     def forget(self) -> None:
         """Takes the weight as it stands for the pristine one."""
-        self._merged, self._kept, self._added, self.rounding = (), {}, [], None
+        self.__dict__.update(_merged=(), _kept={}, _added=[], rounding=None)
         self._refresh()
 
     # ------------------------------------------------------------------ what users of PEFT read and call

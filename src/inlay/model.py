@@ -81,6 +81,7 @@ class Tuner(nn.Module):
         self.prompts: Prompts | None = None
         self._own_router: Router | None = None  # where no wrapper stood when it was first asked for
         self.invocations: Invocations | None = None
+        self._arena = Arena()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.with_loss(self.model(*args, **kwargs))
@@ -329,15 +330,17 @@ class Tuner(nn.Module):
             raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
         self._check_writable(adapter_names or ())
         with self.router.writing():
-            changing = [layer for _, layer in self.layers() if layer.check_merge(adapter_names, safe_merge)]
-            if not changing:
-                merged = sorted({n for _, layer in self.layers() for n in layer.merged_adapters})
-                warnings.warn(f"nothing to merge: already merged are {merged}.", PeftWarning, stacklevel=2)
-            copied = [layer for layer in changing if keep_base and not layer.merged and not layer.tied]
-            arena = Arena(sum(bytes_of(layer.weight) for layer in copied))
-            for layer in changing:
-                layer.merge(adapter_names=adapter_names, keep_base=keep_base, aside=arena.copy)
-        tell_rounding(changing)
+            layers = [layer for _, layer in self.layers()]
+            changing = [(layer, new) for layer in layers if (new := layer.check_merge(adapter_names, safe_merge))]
+            merged = {n for layer in layers for n in layer._merged}
+            if not changing or not merged.isdisjoint(adapter_names or self._active):
+                what = "" if changing else "nothing to merge: "
+                warnings.warn(f"{what}already merged are {sorted(merged)}.", PeftWarning, stacklevel=2)
+            copied = [layer for layer, _ in changing if keep_base and not layer._merged and not layer.tied]
+            aside = self._arena.copier(sum(bytes_of(layer.weight) for layer in copied))
+            for layer, new in changing:
+                layer.write(new, keep_base, aside)
+        tell_rounding(layer for layer, _ in changing)
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the weights again."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from inlay.ops import low_rank as module
 from inlay.ops.dropout import draw_mask
@@ -14,6 +16,12 @@ from inlay.ops.low_rank import low_rank, reference
 
 INS, OUTS, R = 12, 10, 3
 LEADING = [(), (5,), (2, 3), (2, 2, 2), (0,), (2, 0)]
+
+
+@pytest.fixture(autouse=True)
+def _function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These are tests of the autograd function: tensors as small as theirs would go by plain torch."""
+    monkeypatch.setattr(module, "_FEW", 0)
 
 
 def operands(leading: tuple[int, ...] = (4,), dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -139,8 +147,21 @@ def test_narrow_activations_with_fp32_factors(narrow, tokens):
         assert far(low_rank(*tensors, 0.5), truth[0]) < 1.2 * rounding
 
 
+@pytest.mark.parametrize("scale", [2.0, torch.tensor(0.5)], ids=["float", "tensor"])
+@pytest.mark.parametrize("leading", [*LEADING, (1,)], ids=str)
+def test_few_numbers_take_plain_torch(monkeypatch, leading, scale):
+    monkeypatch.setattr(module, "_FEW", 1 << 17)
+    monkeypatch.setattr(module, "_LowRank", None)
+    tensors = operands(leading, torch.float64)
+    expected = gradients(reference, tensors, scale)
+    found = gradients(low_rank, tensors, scale, h_is_fresh=True)
+    assert max(far(f, e) for f, e in zip(found, expected, strict=True)) < 1e-12
+    if tensors[0].numel():
+        assert torch.autograd.gradgradcheck(lambda *t: low_rank(*t, scale), tensors)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_for_backward_is_x_and_a_bit_per_element(dtype):
+def test_saved_for_backward_is_x_a_bit_per_element_and_an_exact_middle(dtype):
     x, h, down, up = operands((512,))
     x, h = x.detach().to(dtype), h.detach().to(dtype)
     saved: dict[int, int] = {}
@@ -154,7 +175,8 @@ def test_saved_for_backward_is_x_and_a_bit_per_element(dtype):
         low_rank(x, h, down, up, 1.0, 0.1)
     for known in (down, up, x):
         del saved[known.untyped_storage().data_ptr()]
-    assert sum(saved.values()) == 512 * INS // 8
+    middle = 512 * R * 4 if dtype == torch.float32 else 0
+    assert sum(saved.values()) == 512 * INS // 8 + middle
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
@@ -202,6 +224,28 @@ def test_recomputed_dropout_is_the_same_dropout(reentrant):
         t.grad = None
     checkpoint(layer, x, h, use_reentrant=reentrant).square().sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(stored, [x.grad, down.grad, up.grad], strict=True))
+
+
+def _save_products(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    saved = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_selective_checkpointing_finds_what_it_saved(dropout):
+    x, _, down, up = operands((6,))
+    W = torch.randn(OUTS, INS)
+
+    def layer(x: Tensor) -> Tensor:
+        return low_rank(x, F.linear(x, W), down, up, 1.0, dropout, h_is_fresh=True)
+
+    torch.manual_seed(7)
+    stored = torch.autograd.grad(layer(x).square().sum(), [x, down, up])
+    torch.manual_seed(7)
+    contexts = partial(create_selective_checkpoint_contexts, _save_products)
+    out = checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+    again = torch.autograd.grad(out.square().sum(), [x, down, up])
+    assert all(torch.equal(a, b) for a, b in zip(stored, again, strict=True))
 
 
 def test_dropout_follows_the_seed_and_its_mask():

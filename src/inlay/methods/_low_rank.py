@@ -93,7 +93,6 @@ class AbstractLowRank(AbstractDelta):
             dropout = self.dropout
             if (keep_O := self.mask(p, layer)) is not None:
                 up_OR = up_OR * keep_O[:, None]
-        fresh = fresh and not h.requires_grad
         return low_rank(x, h, down_RI, up_OR, self.scaling, dropout, p.get("bias"), h_is_fresh=fresh)
 
     def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -172,7 +171,7 @@ class AbstractLowRank(AbstractDelta):
             return h + as_dtype(layer.operate(as_dtype(x, W_OI), W_OI), h)
         begun = self._begun(p)
         if layer.kind.matrix:
-            return low_rank(x, h, *self.pair(begun), -self.scaling, h_is_fresh=fresh and not h.requires_grad)
+            return low_rank(x, h, *self.pair(begun), -self.scaling, h_is_fresh=fresh)
         return h - as_dtype(self.change(begun, x, layer) * self.scaling, h)
 
     def base(self, p: Params, W_OI: Tensor) -> Tensor:
@@ -244,7 +243,7 @@ class AbstractLowRank(AbstractDelta):
             dropped = dropped if dropped is None or bias is None else dropped + bias
             return dora(
                 x, h, down, up, self.scaling, p["magnitude"], norm_O, bias, dropout,
-                mask=mask, h_dropped_BO=dropped, h_is_fresh=fresh and not h.requires_grad,
+                mask=mask, h_dropped_BO=dropped, h_is_fresh=fresh,
             )  # fmt: skip
         gain = kind.channels(p["magnitude"].flatten() / norm_O)
         frozen = dropped if dropped is not None else h if bias is None else h - kind.channels(bias)

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from inlay.ops import dropout as drop
 from inlay.ops.low_rank import low_rank, no_autocast, steps_aside
 
+_SLICE = 1 << 17  # numbers of a slice: a few copies of it stay in a core's cache
+
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -67,7 +69,7 @@ def _factored_norm(
     scaled_OR = up_OR * scale
     # (2 W A^T + s B A A^T) . s B, row by row
     inner_OR = torch.addmm(torch.mm(scaled_OR, torch.mm(down_RI, down_RI.t())), W_OI, down_RI.t(), alpha=2.0)
-    cross_O = inner_OR.mul_(scaled_OR).sum(1)
+    cross_O = (inner_OR * scaled_OR).sum(1)
     base_O = square_norm(W_OI) if base_sq_O is None else base_sq_O
     # Rounding can push a row that the product cancels below zero.
     return cross_O.add_(base_O).clamp_(min=0.0).sqrt_()
@@ -179,7 +181,8 @@ def _times(c_BO: Tensor, factor_O: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if factor_O.dtype == c_BO.dtype:
         return torch.mul(c_BO, factor_O, out=out)
-    return c_BO.to(factor_O.dtype).mul_(factor_O).to(c_BO.dtype)
+    wide_BO = c_BO.to(factor_O.dtype).mul_(factor_O)
+    return wide_BO.to(c_BO.dtype) if out is None else out.copy_(wide_BO)
 
 
 class _Stretch(torch.autograd.Function):
@@ -195,8 +198,21 @@ class _Stretch(torch.autograd.Function):
         c_BO, factor_O = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return _times(g_BO, factor_O), None
-        product_BO = g_BO * c_BO
-        g_factor_O = product_BO.reshape(-1, factor_O.shape[0]).sum(0, dtype=factor_O.dtype)
         if torch.is_grad_enabled():
+            g_factor_O = (g_BO * c_BO).reshape(-1, len(factor_O)).sum(0, dtype=factor_O.dtype)
             return _times(g_BO, factor_O), g_factor_O
-        return _times(g_BO, factor_O, out=product_BO), g_factor_O  # one large buffer for both
+        return _stretch_gradients(g_BO, c_BO, factor_O)
+
+
+def _stretch_gradients(g_BO: Tensor, c_BO: Tensor, factor_O: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and factor, a slice of the rows at a time, which then is in the cache for the second."""
+    outs = len(factor_O)
+    g_TO = g_BO.reshape(-1, outs)
+    g_c_TO = torch.empty_like(g_TO, memory_format=torch.contiguous_format)
+    g_factor_O = torch.zeros_like(factor_O)
+    size = max(1, _SLICE // outs)
+    slices = (torch.split(t, size) for t in (g_TO, c_BO.reshape(-1, outs), g_c_TO))
+    for g, c, out in zip(*slices, strict=True):
+        g_factor_O += torch.mul(g, c, out=out).sum(0, dtype=factor_O.dtype)
+        _times(g, factor_O, out=out)
+    return g_c_TO.view(g_BO.shape), g_factor_O

@@ -124,6 +124,10 @@ class Mask:
             return x * self.ones.neg().to(x.dtype)
         return (x.view(self.ones.dtype) & self.ones).view(x.dtype)
 
+    def taken_by(self, x: Tensor) -> Tensor:
+        """`zero` where nothing is recorded, in this mask's own memory: its last use."""
+        return self.ones.bitwise_and_(x.view(self.ones.dtype)).view(x.dtype)
+
     def zero_(self, x: Tensor) -> Tensor:
         """`zero` in place where nothing is recorded; ``x`` must be the caller's own."""
         if x.requires_grad and torch.is_grad_enabled():

@@ -1,7 +1,8 @@
 """``h + scale * (dropout(x) @ down.T) @ up.T`` in the fewest passes over the large tensors.
 
-Training runs one autograd function that keeps ``x`` as it is, and of dropout one bit per element. The middle, of size
-rank x tokens, is computed again in backward from tensors that autograd knows, so second derivatives are right.
+Training runs one autograd function that keeps ``x`` as it is, of dropout one bit per element, and the middle, of size
+rank x tokens, where all is of one dtype. Second derivatives need it as a function of tensors that autograd knows:
+there it is computed again. A few tokens take plain torch instead, whose backward does not enter Python.
 
 Where the factors have a wider dtype than a bfloat16 ``x`` (fp32 adapters on a bf16 model), many tokens are multiplied
 in bfloat16 with fp32 accumulation, as autocast does, and added to ``h`` with a single rounding; few tokens are
@@ -23,7 +24,8 @@ from torch.nn import functional as F
 from inlay.ops import dropout as drop
 
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, type(None)})
-_SLICE = 256  # tokens widened at once: their copies stay in a core's cache
+_FEW = 1 << 17  # numbers of h, up to which entering Python in backward costs more than copying them
+_SLICE = 192  # tokens widened at once: their copies stay in a core's cache
 
 
 def steps_aside(*tensors: Tensor | None) -> bool:
@@ -90,27 +92,33 @@ def low_rank(
         return reference(x_BI, h_BO, down_RI, up_OR, scale, dropout, bias_O, mask=mask)
     if dropout and mask is None:
         mask = drop.draw_mask(x_BI.shape, dropout, x_BI.device)
-    if torch.is_grad_enabled() and (
+    if isinstance(scale, Tensor):
+        scale = scale.detach()
+    if h_is_fresh and torch._C._len_torch_dispatch_stack():  # selective checkpointing, which may hold it
+        h_is_fresh = False
+    recorded = torch.is_grad_enabled() and (
         down_RI.requires_grad
         or up_OR.requires_grad
         or x_BI.requires_grad
         or h_BO.requires_grad
         or (bias_O is not None and bias_O.requires_grad)
-    ):
-        dtype = compute_dtype(x_BI, down_RI)
-        in_place = h_is_fresh and h_BO.dtype == dtype and h_BO.is_contiguous() and not h_BO._is_view()
-        if isinstance(scale, Tensor):
-            scale = scale.detach()
-        packed, keep = (mask, drop.keep_scale(dropout)) if dropout else (None, 1.0)
-        out: Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
-            x_BI, h_BO, down_RI, up_OR, bias_O, packed, scale, keep, dtype, in_place
-        )
-        return out
-    if dropout and mask is not None:
+    )
+    if dropout and mask is not None and not recorded:
         x_BI = drop.apply_mask(x_BI, mask, dropout)
     if x_BI.dtype is down_RI.dtype is h_BO.dtype and bias_O is None and not torch._C._is_any_autocast_enabled():
-        return _add_product(x_BI, h_BO, down_RI, up_OR, scale, h_is_fresh)
-    return _infer(x_BI, h_BO, down_RI, up_OR, scale, bias_O, h_is_fresh)
+        if not recorded:
+            return _add_product(x_BI, h_BO, down_RI, up_OR, scale, h_is_fresh)
+        if not dropout and h_BO.numel() <= _FEW:
+            return _add_product(x_BI, h_BO, down_RI, up_OR, scale, False)
+    if not recorded:
+        return _infer(x_BI, h_BO, down_RI, up_OR, scale, bias_O, h_is_fresh)
+    dtype = compute_dtype(x_BI, down_RI)
+    in_place = h_is_fresh and h_BO.dtype == dtype and h_BO.is_contiguous() and not h_BO._is_view()
+    packed, keep = (mask, drop.keep_scale(dropout)) if dropout else (None, 1.0)
+    out: Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
+        x_BI, h_BO, down_RI, up_OR, bias_O, packed, scale, keep, dtype, in_place
+    )
+    return out
 
 
 def autocasts(t: Tensor) -> bool:
@@ -162,14 +170,14 @@ def _add_product(
     if x_BI.numel() == ins:
         mid_R = torch.mv(down_RI, x_BI.reshape(ins))
         if isinstance(scale, Tensor):
-            mid_R, scale = mid_R.mul_(scale), 1.0
+            mid_R, scale = mid_R * scale, 1.0
         if fresh and h_BO.is_contiguous():
             h_BO.view(outs).addmv_(up_OR, mid_R, alpha=scale)
             return h_BO
         return torch.addmv(h_BO.reshape(outs), up_OR, mid_R, alpha=scale).view(h_BO.shape)
     mid_TR = torch.mm(x_BI.reshape(-1, ins), down_RI.t())
     if isinstance(scale, Tensor):
-        mid_TR, scale = mid_TR.mul_(scale), 1.0
+        mid_TR, scale = mid_TR * scale, 1.0
     h_TO = h_BO.reshape(-1, outs)
     if fresh and h_BO.is_contiguous():
         h_TO.addmm_(mid_TR, up_OR.t(), alpha=scale)
@@ -178,20 +186,19 @@ def _add_product(
 
 
 class _LowRank(torch.autograd.Function):
-    """Saves x, the factors and the packed mask; T is the number of tokens."""
+    """Saves x, the factors, the packed mask and, where it is exact, the middle; T is the number of tokens."""
 
     @staticmethod
     def forward(ctx, x_BI, h_BO, down_RI, up_OR, bias_O, packed, scale, keep, dtype, in_place):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x_BI, down_RI, up_OR, bias_O, packed)
-        ctx.scale, ctx.keep, ctx.dtype = scale, keep, dtype
+        ctx.scale, ctx.factor, ctx.dtype = scale, scale if packed is None else scale * keep, dtype
         ctx.autocast = autocasts(x_BI)
         ctx.set_materialize_grads(False)
         x_TI = x_BI.reshape(-1, x_BI.shape[-1])
         if packed is not None:
-            x_TI = drop.Mask(packed, x_TI).zero(x_TI)
-        mid_TR = torch.mm(x_TI.to(dtype), down_RI.to(dtype).t()).mul_(scale)
-        if packed is not None:
-            mid_TR.mul_(keep)
+            x_TI = drop.Mask(packed, x_TI).taken_by(x_TI)
+        mid_TR = torch.mm(x_TI.to(dtype), down_RI.to(dtype).t()) * ctx.factor
+        exact = x_BI.dtype == dtype == down_RI.dtype
+        ctx.save_for_backward(x_BI, down_RI, up_OR, bias_O, packed, mid_TR if exact else None)
         h_TO, up_RO = h_BO.reshape(-1, h_BO.shape[-1]), up_OR.to(dtype).t()
         if in_place:
             ctx.mark_dirty(h_BO)
@@ -202,7 +209,8 @@ class _LowRank(torch.autograd.Function):
         else:
             out = torch.add(h_TO, torch.mm(mid_TR, up_RO).to(h_BO.dtype)).view(h_BO.shape)
         if bias_O is not None:
-            out.add_((bias_O * scale).to(out.dtype))
+            scaled_O = (bias_O * scale).to(out.dtype)
+            out = out.add_(scaled_O) if in_place else out + scaled_O
         return out
 
     @staticmethod
@@ -214,27 +222,36 @@ class _LowRank(torch.autograd.Function):
 
 
 def _gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    """Gradients of x, h, down, up, bias in differentiable operations on saved inputs only."""
-    x_BI, down_RI, up_OR, bias_O, packed = ctx.saved_tensors
+    """Gradients of x, h, down, up, bias; differentiable operations on saved inputs only, where that is asked for."""
+    x_BI, down_RI, up_OR, bias_O, packed, mid_TR = ctx.saved_tensors
     need_x, need_h, need_down, need_up, need_bias = ctx.needs_input_grad[:5]
-    factor = ctx.scale if packed is None else ctx.scale * ctx.keep
     x_TI, g_TO = x_BI.reshape(-1, x_BI.shape[-1]), g_BO.reshape(-1, g_BO.shape[-1])
     mask = None if packed is None else drop.Mask(packed, x_TI)
-    dx = ddown = dup = dbias = dmid_TR = None
-    if need_down or need_up:
-        # In the factors' dtype, although the products were narrow: they are what is trained.
-        wide = ctx.dtype if ctx.autocast else down_RI.dtype
+    if torch.is_grad_enabled():
+        mid_TR = None
+    trains = need_down or need_up
+    # In the factors' dtype, although the products were narrow: they are what is trained.
+    wide = down_RI.dtype if trains and not ctx.autocast else ctx.dtype
+    dx = ddown = dup = None
+    if trains and mid_TR is None:
         kept_TI = x_TI if mask is None else mask.zero(x_TI)
-        ddown, dup, dmid_TR = _factor_gradients(kept_TI, g_TO, down_RI.to(wide), up_OR.to(wide), factor)
-        ddown, dup = ddown.to(down_RI.dtype), dup.to(up_OR.dtype)
+        ddown, dup, dmid_TR = _factor_gradients(kept_TI, g_TO, down_RI.to(wide), up_OR.to(wide), ctx.factor)
+    else:
+        g_TO = g_TO.to(wide)
+        dmid_TR = torch.mm(g_TO, up_OR.to(wide)) * ctx.factor
     if need_x:
-        if dmid_TR is None:
-            dmid_TR = torch.mm(g_TO.to(ctx.dtype), up_OR.to(ctx.dtype)) * factor
         dx = torch.mm(dmid_TR.to(ctx.dtype), down_RI.to(ctx.dtype)).to(x_BI.dtype)
         dx = (dx if mask is None else mask.zero_(dx)).view(x_BI.shape)
-    if need_bias:
-        dbias = (g_TO.sum(0) * ctx.scale).to(bias_O.dtype)
-    return dx, g_BO if need_h else None, ddown if need_down else None, dup if need_up else None, dbias
+    if ddown is None and trains:
+        kept_TI = x_TI if mask is None else mask.taken_by(x_TI)
+        ddown, dup = torch.mm(dmid_TR.t(), kept_TI), torch.mm(mid_TR.t(), g_TO).t()
+    return (
+        dx,
+        g_BO if need_h else None,
+        ddown.to(down_RI.dtype) if ddown is not None and need_down else None,
+        dup.to(up_OR.dtype) if dup is not None and need_up else None,
+        (g_TO.sum(0) * ctx.scale).to(bias_O.dtype) if need_bias else None,
+    )
 
 
 def _factor_gradients(

@@ -39,10 +39,10 @@ class Plain(Storage):
 
     def write(self, layer: nn.Module, W: Tensor, parameter: str = "weight") -> None:
         with torch.no_grad():
-            layer.get_parameter(parameter).copy_(W)
+            self.stored(layer, parameter).copy_(W)
 
     def keep(self, layer: nn.Module, parameter: str, copy: Callable[[Tensor], Tensor]) -> Tensor:
-        return copy(layer.get_parameter(parameter))
+        return copy(self.stored(layer, parameter).detach())
 
     def restore(self, layer: nn.Module, kept: Tensor, parameter: str = "weight") -> None:
         self.write(layer, kept, parameter)
