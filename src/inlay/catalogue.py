@@ -107,6 +107,9 @@ class _Sample(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
 
+    def forward(self, input_ids: torch.Tensor, past_key_values: object = None) -> None:
+        """Takes a cache, as a model that a prompt can stand before does."""
+
 
 def _prompt_row(name: str, method: PromptMethod, host: Host) -> PromptRow:
     config = method.config(**{"task_type": "CAUSAL_LM", **method.config.example}).fitted(host)

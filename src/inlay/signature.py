@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache, update_wrapper
+from functools import lru_cache, partial, update_wrapper
 from inspect import Parameter
 from types import FunctionType, MethodType
 from typing import Any
@@ -31,7 +31,7 @@ class PassesOn:
         if handle is None:
             return _showing(self.function, owner.labels)
         if torch.compiler.is_compiling():
-            return self.function.__get__(handle, owner)
+            return partial(self.function, handle)  # which compilers know, as they do not know methods made by hand
         inside: Any = type(handle._modules["base_model"]._modules["model"])
         return MethodType(_showing(self.function, inside), handle)
 
