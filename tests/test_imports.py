@@ -60,6 +60,8 @@ RANKS = {
     "catalogue": 6,
     "inspect": 7,
     "refit": 8,
+    "streams": 7,
+    "session": 7,
     "status": 7,
     # the handle
     "auto": 8,

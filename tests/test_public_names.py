@@ -30,11 +30,13 @@ PUBLIC_NAMES = [
     "PeftType",
     "TaskType",
     "get_peft_config",
+    "invocation_tokens",
     "register_peft_method",
     # the handle
     "get_peft_model",
     "PeftMixedModel",
     "PeftModel",
+    "Session",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
     "PeftModelForQuestionAnswering",

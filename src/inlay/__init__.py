@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _HOME = {
+    "invocation_tokens": "activation",
     "AutoPeftModel": "auto",
     "AutoPeftModelForCausalLM": "auto",
     "AutoPeftModelForFeatureExtraction": "auto",
@@ -73,6 +74,7 @@ _HOME = {
     "PromptTuningInit": "prompts.prompt_tuning",
     "replace_lora_weights_loftq": "refit",
     "LoadReport": "report",
+    "Session": "session",
     "get_peft_model_state_dict": "state",
     "load_peft_weights": "state",
     "set_peft_model_state_dict": "state",
@@ -100,6 +102,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
+    from inlay.activation import invocation_tokens as invocation_tokens
     from inlay.auto import AutoPeftModel as AutoPeftModel
     from inlay.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from inlay.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -164,6 +167,7 @@ if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
     from inlay.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
     from inlay.refit import replace_lora_weights_loftq as replace_lora_weights_loftq
     from inlay.report import LoadReport as LoadReport
+    from inlay.session import Session as Session
     from inlay.state import get_peft_model_state_dict as get_peft_model_state_dict
     from inlay.state import load_peft_weights as load_peft_weights
     from inlay.state import set_peft_model_state_dict as set_peft_model_state_dict

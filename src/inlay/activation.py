@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.errors import RowsError
+from inlay.errors import InvocationError, RowsError
 
 NEVER = torch.iinfo(torch.int64).max  # where a row has no invocation
 
@@ -38,6 +38,57 @@ def last_occurrence(ids_BL: Tensor, tokens: Sequence[int], mask_BL: Tensor | Non
         found = found & (mask_BL.unfold(1, n, 1) != 0).all(2)
     at_B = torch.where(found, torch.arange(L - n + 1, device=ids_BL.device), -1).amax(1)
     return torch.where(at_B < 0, NEVER, at_B)
+
+
+PROBES = ("Some text.{}", "Some text. {}", "Some text.\n{}", "{}Yes", "{} Yes", "{}\nYes")
+
+
+def invocation_tokens(tokenizer: Any, invocation_string: str, probes: Sequence[str] = PROBES) -> list[int]:
+    """The tokens of a text, for ``alora_invocation_tokens``, if a prompt that holds the text holds them too.
+
+    Tokenizers join characters across a boundary, so that a text may have other tokens inside a prompt than alone; the
+    adapter would then never find its invocation. Special tokens and line breaks are safe to begin and end with.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+        invocation_string (`str`): The text.
+        probes (`Sequence[str]`, *optional*): Prompts to try, with ``{}`` where the text stands. By default typical
+            ones: after and before a word, a space, a line break.
+
+    Raises:
+        InvocationError: The text is tokenized differently in a probe, or has a token that stands for what is unknown.
+
+    Example:
+        >>> def characters(text, add_special_tokens):
+        ...     return {"input_ids": [ord(c) for c in text]}
+        >>> characters.unk_token_id = None
+        >>> invocation_tokens(characters, "<judge>")
+        [60, 106, 117, 100, 103, 101, 62]
+    """
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    tokens = ids(invocation_string)
+    if not tokens or tokenizer.unk_token_id in tokens:
+        raise InvocationError(f"{invocation_string!r} has the tokens {tokens}: none, or one for what is unknown.")
+    n = len(tokens)
+    for probe in probes:
+        before, _, after = probe.partition("{}")
+        inside = ids(before + invocation_string + after)
+        if not any(inside[i : i + n] == tokens for i in range(len(inside))):
+            head, tail = _shared(inside, ids(before)), _shared(inside[::-1], ids(after)[::-1])
+            raise InvocationError(
+                f"{invocation_string!r} has the tokens {tokens}, but in {probe!r} it has "
+                f"{inside[head : len(inside) - tail]}: there an adapter would not find it. Begin and end it with a "
+                "special token or a line break, or give as probes the prompts in which it will stand."
+            )
+    return tokens
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class Tokens:

@@ -10,6 +10,7 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   ├── UnsupportedFieldError (NotImplementedError)  the field exists, what it asks for is not built yet
     │   ├── UnknownMethodError (KeyError)         peft_type names no method of this library
     │   ├── TokenIndexError (IndexError)          a token outside the vocabulary
+    │   ├── InvocationError                       a text that has other tokens inside a prompt than alone
     │   └── WrongMethodError (TypeError, KeyError)  a config of another method than was asked for
     ├── PlanError (ValueError)
     │   ├── NoMatchingPeftModuleError             nothing in the model matches
@@ -25,7 +26,8 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   ├── RowsError (ValueError)                adapter_names does not fit the batch or a module
     │   │   └── RowsUnreachableError (TypeError)  a module uses its weight whole
     │   ├── LostRoutingError (RuntimeError)       recomputed in backward without the routing of its forward
-    │   └── BusyError (RuntimeError)              merge, delete or load from inside a forward of the same model
+    │   └── BusyError (RuntimeError)              a write from inside a forward of the same model; a session in a turn
+    ├── CacheError (ValueError)                   a session cannot share this model's cache, or go on from this one
     ├── MergeError (ValueError)
     │   ├── NotMergeableError (NotImplementedError)
     │   ├── NonFiniteMergeError                   safe_merge found NaN or infinity
@@ -91,6 +93,10 @@ class TokenIndexError(ConfigError, IndexError):
     """A token that is not in the vocabulary, or is named twice."""
 
 
+class InvocationError(ConfigError):
+    """A text has other tokens inside a prompt than alone: an adapter would not find it."""
+
+
 class WrongMethodError(ConfigError, TypeError, KeyError):
     """A config of another method than the one asked for."""
 
@@ -152,7 +158,11 @@ class LostRoutingError(RoutingError, RuntimeError):
 
 
 class BusyError(RoutingError, RuntimeError):
-    """A write (merge, delete, load) was asked for from inside a forward of the same model."""
+    """A write (merge, delete, load) from inside a forward of the same model, or a use of a session in a turn."""
+
+
+class CacheError(PeftError, ValueError):
+    """A session cannot share this model's cache, go on from the one it was given, or do this on one row."""
 
 
 class MergeError(PeftError, ValueError):

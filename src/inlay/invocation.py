@@ -32,6 +32,14 @@ def check_invocation(tokens: Sequence[int], model: nn.Module) -> None:
         )
 
 
+def no_invocation(name: str, rows: int) -> str:
+    """The warning for rows without an adapter's invocation."""
+    return (
+        f"{rows} rows have no invocation of the adapter {name!r}: there the base model runs. It begins at the tokens "
+        "of alora_invocation_tokens; alora_offsets says where, if the call has no ids."
+    )
+
+
 class _Step:
     """A hook before the model's forward, which tells the running call's `Tokens` which tokens are coming."""
 
@@ -135,12 +143,7 @@ class Invocations:
             if rows is not None:
                 silent = silent[rows.members[rows.names.index(name)].to(silent.device)]
             if n := int(silent.sum()):
-                warnings.warn(
-                    f"{n} rows have no invocation of the adapter {name!r}: there the base model runs. It begins at "
-                    "the tokens of alora_invocation_tokens; alora_offsets says where, if the call has no ids.",
-                    PeftWarning,
-                    stacklevel=6,
-                )
+                warnings.warn(no_invocation(name, n), PeftWarning, stacklevel=6)
 
 
 class _Call:

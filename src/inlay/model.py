@@ -57,6 +57,7 @@ from inlay.prompts.attach import Prompts
 from inlay.replicate import replicated
 from inlay.report import BASE_KEY, LoadReport
 from inlay.routing import BASE, Bound, Route, Router, Rows
+from inlay.session import Session
 from inlay.signature import PassesOn
 from inlay.storage import stored_parameters
 from inlay.storage.arena import Arena, bytes_of
@@ -656,6 +657,10 @@ class PeftModel(nn.Module):
             if tuner.invocations is not None:
                 tuner.invocations.remember(route, kwargs.get("past_key_values"), _cache_of(outputs))
             return outputs
+
+    def session(self, ids: Sequence[int] | Tensor = (), past_key_values: Any = None, **kwargs: Any) -> Session:
+        """A conversation in which the base and its adapters share one cache: see `inlay.Session`."""
+        return Session(self, ids, past_key_values, **kwargs)
 
     @contextmanager
     def _call(
