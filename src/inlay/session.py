@@ -55,7 +55,8 @@ class Session:
     Args:
         model (`PeftModel`): A causal language model of transformers with adapters, in eval mode.
         ids (`Sequence[int]` or `Tensor`, *optional*): The first tokens.
-        past_key_values (`Cache`, *optional*): The base's cache of ``ids``, or of their beginning. It is copied.
+        past_key_values (`Cache`, *optional*): The base's cache of ``ids``, or of their beginning. It is copied. Its
+            first and last entries are computed anew to compare; those between are believed.
         cache (`str`, *optional*, defaults to `"dynamic"`): ``"dynamic"`` or ``"static"``: what turns run on.
         max_length (`int`, *optional*): How many tokens a static cache holds.
 
