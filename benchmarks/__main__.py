@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from benchmarks import dora, imports, injection, loading, memory, merging, methods, rows, steps
+from benchmarks import dora, imports, injection, loading, memory, merging, methods, rows, session, steps
 from benchmarks.library import PeftLike, Setting, version_of
 from benchmarks.report import Figure, record, table
 
@@ -29,6 +29,7 @@ GROUPS: dict[str, Callable[[Setting], Iterable[Figure]]] = {
     "memory": memory.measure,
     "steps": steps.measure,
     "rows": rows.measure,
+    "session": session.measure,
     "dora": dora.measure,
     "merging": merging.measure,
     "methods": methods.measure,

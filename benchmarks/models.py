@@ -28,12 +28,18 @@ def narrow_llama(layers: int = 32) -> nn.Module:
     return _llama(torch.float32, hidden_size=32, intermediate_size=64, num_hidden_layers=layers)
 
 
-def _llama(dtype: torch.dtype, **sizes: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaModel
+def causal_llama(layers: int = 8) -> nn.Module:
+    """The first of these with a head that predicts tokens."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "max_position_embeddings": 8192}
+    return _llama(torch.float32, causal=True, num_hidden_layers=layers, **sizes)
+
+
+def _llama(dtype: torch.dtype, *, causal: bool = False, **sizes: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, num_attention_heads=8, num_key_value_heads=8, use_cache=False, **sizes)
-    model: nn.Module = LlamaModel(config).to(dtype)
+    config = LlamaConfig(vocab_size=64, num_attention_heads=8, num_key_value_heads=8, use_cache=causal, **sizes)
+    model: nn.Module = (LlamaForCausalLM if causal else LlamaModel)(config).to(dtype)
     return model.requires_grad_(False)
 
 

@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Figure:
-    """One row. `unit` is "s" or "B"; `goal` is None where the figure is only shown."""
+    """One row. `unit` is "s", "B" or "tokens"; `goal` is None where the figure is only shown."""
 
     name: str
     incumbent: Entry
@@ -119,7 +119,9 @@ def divide(above: Outcome, below: Outcome) -> Number:
 
 
 def absolute(value: float, unit: str) -> str:
-    """A number with its unit: seconds in the size that fits, bytes in MB of a million."""
+    """A number with its unit: seconds in the size that fits, bytes in MB of a million, tokens by number."""
+    if unit == "tokens":
+        return f"{value:,.0f} tokens"
     if unit == "B":
         return f"{value / 1e6:.1f} MB"
     if value >= 1:
@@ -206,7 +208,7 @@ def _reached_cell(one: Figure) -> str:
 
 
 def record(group: str, one: Figure) -> dict[str, object]:
-    """The figure as JSON can hold it: every sample, in seconds or bytes."""
+    """The figure as JSON can hold it: every sample, in seconds, bytes or tokens."""
     return {
         "group": group,
         "name": one.name,

@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Measured:
-    """What one contestant took: seconds, or bytes."""
+    """What one contestant took: seconds, bytes, or tokens."""
 
     samples: tuple[float, ...]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -568,6 +569,38 @@ def test_a_write_waits_for_the_turn_and_cannot_come_from_inside(adapted: Callabl
         session.generate(max_new_tokens=1, stopping_criteria=[Merge()])
 
 
+def test_no_write_comes_between_the_look_at_the_weights_and_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = handle()
+    session = model.session([5, 6, 7])
+    merge = threading.Thread(target=model.merge_adapter, args=(["p"],))
+    look = inlay.session.weights_of  # type: ignore[attr-defined]
+
+    def look_and_let_write(inner: Any) -> Any:
+        found = look(inner)
+        merge.start()
+        merge.join(0.1)
+        assert merge.is_alive()
+        return found
+
+    monkeypatch.setattr("inlay.session.weights_of", look_and_let_write)
+    session.logits("p")
+    merge.join()
+    monkeypatch.undo()
+    torch.testing.assert_close(session.logits("p"), anew(model, session.ids, "p"), rtol=0, atol=1e-5)
+    assert session.turns[-1].reused == 0
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_turns_in_and_out_of_inference_mode(cache: str, adapted: Callable[[str], Any]) -> None:
+    model = adapted("llama")
+    session = model.session([5, 13, 14, 7], **CACHES[cache])
+    with torch.inference_mode():
+        session.generate("a", 2, do_sample=False, eos_token_id=None)
+    torch.testing.assert_close(session.logits("a"), anew(model, session.ids, "a"), rtol=0, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(session.logits(), anew(model, session.ids, None), rtol=0, atol=1e-5)
+
+
 def test_nothing_to_go_on_from(adapted: Callable[[str], Any]) -> None:
     with pytest.raises(CacheError, match="extend"):
         adapted("llama").session().logits()
@@ -620,3 +653,9 @@ def test_models_whose_cache_cannot_be_shared(model: Any, targets: list[str], fou
     adapted = inlay.get_peft_model(base, inlay.LoraConfig(target_modules=targets)).eval()
     with pytest.raises(CacheError, match=found):
         inlay.Session(adapted, [5])
+
+
+def test_the_judges_share_the_document(capsys: pytest.CaptureFixture[str]) -> None:
+    source = (Path(__file__).parents[1] / "examples/judges.py").read_text()
+    exec(compile(source.replace("2048", "40"), "judges.py", "exec"), {"__name__": "judges"})
+    assert capsys.readouterr().out.count("2 tokens computed, 40 shared") == 3

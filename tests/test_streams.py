@@ -42,4 +42,4 @@ def test_a_mark_is_of_one_tensor_as_it_is_now() -> None:
     t.data = torch.zeros(2)
     assert mark != _Mark(t)
     mark, t = _Mark(t), torch.zeros(2)
-    assert mark != mark  # noqa: PLR0124  (what it marked is gone)
+    assert mark != mark

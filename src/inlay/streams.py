@@ -95,8 +95,7 @@ class State:
     def rewound(self, n: int) -> State:
         """Without the last ``n`` tokens."""
         L = len(self.ids_L) - n
-        streams = {k: s.cut(L) for k, s in self.streams.items() if not k or s.begin < L}
-        return replace(self, ids_L=self.ids_L[:L], streams=streams)
+        return replace(self, ids_L=self.ids_L[:L], streams={k: s.cut(L) for k, s in self.streams.items()})
 
 
 # ---------------------------------------------------------------------- weights
