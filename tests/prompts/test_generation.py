@@ -186,6 +186,21 @@ def test_token_by_token(way: str, name: str, padded: bool) -> None:
 
 
 @ways
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_token_by_token_of_a_decoder(way: str, name: str) -> None:
+    handle, (_, padded_BL, mask_BL) = handle_of(way, name, seq2seq=True), batch(name)
+    given, wanted_BL = {"input_ids": padded_BL, "attention_mask": mask_BL}, torch.tensor([[0, 5, 6, 7]]).expand(3, -1)
+    with torch.no_grad():
+        wanted = handle(**given, decoder_input_ids=wanted_BL).logits
+        out = handle(**given, decoder_input_ids=wanted_BL[:, :1], use_cache=True)
+        found = [out.logits]
+        for at in range(1, 4):
+            out = handle(**given, decoder_input_ids=wanted_BL[:, at : at + 1], past_key_values=out.past_key_values)
+            found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=1e-4, atol=1e-5)
+
+
+@ways
 @both
 def test_guessed_tokens_are_checked(way: str, name: str, seq2seq: bool) -> None:
     """Assisted decoding: by a model that knows of no prompt, and by what the input has."""

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from prompts.cells import FAIL_IN_PEFT, METHODS, UNSUPPORTED, WAYS, Cell, cells, supported, tensors
+from prompts.cells import FAIL_IN_PEFT, FIVE, METHODS, UNSUPPORTED, WAYS, Cell, cells, supported, tensors
 from prompts.models import inputs_of, model_of
 from torch import Tensor
 
 import inlay
-from inlay.errors import PromptError
+from inlay.errors import PeftError, PromptError
 from inlay.prompts import PROMPTS
 
 
@@ -239,7 +239,12 @@ def test_tuples(cell: Cell) -> None:
             assert torch.equal(a, b)
 
 
-@ways
+def asked_before(cell: Cell) -> bool:
+    """Whether a law that does not look at the model has been asked of enough of them."""
+    return cell.way == "cache" and cell.architecture not in FIVE
+
+
+@pytest.mark.parametrize("cell", supported(WAYS.values(), unless=asked_before))
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 def test_checkpointing(cell: Cell, reentrant: bool) -> None:
@@ -267,3 +272,69 @@ def test_checkpointing(cell: Cell, reentrant: bool) -> None:
     assert any(n.startswith("prompt_encoder.") for n in gradients[0])
     for name, g in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], g, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", supported(WAYS.values(), unless=lambda cell: cell.architecture not in FIVE))
+def test_half_precision(cell: Cell) -> None:
+    """The prompt stays in 32 bits, and what the model reads of it is of the model's dtype."""
+    torch.manual_seed(0)
+    model = model_of(cell.architecture, cell.task).to(torch.bfloat16)
+    handle, given = inlay.get_peft_model(model, cell.config()), cell.inputs()
+    outputs = handle(**given)
+    out, wanted = tensors(outputs), run(cell.handle(), given)
+    for name, t in out.items():
+        assert t.dtype == torch.bfloat16
+        assert (t.float() - wanted[name]).abs().mean() < 0.1 * wanted[name].std(), name
+    next(iter(out.values())).float().sum().backward()
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in handle.prompt_encoder.parameters())
+
+
+def _short_cache() -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(torch.zeros(3, 2, 2, 4), torch.zeros(3, 2, 2, 4), layer)
+    return cache
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no input": ("llama", {"input_ids": None}, "input_ids or inputs_embeds"),
+    "a mask of pairs": ("llama", {"attention_mask": torch.ones(3, 1, 7, 7)}, r"\(batch, tokens\)"),
+    "positions in three dimensions": ("llama", {"position_ids": torch.zeros(3, 3, 7).long()}, r"\(batch, tokens\)"),
+    "a cache without the prompt": ("llama", {"past_key_values": _short_cache}, "holds 2 tokens, the prompt has 4"),
+    "too long": ("gpt2", {"input_ids": torch.full((3, 46), 5)}, "48 positions"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("what", REFUSED)
+def test_calls_that_are_refused_by_name(way: str, what: str) -> None:
+    name, given, match = REFUSED[what]
+    handle = Cell(WAYS[way], name, "CAUSAL_LM", METHODS[WAYS[way]]).handle()
+    given = {"input_ids": torch.full((3, 7), 5), **given}
+    given = {k: v() if callable(v) else v for k, v in given.items()}
+    with pytest.raises(PromptError, match=match):
+        handle(**given)
+    assert handle(input_ids=torch.full((3, 7), 5)).logits.isfinite().all()
+
+
+def test_what_is_said_of_each_token_is_refused_by_name() -> None:
+    handle = Cell("PROMPT_TUNING", "llama", "CAUSAL_LM", METHODS["PROMPT_TUNING"]).handle()
+    with pytest.raises(PromptError, match="token_weights has an entry for each token"):
+        handle(input_ids=torch.full((3, 7), 5), token_weights=torch.ones(3, 7))
+
+
+@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if "num_virtual_tokens" in row.config])
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [({"num_virtual_tokens": 48}, "48 positions"), ({"num_virtual_tokens": None}, "num_virtual_tokens")],
+)
+def test_configs_that_are_refused_by_name(method: str, more: dict[str, Any], match: str) -> None:
+    cell = Cell(method, "gpt2", "CAUSAL_LM", METHODS[method])
+    config = PROMPTS[method].config(task_type="CAUSAL_LM", **{**cell.row.config, **more})
+    model = model_of("gpt2", "CAUSAL_LM")
+    with pytest.raises(PeftError, match=match):
+        inlay.get_peft_model(model, config)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not [m for m in model.modules() if type(m).__module__.startswith("inlay.")]

@@ -185,17 +185,16 @@ class Entry:
         cache = self.given.get("past_key_values")
         cached = self.choice.placed(True, self.B, self.tasks_B)
         front = self.choice.placed(False, self.B, self.tasks_B)
-        going_on = cache is not None and cache.get_seq_length() > 0  # a call before this one brought the prompts in
+        going_on = cache is not None and cache.get_seq_length() > 0  # from a call that brought the prompts in
         self._check(front, cached, going_on)
-        if going_on:
-            self.past = continued(cache, [p for p in (cached, front) if p])
-            for placed in (front, cached):
-                if placed is not None:
-                    self._shift(placed, "attention_mask")
-            return
-        if front is not None:
+        if front is not None and (self.host.seq2seq or not going_on):  # an encoder reads its input anew
             self._stand_in_front(front)
-        if cached is not None:
+        if going_on:
+            before = [p for p in (None if self.host.seq2seq else front, cached) if p is not None]
+            self.past = continued(cache, before)
+            for placed in before:
+                self._shift(placed)
+        elif cached is not None:
             self._stand_in_cache(cached, cache)
 
     def left(self, outputs: Any) -> Any:
@@ -340,7 +339,8 @@ class Entry:
         """Puts a prompt's part before the input's; a mask that was not given is made where rows differ."""
         value = self.given.get(name)
         if value is None and name == "attention_mask" and placed.mask_BT is not None:
-            value = torch.ones(self.B, self.past + self.L, dtype=torch.long, device=placed.values.device)
+            length = self.L if self.host.seq2seq else self.past + self.L
+            value = torch.ones(self.B, length, dtype=torch.long, device=placed.values.device)
         if value is not None:
             before = placed.ones(value) if fill else value.new_zeros(len(value), placed.length)
             self.given[name] = torch.cat([before, value], 1)
@@ -422,18 +422,19 @@ class Entry:
         filled = fill(self.host, cached, cache)
         self.prefix = (filled, cached.length)
         self.given["past_key_values"] = filled
-        name = "decoder_attention_mask" if self.host.seq2seq else "attention_mask"
-        if self.host.seq2seq and cached.mask_BT is not None and name not in self.given:
-            self.given[name] = torch.ones(self.B, self._decoded(), dtype=torch.long, device=cached.values.device)
-        self._shift(cached, name)
+        self._shift(cached)
 
     def _decoded(self) -> int:
         """How many tokens the decoder is given: those of the input where a head makes them of it."""
         known = ("decoder_input_ids", "decoder_inputs_embeds", *(() if self.host.classifier else ("labels",)))
         return next((self.given[name].shape[1] for name in known if name in self.given), self.L)
 
-    def _shift(self, placed: Placed, mask: str) -> None:
+    def _shift(self, placed: Placed) -> None:
         """Has the input stand behind a prompt that is in the cache."""
+        mask = "decoder_attention_mask" if self.host.seq2seq else "attention_mask"
+        if self.host.seq2seq and placed.mask_BT is not None and mask not in self.given:
+            size = self.past + self._decoded()
+            self.given[mask] = torch.ones(self.B, size, dtype=torch.long, device=placed.values.device)
         given, before = self.given.get("position_ids"), self.given.get(mask)
         self._lengthen(placed, mask, 1)
         if given is not None:
