@@ -72,18 +72,21 @@ def invocation_tokens(tokenizer: Any, invocation_string: str, probes: Sequence[s
     tokens = ids(invocation_string)
     if not tokens or tokenizer.unk_token_id in tokens:
         raise InvocationError(f"{invocation_string!r} has the tokens {tokens}: none, or one for what is unknown.")
-    n = len(tokens)
     for probe in probes:
         before, _, after = probe.partition("{}")
-        inside = ids(before + invocation_string + after)
-        if not any(inside[i : i + n] == tokens for i in range(len(inside))):
-            head, tail = _shared(inside, ids(before)), _shared(inside[::-1], ids(after)[::-1])
+        first, inside, last = ids(before), ids(before + invocation_string + after), ids(after)
+        if _times(tokens, inside) <= _times(tokens, first) + _times(tokens, last):
+            head, tail = _shared(inside, first), _shared(inside[::-1], last[::-1])
             raise InvocationError(
                 f"{invocation_string!r} has the tokens {tokens}, but in {probe!r} it has "
                 f"{inside[head : len(inside) - tail]}: there an adapter would not find it. Begin and end it with a "
                 "special token or a line break, or give as probes the prompts in which it will stand."
             )
     return tokens
+
+
+def _times(sought: list[int], ids: list[int]) -> int:
+    return sum(ids[i : i + len(sought)] == sought for i in range(len(ids)))
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
