@@ -827,7 +827,7 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
 def _replacement(module: nn.Module, merge: bool, adapter_names: list[str] | None) -> nn.Module:
     if isinstance(module, ModulesToSaveWrapper):
-        return module._copy_for(adapter_names or module._active) if merge else module.original_module
+        return module.copy_for(adapter_names or module._active) if merge else module.original_module
     return _unwrapped(module)
 
 

@@ -68,7 +68,7 @@ class AdaLoraConfig(LoraConfig):
     patterned: ClassVar[dict[str, str]] = {"lora_alpha": "alpha_pattern"}
 
     def __post_init__(self) -> None:
-        for name in ("use_dora", "use_rslora", "lora_bias", "loftq_config"):
+        for name in ("use_dora", "use_rslora", "lora_bias", "loftq_config", "alora_invocation_tokens"):
             if getattr(self, name):
                 raise self.unsupported(name, "has no meaning for AdaLoRA")
         super().__post_init__()
