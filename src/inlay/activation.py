@@ -104,46 +104,53 @@ class Tokens:
 
     def __init__(self, starts: Mapping[str, Tensor]) -> None:
         self.starts = dict(starts)
-        self._end = 0  # tokens up to the end of the running forward
+        self.step(0, 0, 0)
+
+    def step(self, past: int, rows: int, length: int, kept: int | Tensor | None = None) -> None:
+        """One forward of the model begins.
+
+        Args:
+            past (`int`): How many tokens are in the cache.
+            rows (`int`): How many rows come; each of the call's may stand several times, as beams do.
+            length (`int`): How many tokens.
+            kept (`int` or `Tensor`, *optional*): The tokens that the model's head sees, as ``logits_to_keep`` says.
+        """
+        self._past, self._rows, self._length, self._kept = past, rows, length, kept
         self._masks: dict[Any, Tensor] = {}
 
-    def step(self, past: int, length: int) -> None:
-        """One forward of the model begins: of ``length`` tokens, behind ``past`` ones in the cache."""
-        self._end = past + length
-        self._masks.clear()
-
-    def applied(self, name: str, new: Tensor, old: Tensor, x: Tensor, module: str) -> Tensor:
+    def applied(self, name: str, new: Tensor, old: Tensor, module: str) -> Tensor:
         """``new`` on the tokens on which an adapter acts, ``old`` bit for bit on the others.
 
         Args:
             name (`str`): The adapter, or ``""``.
             new, old (`Tensor`): (B, L, ...), the layer's output with the adapter and without.
-            x (`Tensor`): The layer's input.
             module (`str`): The layer, for messages.
 
         Raises:
-            RowsError: The layer's input has not the call's rows and tokens.
+            RowsError: The output has not the forward's rows and tokens.
         """
         starts_B = self.starts.get(name)
         if starts_B is None:
             return new
-        return torch.where(
-            self._mask(name, starts_B, x, module).view(*old.shape[:2], *[1] * (old.dim() - 2)), new, old
-        )
-
-    def _mask(self, name: str, starts_B: Tensor, x: Tensor, module: str) -> Tensor:
-        B, L = x.shape[0], x.shape[1] if x.dim() > 1 else 0
-        known = self._masks.get((name, B, L, x.device))
-        if known is not None:
-            return known
-        times, rest = divmod(B, len(starts_B))
-        if rest or not 0 < L <= self._end:
+        B, L = old.shape[:2] if old.dim() > 2 else (0, 0)
+        mask_BL = self._masks.get((name, L, old.device))
+        if mask_BL is None:
+            at_L = self._places(L, old.device)
+            times, rest = divmod(self._rows, len(starts_B))
+            if at_L is not None and not rest:
+                mask_BL = at_L >= starts_B.to(old.device).repeat_interleave(times)[:, None]
+                self._masks[name, L, old.device] = mask_BL
+        if mask_BL is None or len(mask_BL) != B:
             raise RowsError(
-                f"{module} got an input of shape {list(x.shape)} in a call of {len(starts_B)} rows and {self._end} "
-                "tokens: an activated adapter needs rows and tokens as its first two dimensions. Leave this layer out."
+                f"{module} gave an output of shape {list(old.shape)} in a forward of {self._rows} rows and "
+                f"{self._length} tokens, of a call of {len(starts_B)} rows: an activated adapter needs rows and "
+                "tokens as its first two dimensions. Leave this layer out."
             )
-        # A layer that sees fewer tokens than the model, such as a head for the last one, sees the last of them.
-        at_L = torch.arange(self._end - L, self._end, device=x.device)
-        mask_BL = at_L >= starts_B.to(x.device).repeat_interleave(times)[:, None]
-        self._masks[name, B, L, x.device] = mask_BL
-        return mask_BL
+        return torch.where(mask_BL.view(B, L, *[1] * (old.dim() - 2)), new, old)
+
+    def _places(self, L: int, device: torch.device) -> Tensor | None:
+        """The indices in the sequence of the L tokens that a layer sees; None where these are not known."""
+        at_L = torch.arange(self._past, self._past + self._length, device=device)
+        if self._length != L and self._kept is not None:
+            at_L = at_L[self._kept.to(device)] if isinstance(self._kept, Tensor) else at_L[-self._kept :]
+        return at_L if len(at_L) == L else None

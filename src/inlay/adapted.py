@@ -27,6 +27,7 @@ from inlay.errors import (
     NonFiniteMergeError,
     NotMergeableError,
     PeftWarning,
+    RoutingError,
     RowsUnreachableError,
     UnknownAdapterError,
 )
@@ -291,6 +292,8 @@ class Adapted(_Light):
             return self._forward_several(run, base, x, *args[1:], tokens=route.tokens, **kwargs)
         if len(run) == 1:
             method, p = self.methods[run[0]], self.params(run[0])
+            if method.activated:
+                self._check_called(run[0])
             if method.through_weight:
                 return self._through_weight(run, x)
             z = method.into(p, x, self) if method.changes_input else x
@@ -319,8 +322,18 @@ class Adapted(_Light):
             else:
                 h = method.out(p, x, h, self)
             if tokens is not None:
-                h = tokens.applied(name, h, before, x, self.path)
+                h = tokens.applied(name, h, before, self.path)
+            elif method.activated:
+                self._check_called(name)
         return h
+
+    def _check_called(self, name: str) -> None:
+        """Raises `RoutingError` where an adapter acts on all tokens because nobody has asked where it begins."""
+        if not self.router.inside:
+            raise RoutingError(
+                f"{self.path} was called past the PeftModel, and {name!r} acts from its invocation on: call the "
+                "PeftModel, which finds it."
+            )
 
     def _through_weight(self, run: tuple[str, ...], x: Tensor) -> Tensor:
         """The layer's operation with the weight and bias that ``run`` makes of its own."""
@@ -387,7 +400,7 @@ class Adapted(_Light):
             at = rows.members[rows.names.index(name)]
             mine = self._row_of(name, x[at], h0[at])
             h = h.index_copy(0, at, mine.to(h.dtype))
-        return h if tokens is None else tokens.applied("", h, h0, x, self.path)
+        return h if tokens is None else tokens.applied("", h, h0, self.path)
 
     def _row_of(self, name: str, x: Tensor, h: Tensor) -> Tensor:
         method = self.methods[name]

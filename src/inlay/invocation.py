@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from inlay.activation import NEVER, Tokens, last_occurrence
 from inlay.errors import ConfigError, PeftWarning, RowsError
-from inlay.routing import Following, Route, Router, Rows
+from inlay.routing import Defaults, Following, Route, Router, Rows
 
 
 def check_invocation(tokens: Sequence[int], model: nn.Module) -> None:
@@ -30,6 +31,12 @@ def check_invocation(tokens: Sequence[int], model: nn.Module) -> None:
         raise ConfigError(
             f"alora_invocation_tokens is for causal language models: {type(model).__name__} is none. Leave it out."
         )
+    takes = inspect.signature(model.forward).parameters
+    if "use_cache" in takes and "past_key_values" not in takes:
+        raise ConfigError(
+            "alora_invocation_tokens needs a cache that tells how many tokens it holds: that of "
+            f"{type(model).__name__} does not. Leave it out."
+        )
 
 
 def no_invocation(name: str, rows: int) -> str:
@@ -40,26 +47,38 @@ def no_invocation(name: str, rows: int) -> str:
     )
 
 
+def _positional(function: Any) -> tuple[str, ...]:
+    """Names of the arguments that a function takes by position."""
+    parameters = inspect.signature(function).parameters.values() if callable(function) else ()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def _named(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 class _Step:
     """A hook before the model's forward, which tells the running call's `Tokens` which tokens are coming."""
 
-    def __init__(self, router: Router) -> None:
-        self.router = router
+    def __init__(self, router: Router, names: Sequence[str]) -> None:
+        self.router, self.names = router, names
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         route = self.router.route()
         if route is not None and route.tokens is not None:
-            x = _main(args, kwargs)
+            given = _named(self.names, args, kwargs)
+            x = _main(given)
             assert x is not None, "the model has an input"
-            route.tokens.step(_length(kwargs.get("past_key_values")), x.shape[1])
+            route.tokens.step(_past(given), x.shape[0], x.shape[1], given.get("logits_to_keep"))
 
 
-def _main(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("inputs"), *args[:1])
-    return next((t for t in given if isinstance(t, Tensor)), None)
+def _main(given: Mapping[str, Any]) -> Tensor | None:
+    found = (given.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
+    return next((t for t in found if isinstance(t, Tensor)), None)
 
 
-def _length(cache: Any) -> int:
+def _past(given: Mapping[str, Any]) -> int:
+    cache = given.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -73,17 +92,19 @@ class Invocations:
 
     def __init__(self, model: nn.Module, router: Router) -> None:
         self.tokens: dict[str, list[int]] = {}
-        self._hook = model.register_forward_pre_hook(_Step(router), with_kwargs=True)
+        self.router = router
+        # By whether the call is one of `generate`.
+        self._names = {False: _positional(model.forward), True: _positional(getattr(model, "generate", None))}
+        self._hook = model.register_forward_pre_hook(_Step(router, self._names[False]), with_kwargs=True)
         # What earlier calls found, by the cache that they filled.
         self._found: WeakKeyDictionary[Any, dict[str, Tensor]] = WeakKeyDictionary()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Invocations:
-        copied = object.__new__(Invocations)
-        copied.tokens, copied._hook, copied._found = dict(self.tokens), self._hook, WeakKeyDictionary()
-        return copied
-
+    # Copies and pickles know nothing of caches.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_found": WeakKeyDictionary()}
+        return {k: v for k, v in self.__dict__.items() if k != "_found"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _found=WeakKeyDictionary())
 
     def remove(self, name: str) -> None:
         """Forgets an adapter; without any left the model is as it was."""
@@ -114,77 +135,114 @@ class Invocations:
         Raises:
             RowsError: ``alora_offsets`` does not fit the batch.
         """
+        given = _named(self._names[whole], args, kwargs)
+        earlier = self._earlier(given)
         rows = None if route is None else route.rows
         names = rows.names if rows is not None else active if route is None else route.names
+        if isinstance(route, Defaults):  # of a moment that is over: which were active is for each layer to say
+            names = tuple(self.tokens)
         mine = [n for n in names if n in self.tokens]
         if not mine:
             return route
-        call = _Call(args, kwargs, offsets, whole, prompt)
-        earlier = self._found.get(kwargs.get("past_key_values"), {}) if call.past else {}
-        starts = {n: earlier[n] if n in earlier else call.starts(self.tokens[n]) for n in mine}
-        self._warn({n: s for n, s in starts.items() if n not in earlier}, rows)
-        if rows is not None:
-            starts = {"": _by_row(rows, starts)}
-        if route is None:
-            return Following(active, None, Tokens(starts))
-        return Route(route.names, rows, Tokens(starts))
+        call = _Call(given, offsets, whole, prompt)
+        starts = {n: call.starts(self.tokens[n], earlier.get(n)) for n in mine}
+        if offsets is None and not isinstance(route, Defaults):
+            # The caller of `generate`, or of the module that calls `forward`.
+            self._warn({n: s for n, s in starts.items() if n not in earlier or call.seeks}, rows, 6 if whole else 9)
+        tokens = Tokens(starts if rows is None else {**starts, "": _by_row(rows, starts)})
+        tokens.step(call.before + prompt, call.B, call.L)  # for embeddings that a prompt stands before
+        if route is None or isinstance(route, Defaults):
+            return Following(tuple(names), None, tokens, route or self.router.now())
+        return Route(route.names, rows, tokens)
 
-    def remember(self, route: Route | None, *caches: Any) -> None:
+    def _earlier(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What earlier calls found in what the cache still holds, by adapter; `NEVER` where that is nothing."""
+        cache = given.get("past_key_values")
+        known, x, past = self._found.get(cache) if cache is not None else None, _main(given), _past(given)
+        if known is None or x is None:
+            return {}
+        fitted = {}
+        for name, starts_B in known.items() if past else ():
+            times, rest = divmod(len(x), len(starts_B))
+            if times and not rest:  # else rows of the cache were selected, and which is not known
+                fitted[name] = torch.where(starts_B < past, starts_B, NEVER).repeat_interleave(times)
+        self._found[cache] = fitted
+        return fitted
+
+    def remember(
+        self, route: Route | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], whole: bool, outputs: Any
+    ) -> None:
         """Keeps what a call has found, for calls that go on from its cache."""
-        if route is not None and route.tokens is not None and route.rows is None:
-            for cache in caches:
-                if cache is not None:
-                    self._found[cache] = route.tokens.starts
+        if route is None or route.tokens is None:
+            return
+        made = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else ()
+        for cache in (_named(self._names[whole], args, kwargs).get("past_key_values"), *made):
+            if callable(getattr(cache, "get_seq_length", None)):
+                self._found[cache] = {**self._found.get(cache, {}), **route.tokens.starts}
 
     @staticmethod
-    def _warn(starts: Mapping[str, Tensor], rows: Rows | None) -> None:
+    def _warn(starts: Mapping[str, Tensor], rows: Rows | None, level: int) -> None:
+        told = []
         for name, starts_B in starts.items():
             silent = starts_B == NEVER
             if rows is not None:
                 silent = silent[rows.members[rows.names.index(name)].to(silent.device)]
             if n := int(silent.sum()):
-                warnings.warn(no_invocation(name, n), PeftWarning, stacklevel=6)
+                told.append(no_invocation(name, n))
+        if told:
+            warnings.warn("\n".join(told), PeftWarning, stacklevel=level)
 
 
 class _Call:
     """What one call says of where its adapters begin."""
 
     def __init__(
-        self,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        offsets: Sequence[int | None] | None,
-        whole: bool,
-        prompt: int,
+        self, given: Mapping[str, Any], offsets: Sequence[int | None] | None, whole: bool, prompt: int
     ) -> None:
-        x = _main(args, kwargs)
+        x = _main(given)
         if x is None:
             raise RowsError("An activated adapter needs the call's input: give input_ids or inputs_embeds.")
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        ids = given.get("input_ids", given.get("inputs"))
         self.ids_BL: Tensor | None = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
-        self.mask = kwargs.get("attention_mask")
+        mask = given.get("attention_mask")
+        self.mask: Tensor | None = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.B, self.L = x.shape[:2]
-        self.past = _length(kwargs.get("past_key_values"))
-        self.offsets, self.prompt = offsets, prompt
-        # Tokens of the sequence before the ids: in `generate` a longer mask says that ids are only what is new.
-        covered = self.mask.shape[1] if isinstance(self.mask, Tensor) and self.mask.dim() == 2 else self.L
+        self.past = _past(given)
+        self.offsets, self.whole, self.prompt = offsets, whole, prompt
+        # Tokens of the sequence before the input: in `generate` a longer mask says that it is only what is new.
+        covered = self.L if self.mask is None else self.mask.shape[1]
         self.before = max(covered - self.L, 0) if whole else max(self.past - prompt, 0)
-        if offsets is not None and len(offsets) != self.B:
+        self.seeks = whole or self.L > 1  # one token behind a cache is one that was written
+        if offsets is not None:
+            self._check(offsets)
+
+    def _check(self, offsets: Any) -> None:
+        if isinstance(offsets, Tensor):
+            self.offsets = offsets = offsets.tolist()
+        if not isinstance(offsets, Sequence) or any(n is not None and type(n) is not int for n in offsets):
+            raise RowsError(f"alora_offsets holds a number of tokens or None for each row, got {offsets!r}.")
+        if len(offsets) != self.B:
             raise RowsError(
                 f"alora_offsets has {len(offsets)} entries for a batch of {self.B} rows: give one per row."
             )
 
-    def starts(self, tokens: Sequence[int]) -> Tensor:
+    def starts(self, tokens: Sequence[int], earlier_B: Tensor | None) -> Tensor:
         """(B,): the index in the sequence, prompt included, of the first token on which an adapter acts."""
         if self.offsets is not None:
-            found = [NEVER if n is None or n <= 0 else self.L - n for n in self.offsets]
-            found_B = torch.tensor(found)
+            found_B = torch.tensor([NEVER if n is None or n <= 0 else self.L - n for n in self.offsets])
         elif self.ids_BL is None:
-            return torch.full((self.B,), NEVER)
+            found_B = torch.full((self.B,), NEVER)
         else:
-            mask = self.mask if isinstance(self.mask, Tensor) and self.mask.dim() == 2 else None
-            found_B = last_occurrence(self.ids_BL, tokens, None if mask is None else mask[:, -self.L :])
-        return torch.where(found_B == NEVER, NEVER, found_B + self.before + self.prompt)
+            L = self.ids_BL.shape[1]
+            found_B = last_occurrence(self.ids_BL, tokens, None if self.mask is None else self.mask[:, -L:])
+            found_B = torch.where(found_B == NEVER, NEVER, found_B + (self.L - L))
+        found_B = torch.where(found_B == NEVER, NEVER, found_B + self.before + self.prompt)
+        if earlier_B is None or self.offsets is not None:
+            return found_B
+        earlier_B = earlier_B.to(found_B.device)
+        # What was found stays; but the whole sequence may have a later invocation, of the next turn.
+        later_B = (found_B >= self.past) & (found_B != NEVER) & self.whole
+        return torch.where(((earlier_B == NEVER) & self.seeks) | later_B, found_B, earlier_B)
 
 
 def _by_row(rows: Rows, starts: Mapping[str, Tensor]) -> Tensor:

@@ -83,6 +83,7 @@ class Tuner(nn.Module):
         self._own_router: Router | None = None  # where no wrapper stood when it was first asked for
         self.invocations: Invocations | None = None
         self._arena = Arena()
+        self.enabled = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.with_loss(self.model(*args, **kwargs))
@@ -200,6 +201,7 @@ class Tuner(nn.Module):
 
     def _enable(self, enabled: bool) -> None:
         with self._changing():
+            self.enabled = enabled
             for wrapper in self._standing():
                 wrapper.enable_adapters(enabled)
 
@@ -616,7 +618,10 @@ class PeftModel(nn.Module):
         """
         compiled = adapter_names is None and torch.compiler.is_compiling()
         if compiled and self.base_model.invocations is not None:
-            raise RoutingError("A handle with activated adapters cannot be compiled: compile its get_base_model().")
+            raise RoutingError(
+                "A handle with activated adapters cannot be compiled: call get_base_model().compile(), and the handle "
+                "as before."
+            )
         with nullcontext() if compiled else self._call(adapter_names, args, kwargs, (), alora_offsets):
             return self._run(args, kwargs)
 
@@ -632,7 +637,7 @@ class PeftModel(nn.Module):
         else:
             outputs = tuner.with_loss(tuner.prompts.forward(choice, args, kwargs))
         if tuner.invocations is not None:
-            tuner.invocations.remember(route, kwargs.get("past_key_values"), _cache_of(outputs))
+            tuner.invocations.remember(route, args, kwargs, False, outputs)
         return outputs
 
     def generate(
@@ -655,7 +660,7 @@ class PeftModel(nn.Module):
             else:
                 outputs = tuner.model.generate(*args, **kwargs)  # type: ignore[operator]
             if tuner.invocations is not None:
-                tuner.invocations.remember(route, kwargs.get("past_key_values"), _cache_of(outputs))
+                tuner.invocations.remember(route, args, kwargs, True, outputs)
             return outputs
 
     def session(self, ids: Sequence[int] | Tensor = (), past_key_values: Any = None, **kwargs: Any) -> Session:
@@ -675,18 +680,20 @@ class PeftModel(nn.Module):
         route = None
         if adapter_names is not None:
             route = Route(rows=self._rows(adapter_names, args, kwargs, repeats))
-        if tuner.invocations is not None:
-            route = router.route() if route is None else route
-            choice = None if tuner.prompts is None or adapter_names is not None else tuner.prompts.choice(route)
-            prompt = 0 if choice is None else sum(p.length for p in choice.prompts.values())
-            route = tuner.invocations.route(route, tuner._active, args, kwargs, offsets, bool(repeats), prompt)
         with router.call(route):
             chosen = router.route()
             if chosen is not None:
-                self.base_model.check_known(chosen.names)
+                tuner.check_known(chosen.names)
             if self.training and torch.is_grad_enabled():
                 self._bind_checkpoints(router)
-            yield
+            if tuner.invocations is None:
+                yield
+                return
+            choice = None if tuner.prompts is None else tuner.prompts.choice(chosen)
+            prompt = 0 if choice is None else choice.length
+            active = tuner._active if tuner.enabled else ()
+            with router.call(tuner.invocations.route(chosen, active, args, kwargs, offsets, bool(repeats), prompt)):
+                yield
 
     def _rows(self, names: Sequence[str], args: Any, kwargs: Mapping[str, Any], repeats: Sequence[int]) -> Rows:
         if isinstance(names, str):
@@ -1198,10 +1205,6 @@ class PeftModel(nn.Module):
             if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_model, name)
-
-
-def _cache_of(outputs: Any) -> Any:
-    return outputs.get("past_key_values") if isinstance(outputs, Mapping) else None
 
 
 def _open(model_id: str | Path, config: PeftConfig | None, kwargs: dict[str, Any]) -> state.Source:

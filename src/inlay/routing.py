@@ -111,14 +111,6 @@ class Route:
 
 
 @dataclass(frozen=True, eq=False)
-class Following(Route):
-    """Each layer's own default, on the tokens that the call says."""
-
-    def run(self, layer: object, default: tuple[str, ...], known: Container[str]) -> tuple[str, ...]:
-        return default
-
-
-@dataclass(frozen=True, eq=False)
 class Defaults(Route):
     """Each layer's default as it stood at one moment: what has changed since, and nothing else.
 
@@ -155,6 +147,16 @@ class Defaults(Route):
                 f"A function bound to the adapters {list(names)} is computed again, and meanwhile {gone} were "
                 "deleted, merged or unmerged: do so after the backward."
             )
+
+
+@dataclass(frozen=True, eq=False)
+class Following(Route):
+    """Each layer's default as it stood at a moment, on the tokens that the call says."""
+
+    moment: Defaults = field(default_factory=Defaults)
+
+    def run(self, layer: object, default: tuple[str, ...], known: Container[str]) -> tuple[str, ...]:
+        return self.moment.run(layer, default, known) if self.moment.changed else default
 
 
 class _Local(threading.local):
@@ -375,7 +377,7 @@ class Router:
         """``function`` with the routing of this moment, wherever and whenever it runs."""
         if torch.compiler.is_compiling():  # one graph has both runs
             return function
-        moment = self._now()
+        moment = self.now()
         route = self._choice() or moment
         names = route.names if route.rows is None else route.rows.names
 
@@ -387,7 +389,7 @@ class Router:
 
         return bound
 
-    def _now(self) -> Defaults:
+    def now(self) -> Defaults:
         """This moment's defaults."""
         with self._changed:
             last = self._moment() if self._moment is not None else None

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.activation import Tokens
 from inlay.adapted import Adapted
 from inlay.errors import RowsError, UnsupportedLayerError
 from inlay.layers import LayerKind, kind_of
 from inlay.methods._abstract import AbstractAdapter, Slot
-from inlay.routing import Router, Rows
+from inlay.routing import Route, Router, Rows
 from inlay.storage import stored_parameters
 
 
@@ -64,42 +65,53 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save[name] = own
         self._refresh()
 
-    def _serving(self) -> tuple[nn.Module, Rows | None]:
+    def _serving(self) -> tuple[str | None, Route | None]:
+        """The adapter whose copy runs for the whole batch, if one does, and the routing."""
         route = self.router.route()
         if route is not None and route.rows is not None:
-            return self.original_module, route.rows
+            return None, route
         run = self._run if route is None else route.run(self, self._run, self.modules_to_save._modules)
-        return self.copy_for(run), None
+        return self._copied(run), route
 
-    def copy_for(self, names: Iterable[str]) -> nn.Module:
-        """What runs for these adapters; raises `UnsupportedLayerError` where several of them have a copy."""
+    def _copied(self, names: Iterable[str]) -> str | None:
         mine = [n for n in names if n in self.modules_to_save]
         if len(mine) > 1:
             raise UnsupportedLayerError(
                 f"{self.path}: several adapters {mine} hold a copy of it; activate one of them."
             )
-        return self.modules_to_save[mine[0]] if mine else self.original_module
+        return mine[0] if mine else None
+
+    def copy_for(self, names: Iterable[str]) -> nn.Module:
+        """The module that runs with these adapters: the copy of one of them, or the original."""
+        copied = self._copied(names)
+        return self.original_module if copied is None else self.modules_to_save[copied]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        module, rows = self._serving()
-        if rows is None or not any(n in self.modules_to_save for n in rows.names):
-            return module(*args, **kwargs)
-        return self._forward_rows(rows, *args, **kwargs)
+        name, route = self._serving()
+        rows, tokens = (None, None) if route is None else (route.rows, route.tokens)
+        if rows is not None and any(n in self.modules_to_save for n in rows.names):
+            return self._forward_rows(rows, tokens, *args, **kwargs)
+        if name is None:
+            return self.original_module(*args, **kwargs)
+        h = self.modules_to_save[name](*args, **kwargs)
+        if tokens is None or name not in tokens.starts:
+            return h
+        return tokens.applied(name, h, self.original_module(*args, **kwargs), self.path)
 
-    def _forward_rows(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_rows(self, rows: Rows, tokens: Tokens | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = rows.fitted(x.shape[0], x.device, self.path)
-        h = self.original_module(x, *args, **kwargs)
+        h = h0 = self.original_module(x, *args, **kwargs)
         if not isinstance(h, Tensor) or h.shape[0] != x.shape[0]:
             raise RowsError(f"{self.path} does not give one result per row: adapter_names cannot reach its rows.")
         for name, at in zip(rows.names, rows.members, strict=True):
             if name in self.modules_to_save and len(at):
                 h = h.index_copy(0, at, self.modules_to_save[name](x[at], *args, **kwargs).to(h.dtype))
-        return h
+        return h if tokens is None else tokens.applied("", h, h0, self.path)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes an adapter's copy the default for all threads and trains it."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.copy_for(names)
+        self._copied(names)
         self.set_requires_grad([n for n in self._active if n not in names], False)
         self.set_requires_grad(names, not inference_mode)
         self._active = names
@@ -155,7 +167,8 @@ class ModulesToSaveWrapper(nn.Module):
         except AttributeError:
             if "modules_to_save" not in self.__dict__.get("_modules", {}):
                 raise
-            return getattr(self._serving()[0], name)
+            copied = self._serving()[0]
+            return getattr(self.copy_for(() if copied is None else (copied,)), name)
 
 
 class TrainableTokensWrapper(nn.Module):

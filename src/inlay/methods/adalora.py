@@ -65,7 +65,9 @@ class AdaLoraConfig(LoraConfig):
     method: ClassVar[str] = "ADALORA"
     example: ClassVar[dict[str, Any]] = {"total_step": 1000}
     patterned: ClassVar[dict[str, str]] = {"lora_alpha": "alpha_pattern"}
-    meaningless: ClassVar[frozenset[str]] = frozenset({"use_dora", "use_rslora", "lora_bias"})
+    meaningless: ClassVar[frozenset[str]] = frozenset(
+        {"use_dora", "use_rslora", "lora_bias", "alora_invocation_tokens"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

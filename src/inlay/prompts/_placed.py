@@ -57,6 +57,12 @@ class Choice(NamedTuple):
         """The prompt of all rows, where there is one."""
         return next(iter(self.prompts.values())) if self.rows is None and len(self.prompts) == 1 else None
 
+    @property
+    def length(self) -> int:
+        """How many tokens they put before the input, padding of shorter ones included."""
+        ways = [[p.length for p in self.prompts.values() if p.config.in_cache == way] for way in (False, True)]
+        return sum(sum(T) if self.rows is None else max(T, default=0) for T in ways)
+
     def placed(self, in_cache: bool, B: int, tasks_B: Tensor | None, decoder: bool = False) -> Placed | None:
         """Those that come in one way, before a batch of B rows."""
         mine = {n: p for n, p in self.prompts.items() if p.config.in_cache == in_cache}
