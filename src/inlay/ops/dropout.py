@@ -96,7 +96,7 @@ def _random_words(shape: tuple[int, ...], device: torch.device | str | None) -> 
 
 
 def unpack(packed: Tensor, itemsize: int) -> Tensor:
-    """All-ones or all-zeros integers of ``itemsize`` bytes (2, 4 or 8), one per element, flat, padded to 64.
+    """Zeros and ones as integers of ``itemsize`` bytes (2, 4 or 8), one per element, flat, padded to 64.
 
     Bits 0, 16, 1, 17, ... of each 32-bit word belong to consecutive elements: the two of a pair then sit where
     one 32-bit lane of two 16-bit numbers wants them (16-bit shifts are not vectorised on CPU, 32-bit ones are).
@@ -104,35 +104,38 @@ def unpack(packed: Tensor, itemsize: int) -> Tensor:
     words = packed.view(torch.int32).unsqueeze(1)
     if itemsize == 2:
         lanes = words >> torch.arange(16, dtype=torch.int32, device=packed.device)
-        return lanes.bitwise_and_(0x00010001).mul_(0xFFFF).view(torch.int16).view(-1)
-    shifts = torch.arange(31, -1, -1, dtype=torch.int32, device=packed.device).view(2, 16).t().reshape(32)
-    lanes = (words << shifts).bitwise_right_shift_(31).view(-1)
+        return lanes.bitwise_and_(0x00010001).view(torch.int16).view(-1)
+    shifts = torch.arange(32, dtype=torch.int32, device=packed.device).view(2, 16).t().reshape(32)
+    lanes = (words >> shifts).bitwise_and_(1).view(-1)
     return lanes if itemsize == 4 else lanes.to(torch.int64)
 
 
 class Mask:
-    """A packed mask unpacked for tensors of one shape and item size, to be applied several times."""
+    """A packed mask unpacked for tensors of one shape and item size, to be applied several times.
 
-    __slots__ = ("ones",)
+    Zero times a number's bits, taken for an integer, is zero, whatever the number is.
+    """
+
+    __slots__ = ("bits",)
 
     def __init__(self, packed: Tensor, like: Tensor) -> None:
-        self.ones = unpack(packed, like.element_size())[: like.numel()].view(like.shape)
+        self.bits = unpack(packed, like.element_size())[: like.numel()].view(like.shape)
 
     def zero(self, x: Tensor) -> Tensor:
         """``x`` with the dropped elements zero, not rescaled; differentiable where gradients are recorded."""
         if x.requires_grad and torch.is_grad_enabled():
-            return x * self.ones.neg().to(x.dtype)
-        return (x.view(self.ones.dtype) & self.ones).view(x.dtype)
+            return x * self.bits.to(x.dtype)
+        return (x.view(self.bits.dtype) * self.bits).view(x.dtype)
 
     def taken_by(self, x: Tensor) -> Tensor:
         """`zero` where nothing is recorded, in this mask's own memory: its last use."""
-        return self.ones.bitwise_and_(x.view(self.ones.dtype)).view(x.dtype)
+        return self.bits.mul_(x.view(self.bits.dtype)).view(x.dtype)
 
     def zero_(self, x: Tensor) -> Tensor:
         """`zero` in place where nothing is recorded; ``x`` must be the caller's own."""
         if x.requires_grad and torch.is_grad_enabled():
             return self.zero(x)
-        x.view(self.ones.dtype).bitwise_and_(self.ones)
+        x.view(self.bits.dtype).mul_(self.bits)
         return x
 
 
@@ -141,7 +144,7 @@ class _Apply(torch.autograd.Function):
     def forward(ctx, x, packed, factor):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(packed)
         ctx.factor = factor
-        return Mask(packed, x).zero(x).mul_(factor)
+        return Mask(packed, x).taken_by(x).mul_(factor)
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]

@@ -25,7 +25,7 @@ from inlay.ops import dropout as drop
 
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, type(None)})
 _FEW = 1 << 17  # numbers of h, up to which entering Python in backward costs more than copying them
-_SLICE = 192  # tokens widened at once: their copies stay in a core's cache
+_SLICE = 128  # tokens widened at once: their copies stay in a core's cache
 
 
 def steps_aside(*tensors: Tensor | None) -> bool:
@@ -258,21 +258,18 @@ def _factor_gradients(
     x_TI: Tensor, g_TO: Tensor, down_RI: Tensor, up_OR: Tensor, factor: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of down, up and the middle in the factors' dtype, to which x and g are widened a slice at a time."""
-    dtype = down_RI.dtype
-    tokens = x_TI.shape[0]
-    size = tokens if x_TI.dtype == g_TO.dtype == dtype or tokens <= _SLICE else _SLICE
-    down_IR = down_RI.t()
-    ddown_RI = dup_RO = None
-    dmids = []
-    for x, g in zip(torch.split(x_TI, size or 1), torch.split(g_TO, size or 1), strict=True):
-        x, g = x.to(dtype), g.to(dtype)
-        mid_TR = torch.mm(x, down_IR) * factor
-        dmid_TR = torch.mm(g, up_OR) * factor
-        dmids.append(dmid_TR)
-        if ddown_RI is None or dup_RO is None:
-            ddown_RI, dup_RO = torch.mm(dmid_TR.t(), x), torch.mm(mid_TR.t(), g)
-        else:
-            ddown_RI, dup_RO = ddown_RI.addmm_(dmid_TR.t(), x), dup_RO.addmm_(mid_TR.t(), g)
-    assert ddown_RI is not None
-    assert dup_RO is not None  # split gives one empty slice of an empty tensor
-    return ddown_RI, dup_RO.t(), dmids[0] if len(dmids) == 1 else torch.cat(dmids)
+    dtype, tokens = down_RI.dtype, x_TI.shape[0]
+    down_IR, up_OR = (down_RI.t() * factor).contiguous(), up_OR * factor
+    if torch.is_grad_enabled() or tokens <= _SLICE or x_TI.dtype == g_TO.dtype == dtype:
+        x_TI, g_TO = x_TI.to(dtype), g_TO.to(dtype)
+        mid_TR, dmid_TR = torch.mm(x_TI, down_IR), torch.mm(g_TO, up_OR)
+        return torch.mm(dmid_TR.t(), x_TI), torch.mm(mid_TR.t(), g_TO).t(), dmid_TR
+    ddown_RI, dup_RO = torch.zeros_like(down_RI), g_TO.new_zeros(len(down_RI), g_TO.shape[1], dtype=dtype)
+    dmid_TR = g_TO.new_empty(tokens, len(down_RI), dtype=dtype)
+    x_room, g_room = (t.new_empty(_SLICE, t.shape[1], dtype=dtype) for t in (x_TI, g_TO))
+    for x, g, dmid in zip(*(torch.split(t, _SLICE) for t in (x_TI, g_TO, dmid_TR)), strict=True):
+        x, g = x_room[: len(x)].copy_(x), g_room[: len(g)].copy_(g)
+        torch.mm(g, up_OR, out=dmid)
+        ddown_RI.addmm_(dmid.t(), x)
+        dup_RO.addmm_(torch.mm(x, down_IR).t(), g)
+    return ddown_RI, dup_RO.t(), dmid_TR
