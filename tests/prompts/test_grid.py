@@ -303,6 +303,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a mask of pairs": ("llama", {"attention_mask": torch.ones(3, 1, 7, 7)}, r"\(batch, tokens\)"),
     "positions in three dimensions": ("llama", {"position_ids": torch.zeros(3, 3, 7).long()}, r"\(batch, tokens\)"),
     "a cache without the prompt": ("llama", {"past_key_values": _short_cache}, "holds 2 tokens, the prompt has 4"),
+    "what is no cache": ("llama", {"past_key_values": ((), ())}, "got a tuple"),
     "too long": ("gpt2", {"input_ids": torch.full((3, 46), 5)}, "48 positions"),
 }
 

@@ -244,19 +244,32 @@ def _keys_and_values(host: Host, placed: Placed) -> list[tuple[Tensor, Tensor]]:
     return pairs[: layers - (host.config.get("num_kv_shared_layers") or 0)]  # the last ones read the others' cache
 
 
+def seen(cache: Any) -> int:
+    """How many tokens a cache holds; of none, 0.
+
+    Raises:
+        PromptError: It is no cache of transformers.
+    """
+    from transformers import Cache
+
+    if cache is not None and not isinstance(cache, Cache):
+        raise PromptError(f"past_key_values must be a cache of transformers, got a {type(cache).__name__}.")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
 def continued(cache: Any, placed: Iterable[Placed]) -> int:
     """How many tokens of the input a cache that holds something has, beside these prompts.
 
     Raises:
         PromptError: It cannot hold the prompts.
     """
-    T, found = sum(p.length for p in placed), cache.get_seq_length()
+    T, found = sum(p.length for p in placed), seen(cache)
     if found < T:
         raise PromptError(
             f"The cache holds {found} tokens, the prompt has {T}: it was not filled by a call with this prompt. Give "
             "an empty cache, or none."
         )
-    return int(found - T)
+    return found - T
 
 
 class _Given(nn.Module):

@@ -39,6 +39,7 @@ from inlay.prompts._placed import (
     ordered,
     padding_behind,
     run,
+    seen,
     shift_tokens_right,
 )
 from inlay.prompts.generation import Generation
@@ -185,7 +186,7 @@ class Entry:
         cache = self.given.get("past_key_values")
         cached = self.choice.placed(True, self.B, self.tasks_B)
         front = self.choice.placed(False, self.B, self.tasks_B)
-        going_on = cache is not None and cache.get_seq_length() > 0  # from a call that brought the prompts in
+        going_on = seen(cache) > 0  # from a call that brought the prompts in
         self._check(front, cached, going_on)
         if front is not None and (self.host.seq2seq or not going_on):  # an encoder reads its input anew
             self._stand_in_front(front)
@@ -283,9 +284,7 @@ class Entry:
         elif host.bidirectional and front.mask_BT is not None:  # there the first token has to be the row's own
             at_L = torch.arange(front.length + self.L, device=x_BLD.device)
             self._order((at_L + front.length - own) % len(at_L))
-        elif (
-            last and mask is not None
-        ):  # a head that reads the last token has no ids to find it: padding goes in front
+        elif last and mask is not None:  # its head reads the last token, and has no ids in which to look for it
             self._order(padding_behind(mask == 0))
 
     def _mask_behind(self, ids_BL: Tensor | None) -> None:

@@ -24,6 +24,7 @@ from inlay.prompts._placed import (
     leading,
     ordered,
     padding_behind,
+    seen,
 )
 
 # What has transformers guess tokens and check several at once.
@@ -118,7 +119,7 @@ class Generation:
 
     def _of_decoder(self) -> dict[str, Any]:
         given, cache = self.given, self.given.get("past_key_values")
-        going_on = cache is not None and cache.get_seq_length() > 0
+        going_on = seen(cache) > 0
         placed = [p for p in (self.cached, self.front) if p is not None]
         if going_on:
             continued(cache, placed)
@@ -150,7 +151,8 @@ class Generation:
 
     def _read(self, front: Placed) -> None:
         """Has the model read a prompt of embeddings into the cache, for what has to begin with ids."""
-        cache = self.given.get("past_key_values") or empty_cache(self.host)
+        cache = self.given.get("past_key_values")
+        cache = empty_cache(self.host) if cache is None else cache
         x_BTD = front.values.to(self.host.table.dtype)
         mask = self.given["attention_mask"][:, : cache.get_seq_length() + front.length]
         with torch.no_grad():
