@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -37,7 +38,11 @@ def _often() -> Iterator[None]:
 
 @pytest.fixture
 def model() -> inlay.PeftModel:
-    return handle(ARCH, TASK, *NAMES)
+    """A handle whose prompts and layers let other threads go first, wherever they run."""
+    made = handle(ARCH, TASK, *NAMES)
+    for module in (*made.prompt_encoder.values(), *made.get_base_model().modules()):
+        module.register_forward_pre_hook(lambda *_: time.sleep(0))
+    return made
 
 
 @pytest.fixture
@@ -81,7 +86,7 @@ def test_no_thread_gets_anothers_prompt(model: inlay.PeftModel, ids: Tensor) -> 
     @torch.no_grad()
     def work(thread: int) -> int:
         draw, wrong = random.Random(thread), 0
-        for i in range(25):
+        for i in range(40):
             names = draw.choice(CHOICES)
             with chosen(model, names):
                 wrong += not same(model(input_ids=ids).logits, logits[names])
@@ -192,6 +197,50 @@ def test_a_call_that_waited_sees_the_prompt_that_came(ids: Tensor) -> None:
     run()
     assert same(found[0], found[1])
     assert found[0].shape[1] == 3 + 5
+
+
+@pytest.mark.parametrize("verb", ["delete", "add", "load", "set"])
+def test_a_change_waits_for_the_call_that_runs(verb: str, ids: Tensor, tmp_path: Path) -> None:
+    model = handle(ARCH, TASK, *NAMES)
+    logits, _ = expected(model, ids)
+    handle(ARCH, TASK, "k4").save_pretrained(tmp_path)
+    changes: dict[str, Callable[[], Any]] = {
+        "delete": lambda: model.delete_adapter("p5"),
+        "add": lambda: model.add_adapter("new", config(ARCH, TASK, "p3")),
+        "load": lambda: model.load_adapter(tmp_path / "k4", "new"),
+        "set": lambda: model.set_adapter("lora"),
+    }
+
+    def state() -> tuple[Any, ...]:
+        return sorted(model.peft_config), sorted(model.prompt_encoder), model.active_adapters
+
+    running, go_on, before = threading.Event(), threading.Event(), state()
+
+    def stop(*_: Any) -> None:
+        running.set()
+        assert go_on.wait(60)
+
+    hook = model.get_base_model().get_input_embeddings().register_forward_pre_hook(stop)
+    found: list[Tensor] = []
+
+    @torch.no_grad()
+    def run() -> None:
+        with model.use_adapter("p5"):
+            found.append(model(input_ids=ids).logits)
+
+    call, change = threading.Thread(target=run), threading.Thread(target=changes[verb])
+    call.start()
+    assert running.wait(60)
+    change.start()
+    change.join(0.1)
+    meanwhile = state()
+    go_on.set()
+    call.join()
+    change.join()
+    assert meanwhile == before
+    hook.remove()
+    assert state() != before
+    assert same(found[0], logits[("p5",)])
 
 
 class Broken(Exception):
