@@ -561,6 +561,49 @@ def test_hooks_on_the_frozen_layer_run(model: inlay.PeftModel, x: Tensor) -> Non
     assert seen == ["base", "wrapper"]
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("net", ["mlp", "convnet"])
+def test_hooks_on_a_slots_module_run(
+    request: pytest.FixtureRequest, net: str, fields: dict[str, Any], training: bool
+) -> None:
+    base = request.getfixturevalue(net)
+    targets = ["lin0"] if net == "mlp" else [next(n for n, m in base.named_modules() if isinstance(m, nn.Conv2d))]
+    model = handle(base, target_modules=targets, **fields).train(training)
+    layer = next(m for m in model.modules() if isinstance(m, Adapted))
+    x = torch.randn(4, 10) if net == "mlp" else torch.randn(2, 3, 8, 8)
+    seen: list[tuple[str, Any]] = []
+    down, up = layer.lora_A.a, layer.lora_B.a
+
+    def run() -> Tensor:
+        torch.manual_seed(0)
+        seen.clear()
+        return layer(x)
+
+    expected = run()
+    hooks = [
+        down.register_forward_pre_hook(lambda module, args: seen.append(("A reads", args[0].shape))),
+        down.register_forward_hook(lambda module, args, out: seen.append(("A gives", out.shape[1]))),
+        up.register_forward_hook(lambda module, args, out: seen.append(("B gives", out.shape))),
+        up.register_full_backward_hook(lambda module, into, of: seen.append(("backward", of[0].shape))),
+    ]
+    out = run()
+    if not fields.get("lora_dropout") or not training:  # plain torch draws its own zeros
+        close(out, expected)
+    forward = [("A reads", x.shape), ("A gives", 4), ("B gives", expected.shape)]
+    assert seen == forward
+    out.sum().backward()
+    assert seen == [*forward, ("backward", expected.shape)]
+
+    hooks.append(up.register_forward_hook(lambda module, args, out: out * 0))
+    if fields in ({}, {"lora_dropout": 0.5}):  # what a hook gives is what is added
+        close(run(), layer.base_layer(x))
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(run(), expected)
+    assert not seen
+
+
 def test_modules_of_ours_are_modules_like_any_other(model: inlay.PeftModel) -> None:
     """They leave out nn.Module's containers until these are asked for."""
     layer = model.base_model.model.lin0

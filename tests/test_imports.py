@@ -39,6 +39,7 @@ RANKS = {
     "config": 2,
     "match": 2,
     # the three axes, and who is served
+    "hooked": 3,
     "hooks": 3,
     "activation": 3,
     "layers": 3,

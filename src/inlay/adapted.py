@@ -31,6 +31,7 @@ from inlay.errors import (
     RowsUnreachableError,
     UnknownAdapterError,
 )
+from inlay.hooked import Hooked, has_hooks
 from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractAdapter, Params, Slot, as_dtype
 from inlay.ops.rows import rows as rows_product
@@ -69,13 +70,18 @@ for _name, _value in vars(nn.Module()).items():
 class Leaf(_Light):
     """One adapter's tensors of one slot: ``layer.lora_A.default``, with ``weight`` and perhaps ``bias``."""
 
-    def forward(self, x: Tensor | str) -> Tensor:
+    def forward(self, x: Tensor | str, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         # Offloading libraries hang their hooks on forward: asking by name here is how an offloaded tensor comes back.
         W: Tensor = getattr(self, x if isinstance(x, str) else "weight")
-        return W if isinstance(x, str) else F.linear(x, W, self._parameters.get("bias"))
+        if isinstance(x, str):
+            return W
+        return F.linear(x, W, self._parameters.get("bias")) if run is None else run(x)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self._parameters.items() if v is not None)
+
+
+_BARE = len(Leaf().__dict__)  # of one that nobody has called or hung hooks on
 
 
 class Group(_Light):
@@ -352,6 +358,8 @@ class Adapted(_Light):
             t = owner._parameters.get(leaf or name)
             if t is None or t.is_meta:
                 t = getattr(owner, leaf or name) if t is None else owner(leaf or name)
+            if leaf == "weight" and len(owner.__dict__) > _BARE and has_hooks(owner):
+                t = Hooked.make(t, owner)
             p[key] = t
         return p
 
@@ -486,6 +494,7 @@ class Adapted(_Light):
         """``make()``, or its last result where neither an owner nor the pristine weight has changed since."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in owners)):
             return make()
+        owners = tuple(t.of if isinstance(t, Hooked) else t for t in owners)
         value: Tensor = self._memo.get(key, (*owners, *self._parts()), make)
         return value
 
