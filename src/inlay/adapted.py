@@ -37,6 +37,7 @@ from inlay.methods._abstract import AbstractAdapter, Params, Slot, as_dtype
 from inlay.ops.rows import rows as rows_product
 from inlay.routing import Router, Rows
 from inlay.storage import Rounding, Storage, facts, storage_of
+from inlay.storage.placement import at_hand, distributed
 
 _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -468,8 +469,15 @@ class Adapted(_Light):
         return self._pristine(self.kind.bias_name) if has_bias else None
 
     def _pristine(self, parameter: str) -> Tensor:
-        """A pristine parameter, dense."""
-        return self._storage(parameter).dense(self.base_layer, self._stored(parameter))
+        """A pristine parameter, dense, where the adapters' tensors are."""
+        W = self._storage(parameter).dense(self.base_layer, self._stored(parameter))
+        if not W.is_meta and type(W) in (Tensor, nn.Parameter):
+            return W
+        return at_hand(W, self.get_base_layer(), parameter, self._beside(W))
+
+    def _beside(self, W: Tensor) -> Tensor:
+        """A tensor of an adapter; ``W`` where there is none."""
+        return next((owner.get_parameter(key) for n in self.methods for _, owner, key in self.tensors(n)), W)
 
     def _stored(self, parameter: str) -> Tensor:
         """A pristine parameter as it is stored."""
@@ -494,8 +502,10 @@ class Adapted(_Light):
         """``make()``, or its last result where neither an owner nor the pristine weight has changed since."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in owners)):
             return make()
+        if (parts := self._parts())[0].is_meta:  # offloaded: nothing tells whether it has changed
+            return make()
         owners = tuple(t.of if isinstance(t, Hooked) else t for t in owners)
-        value: Tensor = self._memo.get(key, (*owners, *self._parts()), make)
+        value: Tensor = self._memo.get(key, (*owners, *parts), make)
         return value
 
     def row_squares(self) -> Tensor:
@@ -691,8 +701,13 @@ class Adapted(_Light):
             self.methods[name].check_mergeable(self.kind, base)
         if why := self.kind.unmergeable(base):
             raise NotMergeableError(f"{self.path}: {why}")
-        if getattr(base, self.kind.weight_name).is_meta:
+        W: Tensor = getattr(base, self.kind.weight_name)
+        if W.is_meta:
             raise NotMergeableError(f"{self.path}: its weight is on the meta device (offloaded): bring it back first.")
+        if distributed(W) and not distributed(self._beside(W)):
+            raise NotMergeableError(
+                f"{self.path}: its weight is a DTensor, and the adapter's tensors are none: merge, then distribute."
+            )
         if safe_merge:
             with torch.no_grad():
                 finite = [bool(t.isfinite().all()) for t in self.effective(self._merged + new) if t is not None]

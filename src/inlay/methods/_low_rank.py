@@ -23,7 +23,7 @@ from inlay.errors import ConfigError, LoadError, NotMergeableError, UnsupportedL
 from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractDelta, Layer, Params, Slot, as_dtype
 from inlay.ops.dora import dora, weight_norm
-from inlay.ops.dropout import apply_mask, draw_mask
+from inlay.ops.dropout import drop
 from inlay.ops.low_rank import low_rank
 from inlay.report import LoadReport
 
@@ -235,10 +235,11 @@ class AbstractLowRank(AbstractDelta):
         mask = dropped = None
         if dropout:
             # Only the update sees dropout: (gain - 1) W drop(x) stands beside the frozen layer's W x.
-            mask = draw_mask(x.shape, dropout, x.device)
-            seen = apply_mask(x, mask, dropout)
+            seen, mask = drop(x, dropout)
             dropped = layer.operate(seen, as_dtype(layer.matrix(), x))
             dropped = self.shifted(p, seen, dropped, layer) if self.offset else dropped
+            if mask is None or not kind.matrix:
+                x, dropout = seen, 0.0
         if kind.matrix:
             dropped = dropped if dropped is None or bias is None else dropped + bias
             return dora(
@@ -247,7 +248,6 @@ class AbstractLowRank(AbstractDelta):
             )  # fmt: skip
         gain = kind.channels(p["magnitude"].flatten() / norm_O)
         frozen = dropped if dropped is not None else h if bias is None else h - kind.channels(bias)
-        x = x if mask is None else apply_mask(x, mask, dropout)
         return h + as_dtype((gain - 1) * frozen + gain * self.scaling * self.change(p, x, layer), h)
 
 

@@ -138,7 +138,8 @@ def dora(
         bias_O (`Tensor`, *optional*): The frozen layer's bias.
         dropout (`float`, *optional*, defaults to 0.0): Probability of dropping; 0 in eval.
         mask (`Tensor`, *optional*): `draw_mask` of ``x``; needed with dropout.
-        h_dropped_BO (`Tensor`, *optional*): The frozen layer's output for the dropped ``x``; needed with dropout.
+        h_dropped_BO (`Tensor`, *optional*): The frozen layer's output for the dropped ``x``; needed with dropout. It
+            may come without, where ``x`` is dropped already.
         h_is_fresh (`bool`, *optional*, defaults to False): ``h`` and ``h_dropped`` may be written to.
 
     Returns:
@@ -162,7 +163,7 @@ def dora(
         )  # fmt: skip
     undropped_BO = None
     base_BO = h_BO
-    if dropout and h_dropped_BO is not None:
+    if h_dropped_BO is not None:
         undropped_BO, base_BO = h_BO - h_dropped_BO, h_dropped_BO
     if bias_O is not None:
         base_BO, h_is_fresh = (base_BO - bias_O).to(h_BO.dtype), True

@@ -164,6 +164,14 @@ def apply_mask(x: Tensor, packed: Tensor, p: float) -> Tensor:
     return dropped
 
 
+def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+    """Dropout of ``x``, and the mask that it was done by; None where ``x`` is of a class that has ways of its own."""
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        return torch.nn.functional.dropout(x, p), None
+    mask = draw_mask(x.shape, p, x.device)
+    return apply_mask(x, mask, p), mask
+
+
 def reference(x: Tensor, packed: Tensor, p: float) -> Tensor:
     """`apply_mask`, one bit at a time in plain torch."""
     words = packed.view(torch.int32).unsqueeze(1)
