@@ -58,6 +58,7 @@ RANKS = {
     "card": 7,
     "catalogue": 6,
     "inspect": 7,
+    "hotswap": 8,
     "refit": 8,
     "status": 7,
     # the handle

@@ -131,7 +131,7 @@ class _Numbers(MutableMapping[str, Any]):
         return getattr(self._holders[name], self._field)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self._holders[name], self._field, value)
+        self._holders[name].put(self._field, value)
         self._changed()
 
     def __delitem__(self, name: str) -> None:
@@ -174,6 +174,11 @@ class _Memo:
         ref, version, pointer, copy = mark
         same = ref() is t and t._version == version and t.data_ptr() == pointer
         return same and (copy is None or torch.equal(copy, t))
+
+    def forget(self, owners: Iterable[Tensor]) -> None:
+        """Drops what depends on any of these."""
+        gone = set(map(id, owners))
+        self._known = {at: value for at, value in self._known.items() if gone.isdisjoint(at[1:])}
 
     def clear(self) -> None:
         self._known.clear()
@@ -609,6 +614,19 @@ class Adapted(_Light):
                 )
         self._refresh()
 
+    def renumber(self, name: str, other: AbstractAdapter) -> None:
+        """Gives an adapter the numbers of another one of its method; a scale that is a tensor keeps its place."""
+        mine = self.methods[name]
+        scaling = mine.scaling
+        self._stacks.clear()
+        if self._memo._known:
+            self._memo.forget(self.params(name).values())
+        self.router.changing(self, self._run, [name])
+        mine.__dict__ = vars(other).copy()
+        if isinstance(scaling, Tensor):
+            mine.scaling = scaling
+            mine.put("scaling", other.scaling)
+
     def drop_empty(self) -> None:
         """Removes slots that no adapter has."""
         for slot, group in list(self._modules.items()):
@@ -882,6 +900,10 @@ class Adapted(_Light):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._memo.clear()
         self._stacks.clear()
+        for method in self.methods.values():
+            if isinstance(scaling := method.scaling, Tensor):  # it moves, and keeps its dtype and value
+                device = fn(scaling.new_empty(0)).device
+                method.scaling = scaling if device.type == "meta" else scaling.to(device)
         if not self.tied:
             self._kept = {k: self._storage(k).moved(v, fn) for k, v in self._kept.items()}
         self.storage.settle(self.base_layer)

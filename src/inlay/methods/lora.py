@@ -158,6 +158,7 @@ class LoraAdapter(StartedLowRank):
     """LoRA on one layer; see the module's text for the mathematics."""
 
     stacks = True
+    rank_dims: ClassVar[Mapping[str, int]] = {"down": 0, "up": 1}
 
     numbers = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
 
@@ -259,6 +260,8 @@ class LoraAdapter(StartedLowRank):
             norm_O = self._norm(p, layer)
         else:
             owners = (p["down"], p["up"], *(p[key] for key in self.offset))
+            if isinstance(self.scaling, Tensor):
+                owners = (*owners, self.scaling)
             norm_O = layer.remember(("norm", self.scaling), owners, lambda: self._norm(p, layer))
         mask = dropped = None
         if dropout:
