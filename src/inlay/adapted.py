@@ -712,7 +712,7 @@ class Adapted(_Light):
                 self._add_product(*f, sign=1)
                 if not keep_base:  # the adapter may change while it is merged: what was added is what is subtracted
                     down, up, scale = f
-                    self._added.append((down.detach().clone(), up.detach().clone(), scale))
+                    self._added.append((down.detach().clone(), up.detach().clone(), scale * 1))
             return
         b0 = self.offset()
         W, b = self.effective(self._merged + new)

@@ -31,7 +31,7 @@ from inlay.trained import ModulesToSaveWrapper, Tied
 
 # Fields that change which tensors an adapter has, or what is done with them.
 _APART = "load the new one under a name of its own."
-_STRUCTURE = ("use_dora", "lora_bias", "bias")
+_STRUCTURE = ("use_dora", "lora_bias", "bias", "layer_replication")
 # Fields that say where an adapter goes beside target_modules.
 _ELSEWHERE = (
     "exclude_modules",
@@ -407,6 +407,8 @@ class _Swap:
                 continue
             name, t = found[key]
             live = owner._parameters[attribute]
+            if not t.is_floating_point():
+                self.report.config.append(f"{name!r} holds {t.dtype}, and an adapter's tensors are floats")
             if t.shape != slot.shape:
                 self.report.shape.append((name, tuple(t.shape), slot.shape))
             elif type(live) is not nn.Parameter or live.is_meta:
@@ -490,7 +492,7 @@ class _Swap:
                 report,
             )
         report.non_finite.extend(state.non_finite({name: t for name, (_, t) in self.into.items()}))
-        if report.missing or report.unexpected or report.shape or settings.strict_load:
+        if report.missing or report.unexpected or report.shape or report.config or settings.strict_load:
             report.raise_for_problems()
         elif report.non_finite:
             warnings.warn(report.summary(), PeftWarning, stacklevel=5)

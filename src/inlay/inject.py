@@ -337,7 +337,7 @@ def _follow_ties(prepared: Prepared) -> None:
     """Has layers that share a weight with an adapted or saved one follow it."""
     found, config = prepared.survey, prepared.config
     planned = {work.path for work in prepared.works} | set(prepared.saved)
-    for path in [*prepared.saved, *(work.path for work in prepared.works if isinstance(work.base, nn.Embedding))]:
+    for path in [*prepared.saved, *(work.path for work in prepared.works if isinstance(work.layer, nn.Embedding))]:
         W = _unwrapped(found.modules[path])._parameters.get("weight")
         for other in found.owners.get(id(W), ()) if W is not None else ():
             if other in planned:

@@ -610,7 +610,7 @@ def _bias_keys(prepared: Prepared) -> Iterator[tuple[str, tuple[int, ...]]]:
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Keys of tensors with NaN or infinity: one norm over all, and a closer look only where it is not finite."""
     wide = [t if t.element_size() > 1 else t.float() for t in tensors.values() if t.is_floating_point() and t.numel()]
-    norms = torch._foreach_norm(wide) if wide else []
+    norms = list(torch._foreach_norm(wide)) if wide else []
     together = norms if len({n.device for n in norms}) < 2 else [n.cpu() for n in norms]
     if not norms or bool(torch.stack(together).isfinite().all()):
         return []
@@ -625,7 +625,7 @@ def fingerprint(prepared: Prepared) -> str:
 def live_fingerprint(root: nn.Module, adapter_name: str) -> str:
     """The same of an adapter that stands in a model."""
     return base_fingerprint(
-        (path, w.kind.shape(w.get_base_layer()))
+        (without_foreign(path), w.kind.shape(w.get_base_layer()))
         for path, w in wrappers(root)
         if isinstance(w, Adapted)
         and adapter_name in w.methods

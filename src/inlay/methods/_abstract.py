@@ -181,7 +181,7 @@ class AbstractAdapter(ABC):
             blocks = (shape[0] // self.r) * (shape[0] // narrow)
         if blocks == 1:
             return t.narrow(dim, 0, shape[dim])
-        return t.unflatten(0, (blocks, -1)).narrow(1, 0, shape[0] // blocks)
+        return t.view(blocks, -1, *t.shape[1:]).narrow(1, 0, shape[0] // blocks)
 
     def own(self, p: Params) -> dict[str, Tensor]:
         """Tensors without what they are padded with."""
