@@ -282,6 +282,11 @@ def test_configs_may_differ(config: inlay.LoraConfig, prepared: bool, saved: Cal
     assert {w.scaling["default"].__class__ for _, w in wrappers(model) if isinstance(w, Adapted)} == {
         Tensor if prepared else float
     }
+    torch.manual_seed(3)
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    hotswap_adapter(model, folder, "default")
+    close(torch.rand(3), drawn, 0)  # nobody's random numbers are used up
     back = saved(lora(), 3)  # and all layers again
     hotswap_adapter(model, back, "default")
     close(model(ids()), loaded(back)(ids()))
@@ -814,6 +819,9 @@ def test_other_bad_calls(saved: Callable[..., Path]) -> None:
         prepare_model_for_compiled_hotswap(model, check_compiled="no")  # type: ignore[arg-type]
     with pytest.raises(inlay.NoMatchingPeftModuleError):
         model.hotswap_slots(8, targets=["nothing"])
+    with pytest.raises(HotswapError, match="above the rank 3"):
+        model.hotswap_slots(3, targets=["head"])
+    assert not isinstance(model.base_model.model.head, Adapted)
     assert pointers(model).keys() == {n for n, _ in model.named_parameters()}  # no scale is a tensor yet
     block = model.base_model.model.layers[0].q
     handle = block.register_forward_hook(lambda *_: hotswap_adapter(model, folder, "default"))
@@ -922,6 +930,22 @@ def test_forwards_see_one_adapter_whole(saved: Callable[..., Path]) -> None:
     # Merged weights round otherwise.
     assert all(any(torch.allclose(out, one, atol=1e-5) for one in allowed) for out in strange)
     assert len(seen) > 1
+
+
+def test_two_swaps_at_once(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was planned before another was written is planned again."""
+    model, folders = adapted(), [saved(lora(r=8), 3), saved(lora(r=6), 4)]
+    original, others = hotswap._Swap.plan, [folders[1]]
+
+    def overtaken(self: hotswap._Swap, strict: bool) -> None:
+        original(self, strict)
+        if others:
+            hotswap_adapter(model, others.pop(), "default")
+
+    monkeypatch.setattr(hotswap._Swap, "plan", overtaken)
+    hotswap_adapter(model, folders[0], "default")
+    close(model(ids()), loaded(folders[0])(ids()))
+    same_files(model, folders[0])
 
 
 def test_a_hundred_swaps_keep_nothing(saved: Callable[..., Path]) -> None:

@@ -59,6 +59,7 @@ RANKS = {
     "catalogue": 6,
     "inspect": 7,
     "hotswap": 8,
+    "slots": 7,
     "refit": 8,
     "status": 7,
     # the handle

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from inlay import inject, settings, sources, state
+from inlay import inject, settings, slots, sources, state
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import BaseGoneError, HotswapError, MoreLayersError, PeftWarning
@@ -29,19 +29,9 @@ from inlay.methods._abstract import AbstractAdapter
 from inlay.report import LoadReport
 from inlay.trained import ModulesToSaveWrapper, Tied
 
-# Fields that change which tensors an adapter has, or what is done with them.
-_APART = "load the new one under a name of its own."
+# Fields that change which tensors an adapter has, or what stands beside them.
 _STRUCTURE = ("use_dora", "lora_bias", "bias", "layer_replication")
-# Fields that say where an adapter goes beside target_modules.
-_ELSEWHERE = (
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-)
+_APART = "load the new one under a name of its own."
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
@@ -110,131 +100,12 @@ def prepare_model_for_compiled_hotswap(
     """
     if check_compiled not in ("error", "warn", "ignore"):
         raise HotswapError(f"check_compiled must be 'error', 'warn' or 'ignore', got {check_compiled!r}.")
-    if check_compiled != "ignore" and (found := _compiled(model)):
+    if check_compiled != "ignore" and (found := slots.compiled(model)):
         text = f"{found} is compiled already: prepare the model for swapping first, then compile it."
         if check_compiled == "error":
             raise HotswapError(text)
         warnings.warn(f"{text} It will be compiled again.", PeftWarning, stacklevel=2)
-    root, _ = state.root_of(_plain(model))
-    _prepare(root, target_rank, None)
-
-
-def add_slots(model: nn.Module, max_rank: int | None, targets: Any, adapter_name: str | None) -> None:
-    """`PeftModel.hotswap_slots`."""
-    if found := _compiled(model):
-        raise HotswapError(f"{found} is compiled already: make the slots first, then compile it.")
-    root, _ = state.root_of(model)
-    names = [adapter_name] if adapter_name is not None else list(getattr(model, "peft_config", {}))
-    configs = {name: state.config_of(model, name) for name in names}
-    _check_room(root, max_rank, names)
-    for name, config in configs.items() if targets is not None else ():
-        if isinstance(config, AdapterConfig):
-            _extend(root, name, config, targets, max_rank)
-    _prepare(root, max_rank, names)
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    return model._modules.get("_orig_mod") or model
-
-
-def _compiled(model: nn.Module) -> str | None:
-    """The first compiled module with adapters inside."""
-    for name, module in model.named_modules():
-        compiled = "_orig_mod" in module._modules or module._compiled_call_impl is not None
-        if compiled and any(True for _ in inject.wrappers(module)):
-            return f"The module {name!r}" if name else "The model"
-    return None
-
-
-def _adapters(root: nn.Module, names: Iterable[str] | None = None) -> Iterator[tuple[Adapted, str, AbstractAdapter]]:
-    """(layer, adapter's name, adapter) of all layers, for all names or these."""
-    for _, layer in inject.wrappers(root):
-        if isinstance(layer, Adapted):
-            for name, method in layer.methods.items():
-                if names is None or name in names:
-                    yield layer, name, method
-
-
-def _check_room(root: nn.Module, rank: int | None, names: Iterable[str] | None) -> None:
-    """Raises `HotswapError` where an adapter cannot be padded to ``rank``."""
-    found = list(_adapters(root, names))
-    if not found or (rank is not None and not any(method.rank_dims for _, _, method in found)):
-        what = "no adapter" if not found else "no adapter whose tensors can be padded to another rank"
-        raise HotswapError(f"The model has {what}: load the first adapter, then prepare.")
-    for layer, name, method in found:
-        if any(not slot.filed for slot in method.slots.values()):
-            raise HotswapError(
-                f"{layer.path}: {name!r} starts at a part of the weight and keeps an offset, which has no place in a "
-                "swap: save it, and load the file."
-            )
-        if any(t.is_meta for t in layer.params(name).values()):
-            raise HotswapError(f"{layer.path}: {name!r} is on the meta device (offloaded): bring it back first.")
-        if method.rank_dims and rank is not None:
-            if rank < method.r:
-                raise HotswapError(f"{layer.path}: {name!r} has rank {method.r}, above the rank {rank} asked for.")
-            if any((method.slots[key].shape[dim] * rank) % method.r for key, dim in method.rank_dims.items()):
-                raise HotswapError(f"{layer.path}: rank {rank} must be a multiple of the convolution's groups.")
-
-
-def _prepare(root: nn.Module, rank: int | None, names: Iterable[str] | None) -> None:
-    _check_room(root, rank, names)
-    found = list(_adapters(root, names))
-    with found[0][0].router.writing(), torch.no_grad():
-        for layer, name, method in found:
-            if rank is not None:
-                _pad(layer, name, method, rank)
-            if "scaling" in method.numbers and not isinstance(method.scaling, Tensor):
-                dtype, device = layer.facts()
-                wide = torch.float64 if dtype == torch.float64 else torch.float32
-                method.scaling = torch.tensor(method.scaling, dtype=wide, device=device)
-
-
-def _pad(layer: Adapted, name: str, method: AbstractAdapter, rank: int) -> None:
-    for key, (slot, owner, attribute) in zip(method.slots, layer.tensors(name), strict=False):  # none of a tied layer
-        t = owner.get_parameter(attribute)
-        if (dim := method.rank_dims.get(key)) is not None:
-            shape = list(slot.shape)
-            shape[dim] = max(t.shape[dim], slot.shape[dim] * rank // method.r)
-            own = method.own({key: t.detach()})[key]
-            new = method.padded(key, own, torch.Size(shape))
-            if new.shape != t.shape:
-                owner._parameters[attribute] = nn.Parameter(new, requires_grad=t.requires_grad)
-
-
-def _extend(root: nn.Module, name: str, config: AdapterConfig, targets: Any, rank: int | None) -> None:
-    """Makes room for an adapter on further layers, where it changes nothing."""
-    nowhere: dict[str, Any] = dict.fromkeys(_ELSEWHERE)
-    wide = replace(config, target_modules=targets, bias="none", **nowhere)
-    prepared = inject.prepare(root, wide)
-    standing = {id(layer) for layer, _, _ in _adapters(root, [name])}
-    prepared.works = [work for work in prepared.works if id(work.base) not in standing]
-    prepared.tokens = []
-    if not prepared.works:
-        return
-    first = next(layer for layer, _, _ in _adapters(root, [name]))
-    active, wide_dtype = first.active_adapters, next(iter(first.params(name).values())).dtype == torch.float32
-    inject.apply(prepared, name, autocast=wide_dtype, activate=False, trainable=False)
-    for layer, _, method in list(_adapters(root, [name])):
-        if id(layer) not in standing:
-            if layer.active_adapters != active:
-                layer.set_adapter(active, inference_mode=True)
-            with torch.no_grad():
-                for key, t in _idle(layer, name).items():
-                    layer.params(name)[key].copy_(t)
-            method.vacant = True
-
-
-def _idle(layer: Adapted, name: str) -> dict[str, Tensor]:
-    """Values with which an adapter changes nothing."""
-    method = copy.copy(layer.methods[name])
-    method.init = True
-    p = {key: torch.empty_like(t) for key, t in layer.params(name).items()}
-    drawing = list({t.device for t in p.values() if t.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices=drawing):
-        method.initialise(p, layer)
-        for key in method.rank_dims:
-            p[key].zero_()
-    return p
+    slots.prepare(state.root_of(slots.plain(model))[0], target_rank)
 
 
 # ---------------------------------------------------------------------- the swap
@@ -310,7 +181,7 @@ def hotswap_adapter_from_model(
     Raises:
         UnknownAdapterError, HotswapError, MoreLayersError, LoadError: As in `hotswap_adapter`.
     """
-    source = _plain(source)
+    source = slots.plain(source)
     tensors = state.get_peft_model_state_dict(source, adapter_name=source_adapter, save_embedding_layers=False)
     _swap(model, adapter_name, state.saved_config(source, source_adapter), strip_prefix(tensors), strict=False)
 
@@ -330,14 +201,16 @@ class _Swap:
     report: LoadReport = field(default_factory=LoadReport)
     into: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by name in files: destination and values
     blank: list[Tensor] = field(default_factory=list)  # to be zeroed first
+    seen: list[tuple[AbstractAdapter, dict[str, Any]]] = field(default_factory=list)  # old adapters and their numbers
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
 
     def plan(self, strict: bool) -> None:
         """Finds out what is to be written, and raises for whatever is in the way."""
         for path, wrapper in inject.wrappers(self.root):
             if isinstance(wrapper, Adapted):
-                if self.name in wrapper.methods:
+                if (old := wrapper.methods.get(self.name)) is not None:
                     self.layers[state.without_foreign(path)] = wrapper
+                    self.seen.append((old, vars(old)))
             elif self.name in wrapper.modules_to_save:
                 self.whole[state.without_foreign(path)] = wrapper
         found = {path: self._taken(path, layer.methods[self.name]) for path, layer in self.layers.items()}
@@ -385,7 +258,7 @@ class _Swap:
     def _is_plain(self) -> bool:
         """Whether the config and a layer's name say all about its adapter: then no plan has to be made."""
         config = self.config
-        special = self.whole or config.bias != "none" or any(getattr(config, name) for name in _ELSEWHERE)
+        special = self.whole or config.bias != "none" or any(getattr(config, name) for name in slots.ELSEWHERE)
         if special or config.target_modules in (None, "all-linear") or any(config.patterns().values()):
             return False
         return all(
@@ -454,7 +327,7 @@ class _Swap:
             self.report.missing.extend(names.values())
             return
         p = layer.params(self.name)
-        self.into.update({names[key]: (p[key], t) for key, t in _idle(layer, self.name).items()})
+        self.into.update({names[key]: (p[key], t) for key, t in slots.idle(layer, self.name).items()})
         self.idle.append(layer)
 
     def _plan_whole(self) -> None:
@@ -502,6 +375,10 @@ class _Swap:
                     f"{layer.path} was merged with keep_base=False, which cannot be undone exactly: unmerge first."
                 )
 
+    def stands(self) -> bool:
+        """Whether no other swap has come first since it was planned."""
+        return all(vars(method) is numbers for method, numbers in self.seen)
+
     def write(self) -> None:
         """Does it."""
         merged = [(w, w.merged_adapters) for w in self.layers.values() if self.name in w._merged]
@@ -525,17 +402,20 @@ class _Swap:
 
 
 def _swap(model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor], strict: bool) -> None:
-    model = _plain(model)
+    model = slots.plain(model)
     root, prefix = state.root_of(model)
     old = state.config_of(model, name)
     check_hotswap_configs_compatible(old, config)
     assert isinstance(config, AdapterConfig), "checked"
     config = copy.copy(config)
     config.inference_mode = old.inference_mode
-    swap = _Swap(root, name, config, tensors)
+    swap = _Swap(root, name, config, dict(tensors))
     swap.plan(strict)
     handle: Any = model
     with next(w.router for _, w in inject.wrappers(root)).writing():
+        if not swap.stands():
+            swap = _Swap(root, name, config, dict(tensors))
+            swap.plan(strict)
         swap.write()
         if prefix:
             handle.base_model.register(name, config)

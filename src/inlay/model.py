@@ -16,12 +16,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from inlay import card, hotswap, sources, state, status
+from inlay import card, slots, sources, state, status
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftConfig, TaskType
 from inlay.errors import (
     ConfigError,
     DuplicateAdapterError,
+    HotswapError,
     MissingFileError,
     NotMergeableError,
     PeftWarning,
@@ -826,7 +827,12 @@ class PeftModel(nn.Module):
             HotswapError: The model is compiled, or an adapter's rank is above ``max_rank``. Nothing was changed.
             PlanError: ``targets`` does not fit the model.
         """
-        hotswap.add_slots(self, max_rank, targets, adapter_name)
+        names = list(self.peft_config) if adapter_name is None else [adapter_name]
+        self.base_model.check_known(names)
+        if found := slots.compiled(self):
+            raise HotswapError(f"{found} is compiled already: make room first, then compile it.")
+        configs = {n: c for n in names if isinstance(c := self.peft_config[n], AdapterConfig)}
+        slots.prepare(self.base_model.model, max_rank, configs, targets)
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with the wrappers inside."""
