@@ -35,6 +35,9 @@ class Library(Protocol):
     def insert(self, model: nn.Module, config: Any) -> nn.Module:
         """`model` itself with one adapter in it, and no handle around it."""
 
+    def hotswap(self, handle: Any, folder: str, adapter: str) -> None:
+        """Puts the adapter saved in `folder` in the place of a loaded one."""
+
 
 class PeftLike:
     """A library that speaks PEFT's language, known by the name it is imported under.
@@ -64,6 +67,12 @@ class PeftLike:
     def insert(self, model: nn.Module, config: Any) -> nn.Module:
         adapted: nn.Module = self.module.inject_adapter_in_model(config, model)
         return adapted
+
+    def hotswap(self, handle: Any, folder: str, adapter: str) -> None:
+        for name in (f"{self.name}.hotswap", f"{self.name}.utils.hotswap"):
+            if importlib.util.find_spec(name) is not None:
+                importlib.import_module(name).hotswap_adapter(handle, folder, adapter)
+                return
 
 
 def version_of(distribution: str) -> str:

@@ -26,6 +26,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
         full = functools.cache(lambda library: holding(library, layers, folder, MANY))
         yield from load_figures(setting, layers, folder, full)
         yield from verb_figures(setting, folder, full)
+        yield from swap_figures(setting, layers, folder)
 
 
 def holding(library: Library, layers: int, folder: str, adapters: int) -> Any:
@@ -59,6 +60,18 @@ def load_figures(setting: Setting, layers: int, folder: str, full: Any) -> Itera
         incumbent=Entry(outcomes["incumbent last"], outcomes["incumbent"]),
         candidate=Entry(outcomes["candidate last"], outcomes["candidate"]),
         goal=Goal(1.2),
+    )
+
+
+def swap_figures(setting: Setting, layers: int, folder: str) -> Iterator[Figure]:
+    def swap(library: Library) -> Contestant:
+        handle = holding(library, layers, folder, 1)
+        return Contestant(lambda: library.hotswap(handle, folder, "a0"))
+
+    builders = {"read": lambda: Contestant(lambda: read(Path(folder))), **setting.both(swap)}
+    outcomes = Race(builders).run(seconds=setting.pick(8, 2), pays_gc=True)
+    yield figure(
+        f"hotswap of {7 * layers} linears, over reading and cloning the file", outcomes, Goal(1.5), base="read"
     )
 
 

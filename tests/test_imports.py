@@ -60,6 +60,8 @@ RANKS = {
     "card": 7,
     "catalogue": 6,
     "inspect": 7,
+    "hotswap": 8,
+    "slots": 7,
     "refit": 8,
     "streams": 7,
     "session": 7,

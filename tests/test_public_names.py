@@ -51,6 +51,12 @@ PUBLIC_NAMES = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    # another adapter under a compiled model
+    "check_hotswap_configs_compatible",
+    "hotswap_adapter",
+    "hotswap_adapter_from_model",
+    "hotswap_adapter_from_state_dict",
+    "prepare_model_for_compiled_hotswap",
     # models that stay the user's own
     "get_peft_model_state_dict",
     "inject_adapter_in_model",

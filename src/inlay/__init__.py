@@ -29,6 +29,11 @@ _HOME = {
     "NoMatchingPeftModuleError": "errors",
     "Explanation": "explanation",
     "explain": "explanation",
+    "check_hotswap_configs_compatible": "hotswap",
+    "hotswap_adapter": "hotswap",
+    "hotswap_adapter_from_model": "hotswap",
+    "hotswap_adapter_from_state_dict": "hotswap",
+    "prepare_model_for_compiled_hotswap": "hotswap",
     "LoftQConfig": "inits",
     "register_peft_method": "methods",
     "AdaLoraConfig": "methods.adalora",
@@ -118,6 +123,11 @@ if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
     from inlay.errors import PeftWarning as PeftWarning
     from inlay.explanation import Explanation as Explanation
     from inlay.explanation import explain as explain
+    from inlay.hotswap import check_hotswap_configs_compatible as check_hotswap_configs_compatible
+    from inlay.hotswap import hotswap_adapter as hotswap_adapter
+    from inlay.hotswap import hotswap_adapter_from_model as hotswap_adapter_from_model
+    from inlay.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+    from inlay.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
     from inlay.inits import LoftQConfig as LoftQConfig
     from inlay.methods import register_peft_method as register_peft_method
     from inlay.methods.adalora import AdaLoraConfig as AdaLoraConfig

@@ -139,7 +139,7 @@ class _Numbers(MutableMapping[str, Any]):
         return getattr(self._holders[name], self._field)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self._holders[name], self._field, value)
+        self._holders[name].put(self._field, value)
         self._changed()
 
     def __delitem__(self, name: str) -> None:
@@ -182,6 +182,11 @@ class _Memo:
         ref, version, pointer, copy = mark
         same = ref() is t and t._version == version and t.data_ptr() == pointer
         return same and (copy is None or torch.equal(copy, t))
+
+    def forget(self, owners: Iterable[Tensor]) -> None:
+        """Drops what depends on any of these."""
+        gone = set(map(id, owners))
+        self._known = {at: value for at, value in self._known.items() if gone.isdisjoint(at[1:])}
 
     def clear(self) -> None:
         self._known.clear()
@@ -642,6 +647,19 @@ class Adapted(_Light):
                 )
         self._refresh()
 
+    def renumber(self, name: str, other: AbstractAdapter) -> None:
+        """Gives an adapter the numbers of another one of its method; a scale that is a tensor keeps its place."""
+        mine = self.methods[name]
+        scaling = mine.scaling
+        self._stacks.clear()
+        if self._memo._known:
+            self._memo.forget(self.params(name).values())
+        self.router.changing(self, self._run, [name])
+        mine.__dict__ = vars(other).copy()
+        if isinstance(scaling, Tensor):
+            mine.scaling = scaling
+            mine.put("scaling", other.scaling)
+
     def drop_empty(self) -> None:
         """Removes slots that no adapter has."""
         for slot, group in list(self._modules.items()):
@@ -750,7 +768,7 @@ class Adapted(_Light):
         for down, up, scale in factors:
             self._add_product(down, up, scale, sign=1)
             if not keep_base:  # the adapter may change while it is merged: what was added is what is subtracted
-                self._added.append((down.detach().clone(), up.detach().clone(), scale))
+                self._added.append((down.detach().clone(), up.detach().clone(), scale * 1))
         return True
 
     def _replace(self, parameter: str, value: Tensor, keep_base: bool, aside: Callable[[Tensor], Tensor]) -> None:
@@ -933,6 +951,10 @@ class Adapted(_Light):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._memo.clear()
         self._stacks.clear()
+        for method in self.methods.values():
+            if isinstance(scaling := method.scaling, Tensor):  # it moves, and keeps its dtype and value
+                device = fn(scaling.new_empty(0)).device
+                method.scaling = scaling if device.type == "meta" else scaling.to(device)
         if not self.tied:
             self._kept = {k: self._storage(k).moved(v, fn) for k, v in self._kept.items()}
         self.storage.settle(self.base_layer)

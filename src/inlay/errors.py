@@ -40,6 +40,8 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     ├── LoadError (RuntimeError)                  the file does not fit; `.report` says where
     │   ├── IncompatibleBaseError                 made for another base model
     │   └── NonFiniteError                        NaN or infinity in the file's tensors
+    ├── HotswapError (ValueError)                 an adapter cannot take a loaded one's place, which is as it was
+    │   └── MoreLayersError                       a LoadError too: it adapts layers that the loaded one does not
     ├── NoGradientError (TypeError)               a step of training was to be followed up before it was made
     └── MissingMethodError (AttributeError)       the model has no method of this name
     PeftWarning (UserWarning)
@@ -228,6 +230,14 @@ class IncompatibleBaseError(LoadError):
 
 class NonFiniteError(LoadError):
     """The file's tensors hold NaN or infinity."""
+
+
+class HotswapError(PeftError, ValueError):
+    """An adapter cannot take the place of the loaded one, or a model cannot be made ready for it."""
+
+
+class MoreLayersError(HotswapError, LoadError):
+    """The adapter to be swapped in adapts layers that the loaded one does not; the message lists them."""
 
 
 def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:

@@ -78,6 +78,7 @@ class Survey:
 
 def survey(model: nn.Module, head: nn.Module | None = None, parameters: bool = False) -> Survey:
     """Walks ``model`` once; adapted layers are seen as the layers they wrap, and their slots are not walked."""
+    model = model._modules.get("_orig_mod") or model
     found = Survey(model)
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module, str | None, nn.Module]] = [("", model, None, model)]
@@ -87,6 +88,9 @@ def survey(model: nn.Module, head: nn.Module | None = None, parameters: bool = F
             found.elsewhere.setdefault(id(module), []).append((parent, name.rpartition(".")[2]))
             continue
         seen.add(id(module))
+        if "_orig_mod" in module._modules:  # what torch.compile puts around a module has no name of its own
+            stack.append((name, module._modules["_orig_mod"], inside, parent))  # type: ignore[arg-type]
+            continue
         layer = module
         if isinstance(module, _WRAPPERS):
             _note_wrapper(found, module)
@@ -163,9 +167,10 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Adapted | ModulesToSaveWra
         prefix = f"{name}." if name else ""
         if isinstance(module, Adapted):
             yield name, module
-            stack.append((within(name, module), module.base_layer))
+            stack.append((within(name, module), module._modules["base_layer"]))  # type: ignore[arg-type]  # it has one
             continue
-        stack.extend((prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None)
+        # What has no children is no wrapper, and most of what a model has is that.
+        stack.extend([(prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None and m._modules])
 
 
 def within(path: str, wrapper: Adapted) -> str:
@@ -332,7 +337,7 @@ def _follow_ties(prepared: Prepared) -> None:
     """Has layers that share a weight with an adapted or saved one follow it."""
     found, config = prepared.survey, prepared.config
     planned = {work.path for work in prepared.works} | set(prepared.saved)
-    for path in [*prepared.saved, *(work.path for work in prepared.works if isinstance(work.base, nn.Embedding))]:
+    for path in [*prepared.saved, *(work.path for work in prepared.works if isinstance(work.layer, nn.Embedding))]:
         W = _unwrapped(found.modules[path])._parameters.get("weight")
         for other in found.owners.get(id(W), ()) if W is not None else ():
             if other in planned:

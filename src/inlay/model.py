@@ -16,12 +16,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from inlay import card, sources, state, status
+from inlay import card, slots, sources, state, status
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftConfig, TaskType
 from inlay.errors import (
     ConfigError,
     DuplicateAdapterError,
+    HotswapError,
     MissingFileError,
     NotMergeableError,
     PeftWarning,
@@ -134,7 +135,14 @@ class Tuner(nn.Module):
     def add(self, adapter_name: str, config: AdapterConfig, prepared: Prepared, active: bool) -> None:
         """Registers an adapter that stands in the layers."""
         with_targets(config, prepared)
+        self.register(adapter_name, config)
+        if active:
+            self._active = (adapter_name,)
+
+    def register(self, adapter_name: str, config: AdapterConfig) -> None:
+        """Makes ``config`` an adapter's, in place of the one it may have."""
         self.peft_config[adapter_name] = config
+        self._forget_invocation(adapter_name)
         if config.invocation is not None:
             self.invocations = self.invocations or Invocations(self.model, self.router)
             self.invocations.tokens[adapter_name] = config.invocation
@@ -142,8 +150,6 @@ class Tuner(nn.Module):
         if hooks is not None:
             self.hooks[adapter_name] = hooks(config)
             self._hooked.pop(adapter_name, None)
-        if active:
-            self._active = (adapter_name,)
 
     def check_known(self, names: Sequence[str]) -> None:
         """Raises `UnknownAdapterError` for a name that is no adapter."""
@@ -834,6 +840,29 @@ class PeftModel(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Trains or freezes adapters, active or not."""
         self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def hotswap_slots(self, max_rank: int | None = None, targets: Any = None, adapter_name: str | None = None) -> None:
+        """Makes room for adapters that are not known yet, to be swapped in by `inlay.hotswap` under compiled code.
+
+        Call it before compiling; outputs stay as they are.
+
+        Args:
+            max_rank (`int`, *optional*): Rank of the largest of them; the ranks stay as they are if not given.
+            targets (`list[str]` or `str`, *optional*): Layers that any of them adapts, as ``target_modules`` names
+                them; those that are adapted already if not given.
+            adapter_name (`str`, *optional*): The adapter whose place they will take; all if not given.
+
+        Raises:
+            UnknownAdapterError: There is no such adapter.
+            HotswapError: The model is compiled, or an adapter's rank is above ``max_rank``. Nothing was changed.
+            PlanError: ``targets`` does not fit the model.
+        """
+        names = list(self.peft_config) if adapter_name is None else [adapter_name]
+        self.base_model.check_known(names)
+        if found := slots.compiled(self):
+            raise HotswapError(f"{found} is compiled already: make room first, then compile it.")
+        configs = {n: c for n in names if isinstance(c := self.peft_config[n], AdapterConfig)}
+        slots.prepare(self.base_model.model, max_rank, configs, targets)
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with the wrappers inside."""

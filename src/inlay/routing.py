@@ -145,7 +145,7 @@ class Defaults(Route):
         if gone := [n for n in names if n in lost or n not in known]:
             raise LostRoutingError(
                 f"A function bound to the adapters {list(names)} is computed again, and meanwhile {gone} were "
-                "deleted, merged or unmerged: do so after the backward."
+                "deleted, merged, unmerged or swapped: do so after the backward."
             )
 
 

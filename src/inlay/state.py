@@ -75,20 +75,21 @@ def places(model: nn.Module, adapter_name: str) -> Iterator[Place]:
 def _places_of(path: str, wrapper: Adapted | ModulesToSaveWrapper, adapter_name: str) -> dict[str, Place]:
     """One wrapper's, by the method's own names for them."""
     prefix = f"{path}." if path else ""
+    plain = without_foreign(prefix)
     out = {}
     if isinstance(wrapper, Adapted):
-        if adapter_name in wrapper.methods:
+        if adapter_name in wrapper.methods and not wrapper.methods[adapter_name].vacant:
             device = wrapper.facts()[1]
             slots = zip(wrapper.methods[adapter_name].slots, wrapper.tensors(adapter_name), strict=False)
             for key, (slot, owner, attribute) in slots:  # of a tied layer there are none
                 live = f"{prefix}{slot.name}.{adapter_name}" + (f".{slot.leaf}" if slot.leaf else "")
-                out[key] = Place(prefix + slot.saved_name(), owner, attribute, live, device, slot.filed)
+                out[key] = Place(plain + slot.saved_name(), owner, attribute, live, device, slot.filed)
     elif adapter_name in wrapper.modules_to_save:
         copy = wrapper.modules_to_save[adapter_name]
         for name in copy.state_dict(keep_vars=True):
             above, _, attribute = name.rpartition(".")
             live = f"{prefix}modules_to_save.{adapter_name}.{name}"
-            out[name] = Place(prefix + name, copy.get_submodule(above), attribute, live, torch.device("meta"))
+            out[name] = Place(plain + name, copy.get_submodule(above), attribute, live, torch.device("meta"))
     return out
 
 
@@ -146,7 +147,7 @@ def get_peft_model_state_dict(
         if t is not None or not place.filed:  # who gathers what is trained leaves out what is frozen
             out[prefix + place.key] = _value(place) if t is None else t
     for method, here in _adapted(root, adapter_name):
-        p = {k: out.pop(prefix + place.key) for k, place in here.items() if prefix + place.key in out}
+        p = method.own({k: out.pop(prefix + place.key) for k, place in here.items() if prefix + place.key in out})
         if initial is not None and here and not method.converts:
             p = dict(method.begun_at(p, _initial(initial, here)))
         out.update({prefix + here[k].key: t for k, t in method.saved(p).items() if here[k].filed})
@@ -216,8 +217,9 @@ def saved_config(model: nn.Module, adapter_name: str, converted: bool = False) -
 
 def without_foreign(key: str) -> str:
     """A name without the components that compiling, sharding and checkpointing wrappers put into it."""
-    for part in _FOREIGN:
-        key = key.replace(part, "")
+    if "._" in key or key.startswith("_"):
+        for part in _FOREIGN:
+            key = key.replace(part, "")
     return key
 
 
@@ -351,8 +353,8 @@ def _restored(
     for method, here in _adapted(root, adapter_name):
         found = {k: tensors[place.key] for k, place in here.items() if place.filed and place.key in tensors}
         p = {k: getattr(place.owner, place.attribute) for k, place in here.items()}
-        for key, t in method.restored(found, p).items():
-            (out if here[key].filed else frozen)[here[key].key] = t
+        for key, t in method.restored(found, method.own(p)).items():
+            (out if here[key].filed else frozen)[here[key].key] = method.padded(key, t, p[key].shape)
     return out, frozen
 
 
@@ -392,7 +394,7 @@ def _targets(root: nn.Module, adapter_name: str, config: AnyConfig) -> dict[str,
         paths = [p for p, w in wrappers(root) if isinstance(w, Adapted) and adapter_name in w.methods]
         for name, parameter in biases(root, config, paths):
             above, _, attribute = name.rpartition(".")
-            targets[name] = (root.get_submodule(above), attribute, parameter.device)
+            targets[without_foreign(name)] = (root.get_submodule(above), attribute, parameter.device)
     return targets
 
 
@@ -608,7 +610,9 @@ def _bias_keys(prepared: Prepared) -> Iterator[tuple[str, tuple[int, ...]]]:
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Keys of tensors with NaN or infinity: one norm over all, and a closer look only where it is not finite."""
     wide = [t if t.element_size() > 1 else t.float() for t in tensors.values() if t.is_floating_point() and t.numel()]
-    if not wide or bool(torch.stack([n.float().cpu() for n in torch._foreach_norm(wide)]).isfinite().all()):
+    norms = list(torch._foreach_norm(wide)) if wide else []
+    together = norms if len({n.device for n in norms}) < 2 else [n.cpu() for n in norms]
+    if not norms or bool(torch.stack(together).isfinite().all()):
         return []
     return [key for key, t in tensors.items() if t.is_floating_point() and not bool(t.float().isfinite().all())]
 
@@ -621,9 +625,12 @@ def fingerprint(prepared: Prepared) -> str:
 def live_fingerprint(root: nn.Module, adapter_name: str) -> str:
     """The same of an adapter that stands in a model."""
     return base_fingerprint(
-        (path, w.kind.shape(w.get_base_layer()))
+        (without_foreign(path), w.kind.shape(w.get_base_layer()))
         for path, w in wrappers(root)
-        if isinstance(w, Adapted) and adapter_name in w.methods and not path.endswith(".token_adapter")
+        if isinstance(w, Adapted)
+        and adapter_name in w.methods
+        and not w.methods[adapter_name].vacant
+        and not path.endswith(".token_adapter")
     )
 
 

@@ -238,7 +238,7 @@ class Tied(Adapted):
         """(name in files, tensor) of what files repeat for this layer."""
         if name in self.methods and not self.methods[name].ties_whole:
             source = self._source[0]
-            p = self.methods[name].tied(source.methods[name].saved(source.params(name)))
+            p = self.methods[name].tied(source.methods[name].saved(source.methods[name].own(source.params(name))))
             for key, slot in self.methods[name].slots.items():
                 yield slot.saved_name(), p[key].detach()
 

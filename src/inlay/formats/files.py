@@ -147,11 +147,10 @@ def _check_regular(path: Path, found: os.stat_result) -> None:
 
 
 def _read_into(file: io.FileIO, into: memoryview, path: Path) -> None:
-    while into:
-        n = file.readinto(into)
+    while (n := file.readinto(into)) < len(into):
+        into = into[n:]
         if not n:
             raise _corrupt(path, f"ends {len(into):,} bytes early: it is truncated")
-        into = into[n:]
 
 
 def _read_bytes(file: io.FileIO, n: int, path: Path) -> bytes:
@@ -167,11 +166,13 @@ def _memory(tensor: Tensor) -> memoryview:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {_short(key)} occurs twice")
-        found[key] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        left = set(found)
+        for key, _ in pairs:
+            if key not in left:
+                raise ValueError(f"the key {_short(key)} occurs twice")
+            left.remove(key)
     return found
 
 
@@ -259,7 +260,8 @@ class Weights(contextlib.AbstractContextManager["Weights"]):
 
     def read(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The tensors, writable and independent of the file; a `CorruptFileError` where that has changed since."""
-        return {key: tensor.to(device) for key, tensor in self._tensors()}
+        tensors = dict(self._tensors())
+        return tensors if str(device) == "cpu" else {key: t.to(device) for key, t in tensors.items()}
 
     def each(self) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) one by one, for files too large to hold."""
@@ -347,7 +349,12 @@ def _span(key: str, entry: object, path: Path) -> tuple[int, int, str, TensorInf
 
 def _naturals(values: object) -> bool:
     # Each is bounded by itself, since an empty tensor may declare others beside its 0: torch multiplies in 64 bits.
-    return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**48 for n in values)
+    if not isinstance(values, list):
+        return False
+    for n in values:  # noqa: SIM110  (a generator would take twice as long, and there may be thousands of tensors)
+        if type(n) is not int or not 0 <= n < 2**48:
+            return False
+    return True
 
 
 def _open_pickle(path: Path, file: io.FileIO, size: int) -> _Opened:

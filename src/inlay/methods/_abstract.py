@@ -104,6 +104,13 @@ class AbstractAdapter(ABC):
     module_dropout: float = 0.0
     # What the update is multiplied by, where the method has such a number.
     scaling: float | Tensor = 1.0
+    # Along which dimension of a tensor the rank runs: zeros beyond it change nothing.
+    rank_dims: ClassVar[Mapping[str, int]] = {}
+    r: int
+    # How it starts; `True` changes nothing.
+    init: Any = True
+    # It only keeps its place for another that may be swapped in (`inlay.hotswap`): files leave it out.
+    vacant: bool = False
     # `saved` gives another adapter than the config says: the one that the config's `as_saved` describes.
     converts: bool = False
     # It acts on some tokens of a call only (`inlay.activation`), which no weight can.
@@ -174,6 +181,41 @@ class AbstractAdapter(ABC):
         """The tensors as memory holds them: undoes `saved`, of some or all of a file's tensors, beside those here."""
         return saved
 
+    def fits(self, key: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape has room for this adapter's: it may be of a higher rank."""
+        own, dim = self.slots[key].shape, self.rank_dims.get(key)
+        if own == shape or dim is None or len(shape) != len(own):
+            return own == shape
+        return own[dim] <= shape[dim] and own == (*shape[:dim], own[dim], *shape[dim + 1 :])
+
+    def room(self, key: str, t: Tensor) -> Tensor:
+        """The part of a tensor that is this adapter's own, where it is padded with zeros to a higher rank.
+
+        The rows of one expert, or of one of a convolution's groups, stand together; then they have a dimension more.
+        """
+        if t.shape == (shape := self.slots[key].shape):
+            return t
+        dim, blocks = self.rank_dims[key], 1
+        if not dim:
+            narrow = min(self.slots[k].shape[d] for k, d in self.rank_dims.items() if d)
+            blocks = (shape[0] // self.r) * (shape[0] // narrow)
+        if blocks == 1:
+            return t.narrow(dim, 0, shape[dim])
+        return t.view(blocks, -1, *t.shape[1:]).narrow(1, 0, shape[0] // blocks)
+
+    def own(self, p: Params) -> dict[str, Tensor]:
+        """Tensors without what they are padded with."""
+        return {k: self.room(k, t).reshape(self.slots[k].shape) if self.fits(k, t.shape) else t for k, t in p.items()}
+
+    def padded(self, key: str, t: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of this adapter's rank, with zeros up to ``shape``; one of another shape as it is."""
+        if t.shape != self.slots[key].shape or not self.fits(key, shape):
+            return t
+        out = t.new_zeros(shape)
+        room = self.room(key, out)
+        room.copy_(t.reshape(room.shape))
+        return out
+
     def begun_at(self, p: Params, initial: Params) -> Params:
         """``p`` with a record of where training began, for `saved`; not asked where `converts`."""
         raise ConfigError(f"{type(self).__name__} starts from nothing that a file could be converted with.")
@@ -183,7 +225,16 @@ class AbstractAdapter(ABC):
         if "scaling" not in self.numbers:
             warnings.warn(f"{type(self).__name__} has no scale: nothing was scaled.", PeftWarning, stacklevel=3)
         else:
-            self.scaling = (self.natural_scaling() if absolute else self.scaling) * factor
+            self.put("scaling", (self.natural_scaling() if absolute else self.scaling) * factor)
+
+    def put(self, field: str, value: Any) -> None:
+        """Sets one of `numbers`; where it is a tensor, which compiled code reads, that stays and gets the value."""
+        kept = getattr(self, field)
+        if isinstance(kept, Tensor):
+            with torch.no_grad():
+                kept.fill_(value)
+        else:
+            setattr(self, field, value)
 
 
 class AbstractDelta(AbstractAdapter):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,6 @@ class AbstractLowRank(AbstractDelta):
     slots are there. One with a slot ``magnitude`` may set `use_dora`. A ``bias`` is added to what ``up`` gives.
     """
 
-    # Along which dimension of each trained factor the rank runs.
-    rank_dims: ClassVar[Mapping[str, int]] = {}
     # The rank is so high that the product is cheaper than its factors: everything goes by `delta`.
     dense: bool = False
     # How many matrices the factors stack.
@@ -231,6 +229,8 @@ class AbstractLowRank(AbstractDelta):
             norm_O = self._norm(p, layer)
         else:
             owners = tuple(t for key, t in p.items() if key != "magnitude")
+            if isinstance(self.scaling, Tensor):
+                owners = (*owners, self.scaling)
             norm_O = layer.remember(("norm", self.scaling), owners, lambda: self._norm(p, layer))
         mask = dropped = None
         if dropout:
