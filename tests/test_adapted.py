@@ -620,6 +620,17 @@ def test_modules_of_ours_are_modules_like_any_other(model: inlay.PeftModel) -> N
     assert seen == ["leaf", "leaf"]
 
 
+def test_names_that_are_none(model: inlay.PeftModel, tmp_path: Path) -> None:
+    for name in (None, 3):
+        with raises_and_leaves(model, AdapterNameError, match=repr(name)):
+            model.set_adapter(name)
+        with raises_and_leaves(model, AdapterNameError, match=repr(name)), model.use_adapter(name):
+            pass
+    with raises_and_leaves(model, AdapterNameError, match=r"write \['a'\]"):
+        model.save_pretrained(tmp_path / "new", selected_adapters="a")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
 def test_a_layers_output_is_not_written_to_where_somebody_may_hold_it(

@@ -28,10 +28,12 @@ from inlay.errors import (
     PeftWarning,
     PlanError,
     TornPairError,
+    UnknownArgumentError,
     UnwritableError,
     WrongMethodError,
 )
 from inlay.methods.lora import LoraAdapter
+from inlay.report import LoadReport
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
@@ -432,6 +434,33 @@ def test_a_failure_in_the_middle_of_injection(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PeftWarning)
         verbs[verb]()
+
+
+def test_a_keyword_that_nothing_knows(saved: Path, model: inlay.PeftModel, tiny: Any, tmp_path: Path) -> None:
+    with raises_and_leaves(model, UnknownArgumentError, match="'is_trainabel'; closest: is_trainable"):
+        model.load_adapter(str(saved), "again", is_trainabel=True)
+    base = tiny("mlp")
+    with raises_and_leaves(base, UnknownArgumentError, match="'subfoler'; closest: subfolder"):
+        inlay.PeftModel.from_pretrained(base, str(saved), subfoler="x")
+    with pytest.raises(TypeError, match="'safe_serialisation'; closest: safe_serialization"):
+        model.save_pretrained(tmp_path / "new", safe_serialisation=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_keywords_that_callers_give_are_taken(saved: Path, model: inlay.PeftModel, tiny: Any, tmp_path: Path) -> None:
+    hub = {"revision": None, "token": None, "cache_dir": None, "local_files_only": True, "use_auth_token": None}
+    others = {"device_map": "auto", "max_memory": {}, "offload_folder": "x", "torch_dtype": None, "subfolder": None}
+    model.load_adapter(str(saved), "again", torch_device="cpu", ignore_mismatched_sizes=False, **hub, **others)
+    inlay.PeftModel.from_pretrained(tiny("mlp"), str(saved), torch_device="cpu", **hub, **others)
+    model.save_pretrained(tmp_path / "new", max_shard_size="1GB", save_function=torch.save, state_dict=None)
+    assert (tmp_path / "new").exists()
+
+
+def test_the_reports_words_hold_whether_it_raises_or_warns(saved: Path, model: inlay.PeftModel) -> None:
+    report = LoadReport(missing=["a.lora_A.weight"])
+    text = report.summary()
+    assert "initial" not in text  # in an error, nothing was loaded
+    assert "strict=False loads it as it is, with a warning, and what is missing stays as the model has it." in text
 
 
 def test_a_failing_plan_leaves_the_config(mlp: nn.Module) -> None:

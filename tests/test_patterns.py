@@ -234,7 +234,7 @@ def test_key_table_knows_what_was_never_used() -> None:
 
 
 def test_key_table_complains_in_terms_of_the_key() -> None:
-    with pytest.raises(PatternError, match=r"the pattern 'q_\(proj' is malformed at position 2"):
+    with pytest.raises(re.error, match=r"the pattern 'q_\(proj' is malformed at position 2"):
         KeyTable({"q_proj": 1, "q_(proj": 2})
 
 

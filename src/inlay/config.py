@@ -30,6 +30,7 @@ from inlay.errors import (
     nearest,
 )
 from inlay.formats import files
+from inlay.match import check_layers
 
 # The level of PEFT's file format that is written, kept in the key that PEFT itself uses for it.
 FORMAT_VERSION = "0.21.2"
@@ -392,15 +393,7 @@ class AdapterConfig(PeftConfig):
         super().__post_init__()
         if self.bias not in ("none", "all", self.bias_only):
             raise UnsupportedFieldError(f"bias must be 'none', 'all' or '{self.bias_only}', got {self.bias!r}.")
-        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"{name} needs a list of target_modules, got the regex {self.target_modules!r}; "
-                        "put the layer indices into the regex instead."
-                    )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern is set and layers_to_transform is not: say which layers.")
+        check_layers(self.target_modules, self.layers_to_transform, self.layers_pattern)
 
     def patterns(self) -> dict[str, dict[str, Any]]:
         """``{"r": rank_pattern, ...}``: for every value that varies by layer, its table."""

@@ -16,7 +16,7 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   ├── NoMatchingPeftModuleError             nothing in the model matches
     │   ├── UnknownArchitectureError              no default targets for this model type
     │   ├── UnsupportedLayerError (TypeError)     a target that the method cannot adapt
-    │   ├── PatternError                          a pattern that does not compile or may not come from a file
+    │   ├── PatternError (re.error)               a pattern that does not compile or may not come from a file
     │   └── PromptError                           a prompt cannot act in this call, or on this model
     │       └── TaskIndexError (IndexError)       a task that a prompt of several tasks does not have
     ├── AdapterNameError (ValueError, KeyError)
@@ -34,6 +34,7 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   └── BaseGoneError (RuntimeError)          keep_base=False gave the pristine weight away
     ├── FileError (ValueError)
     │   ├── MissingFileError (FileNotFoundError)
+    │   ├── UnreadableError (PermissionError)     it is there, and the system does not give it
     │   ├── CorruptFileError (SafetensorError)    truncated, malformed, over a limit, of an unsafe kind
     │   ├── TornPairError                         config and weights are not of one save
     │   └── UnwritableError (PermissionError, NotADirectoryError)
@@ -42,6 +43,7 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   └── NonFiniteError                        NaN or infinity in the file's tensors
     ├── HotswapError (ValueError)                 an adapter cannot take a loaded one's place, which is as it was
     │   └── MoreLayersError                       a LoadError too: it adapts layers that the loaded one does not
+    ├── UnknownArgumentError (TypeError)          a keyword that the function does not know, and would have swallowed
     ├── NoGradientError (TypeError)               a step of training was to be followed up before it was made
     └── MissingMethodError (AttributeError)       the model has no method of this name
     PeftWarning (UserWarning)
@@ -50,6 +52,7 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -119,8 +122,11 @@ class UnsupportedLayerError(PlanError, TypeError):
     """A target is a kind of layer that the method cannot adapt."""
 
 
-class PatternError(PlanError):
+class PatternError(PlanError, re.error):
     """A pattern does not compile, or is one that may not come from a file."""
+
+    def __init__(self, message: str) -> None:
+        re.error.__init__(self, message)
 
 
 class PromptError(PlanError):
@@ -191,6 +197,10 @@ class MissingFileError(FileError, FileNotFoundError):
     """A file that must be there is not."""
 
 
+class UnreadableError(FileError, PermissionError):
+    """A file is there, and the system does not give it."""
+
+
 class CorruptFileError(FileError, SafetensorError):
     """A file is truncated, malformed, over a limit, or not a regular file."""
 
@@ -201,6 +211,10 @@ class TornPairError(FileError):
 
 class UnwritableError(FileError, PermissionError, NotADirectoryError):
     """The directory cannot be written."""
+
+
+class UnknownArgumentError(PeftError, TypeError):
+    """A keyword that a function with open keywords does not know."""
 
 
 class NoGradientError(PeftError, TypeError):

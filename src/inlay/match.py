@@ -127,7 +127,12 @@ def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targe
         >>> made.warnings
         ("'fd' in target_modules matched 0 of 3 modules.",)
     """
-    _check(targeting)
+    check_layers(targeting.target_modules, targeting.layers_to_transform, targeting.layers_pattern)
+    if not targeting.target_modules and not targeting.target_parameters and not targeting.optional:
+        raise NoMatchingPeftModuleError(
+            "there is nothing to adapt: neither target_modules nor target_parameters is given. Name the layers, as in "
+            "target_modules=['q_proj', 'v_proj'], or pass target_modules='all-linear'."
+        )
     planner = _Planner(modules, parameters, targeting)
     planner.choose_saved()
     planner.choose_targets()
@@ -135,22 +140,17 @@ def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targe
     return planner.finish()
 
 
-def _check(targeting: Targeting) -> None:
-    """Contradictions within the config itself."""
-    targets = targeting.target_modules
-    for name in ("layers_to_transform", "layers_pattern"):
-        if isinstance(targets, str) and not _is_all_linear(targets) and getattr(targeting, name) is not None:
-            raise ConfigError(
-                f"{name} needs a list of target_modules, got the regular expression {targets!r}; put the layer "
-                "indices into the expression instead."
-            )
-    if targeting.layers_pattern and targeting.layers_to_transform is None:
+def check_layers(targets: Iterable[str] | str | None, layers: object, pattern: object) -> None:
+    """Raises `ConfigError` where ``layers_to_transform`` and ``layers_pattern`` contradict the rest, or each other."""
+    if isinstance(targets, str) and not _is_all_linear(targets):
+        for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
+            if value is not None:
+                raise ConfigError(
+                    f"{name} needs a list of target_modules, got the regular expression {targets!r}; put the layer "
+                    "indices into the expression instead."
+                )
+    if pattern and layers is None:
         raise ConfigError("layers_pattern is set and layers_to_transform is not: say which layers.")
-    if not targets and not targeting.target_parameters and not targeting.optional:
-        raise NoMatchingPeftModuleError(
-            "there is nothing to adapt: neither target_modules nor target_parameters is given. Name the layers, as in "
-            "target_modules=['q_proj', 'v_proj'], or pass target_modules='all-linear'."
-        )
 
 
 # ------------------------------------------------------------------------------------------------- matching one name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,6 +20,7 @@ from inlay import card, slots, sources, state, status
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftConfig, TaskType
 from inlay.errors import (
+    AdapterNameError,
     ConfigError,
     DuplicateAdapterError,
     HotswapError,
@@ -168,7 +169,7 @@ class Tuner(nn.Module):
             UnknownAdapterError: One of them does not exist.
             UnsupportedLayerError: Several of them have a copy of one module, such as a head.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
+        names = _names(adapter_name)
         self.check_known(names)
         for _, wrapper in wrappers(self.model):
             if isinstance(wrapper, ModulesToSaveWrapper):
@@ -737,7 +738,7 @@ class PeftModel(nn.Module):
         Raises:
             UnknownAdapterError: One of them does not exist.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
+        names = _names(adapter_name)
         self.base_model.check_known(names)
         with self.base_model.router.choose(Route(names)):
             yield
@@ -962,15 +963,19 @@ class PeftModel(nn.Module):
                 is the difference. Adapters that record their start are saved so without being asked. Of LoftQ it
                 is what training has changed of the original model: its quantised base is no LoRA.
             state_dict (`Mapping[str, Tensor]`, *optional*): Take tensors from here, by live name.
-            kwargs: Accepted as PEFT does.
+            kwargs: What callers of other models give (``max_shard_size``, ``save_function``, ...) is accepted.
 
         Raises:
+            UnknownArgumentError: A keyword is none of these.
             UnwritableError: The directory is a file, or cannot be written.
             MissingFileError: Its name is empty.
             UnknownAdapterError: A selected adapter does not exist.
             ConfigError: ``path_initial_model_for_weight_conversion`` is given, and the method knows no such start.
             LoadError, FileError: The folder does not hold the same adapter.
         """
+        sources.check_arguments(self.save_pretrained, kwargs, sources.SAVING)
+        if isinstance(selected_adapters, str):
+            raise AdapterNameError(f"selected_adapters must be a list: write [{selected_adapters!r}].")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names)
         initial = path_initial_model_for_weight_conversion
@@ -1068,10 +1073,12 @@ class PeftModel(nn.Module):
             `PeftModel`: Of the class that the config's task type names; the report is its ``load_report``.
 
         Raises:
+            UnknownArgumentError: A keyword is neither the loader's nor the hub's.
             LoadError, FileError, PlanError, ConfigError: It cannot be used; the model is as it was.
         """
         if config is not None and not isinstance(config, AnyConfig):
             raise ConfigError(f"config must be an adapter's config, got {type(config).__name__}.")
+        sources.check_arguments(cls.from_pretrained, kwargs, sources.LOADING)
         source = _open(model_id, config, kwargs)
         with source.weights:
             task = source.config.task_type
@@ -1122,8 +1129,10 @@ class PeftModel(nn.Module):
             `LoadReport`: What file and model disagree on.
 
         Raises:
+            UnknownArgumentError: A keyword is neither the loader's nor the hub's.
             LoadError, FileError, PlanError, ConfigError, DuplicateAdapterError: The model is as it was.
         """
+        sources.check_arguments(self.load_adapter, kwargs, sources.LOADING)
         source = _open(model_id, None, kwargs)
         with source.weights:
             report = self._load(
@@ -1234,6 +1243,15 @@ class PeftModel(nn.Module):
             if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_model, name)
+
+
+def _names(given: str | Iterable[str]) -> tuple[str, ...]:
+    """One name or several, each once."""
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Iterable):
+        raise AdapterNameError(f"an adapter's name or several must be given, got {given!r}.")
+    return tuple(dict.fromkeys(given))
 
 
 def _open(model_id: str | Path, config: PeftConfig | None, kwargs: dict[str, Any]) -> state.Source:

@@ -69,12 +69,11 @@ class LoadReport:
             f"{key!r} is {list(file)} in the file, {list(model)} in the model" for key, file, model in self.shape
         ]
         dtypes = [f"{key!r} from {file} to {model}" for key, file, model in self.dtype]
-        left = "its initial value" if len(self.missing) == 1 else "their initial values"
         findings = [
             ("made for another base model", self.base),
             ("config contradicts the weights", self.config),
             (f"{_tensors(shapes)} of another shape", shapes),
-            (f"{_tensors(self.missing)} missing from the file, left at {left}", [*map(repr, self.missing)]),
+            (f"{_tensors(self.missing)} missing from the file", [*map(repr, self.missing)]),
             (f"{_tensors(self.unexpected)} in the file that nothing takes", [*map(repr, self.unexpected)]),
             (f"{_tensors(self.non_finite)} with NaN or infinity", [*map(repr, self.non_finite)]),
             (f"note: {_tensors(dtypes)} converted", dtypes),
@@ -82,7 +81,8 @@ class LoadReport:
         lines = [f"{what}: {_some(places)}." for what, places in findings if places]
         lines += [f"note: {note.rstrip('.')}." for note in self.notes]
         if not self.ok:
-            lines.append(f"{self._verdict()[1]}; strict=False loads it as it is, with a warning.")
+            left = ", and what is missing stays as the model has it" if self.missing else ""
+            lines.append(f"{self._verdict()[1]}; strict=False loads it as it is, with a warning{left}.")
         return "\n".join(lines) or "The file and the adapter agree."
 
     __str__ = summary

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from inlay.errors import CorruptFileError
+from inlay.errors import CorruptFileError, UnknownArgumentError, nearest
 from inlay.formats import files
 
 HUB_ARGUMENTS = frozenset(
@@ -28,6 +30,40 @@ HUB_ARGUMENTS = frozenset(
 )
 # Arguments of earlier clients that callers still pass; they change nothing about which files are read.
 _IGNORED = frozenset({"use_auth_token", "resume_download", "proxies", "_commit_hash", "commit_hash"})
+
+
+# What callers give to loading and saving in general, and what has no meaning for an adapter: accepted, as PEFT does.
+LOADING = HUB_ARGUMENTS | {
+    *("subfolder", "torch_device", "ignore_mismatched_sizes", "device_map", "max_memory", "offload_folder"),
+    *("offload_dir", "offload_index", "offload_buffers", "offload_state_dict", "torch_dtype", "dtype"),
+    *("trust_remote_code", "use_safetensors", "weights_only", "quantization_config", "attn_implementation"),
+    *("library_name", "library_version", "local_dir", "local_dir_use_symlinks", "headers", "tqdm_class", "dry_run"),
+}
+SAVING = frozenset(
+    {
+        *("max_shard_size", "save_function", "variant", "save_peft_format", "token", "use_auth_token", "push_to_hub"),
+        *("repo_id", "private", "create_pr", "revision", "commit_message", "commit_description", "tags"),
+    }
+)
+
+
+def check_arguments(function: Callable[..., Any], kwargs: Mapping[str, Any], accepted: frozenset[str]) -> None:
+    """Raises `UnknownArgumentError` for what an open keyword of ``function`` would have swallowed.
+
+    Example:
+        >>> def load(path, strict=None, **kwargs):
+        ...     check_arguments(load, kwargs, LOADING)
+        >>> load("adapter", strikt=False)
+        Traceback (most recent call last):
+        ...
+        inlay.errors.UnknownArgumentError: load has no argument 'strikt'; closest: strict. Nothing was read or written.
+    """
+    for name in kwargs:
+        if name not in accepted:
+            hint = nearest(name, [*inspect.signature(function).parameters, *accepted])
+            raise UnknownArgumentError(
+                f"{function.__qualname__} has no argument {name!r}{hint}. Nothing was read or written."
+            )
 
 
 def split_hub_arguments(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -24,7 +24,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from inlay.errors import ConfigError, CorruptFileError, FileError, MissingFileError, TornPairError, UnwritableError
+from inlay.errors import (
+    ConfigError,
+    CorruptFileError,
+    FileError,
+    MissingFileError,
+    TornPairError,
+    UnreadableError,
+    UnwritableError,
+)
 from inlay.formats.files import (
     CONFIG_NAME,
     PAIR_KEY,
@@ -736,6 +744,21 @@ def test_read_only_directory(tmp_path: Path) -> None:
         write_pair(tmp_path, {}, {})
     tmp_path.chmod(0o755)
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("read", [read_config, open_weights])
+def test_a_file_that_the_system_does_not_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
+) -> None:
+    write_pair(tmp_path, {"r": 1}, {"a": torch.ones(1)})
+
+    def refuse(*args: object, **kwargs: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("inlay.formats.files.os.open", refuse)
+    with pytest.raises(UnreadableError, match=r"cannot be read \(Permission denied\)") as caught:
+        read(tmp_path)
+    assert isinstance(caught.value, PermissionError)
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, SAFETENSORS_NAME])

@@ -32,7 +32,15 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from inlay.errors import ConfigError, CorruptFileError, FileError, MissingFileError, TornPairError, UnwritableError
+from inlay.errors import (
+    ConfigError,
+    CorruptFileError,
+    FileError,
+    MissingFileError,
+    TornPairError,
+    UnreadableError,
+    UnwritableError,
+)
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -131,6 +139,10 @@ def _open_regular(path: Path) -> Iterator[tuple[io.FileIO, int]]:
         )
         told = f" Folders in it have one: {', '.join(inside[:9])}." if inside else ""
         raise MissingFileError(f"Can't find '{path.name}' at '{path.parent}'.{told}") from error
+    except PermissionError as error:
+        raise UnreadableError(
+            f"'{path}' cannot be read ({error.strerror}). Nothing was loaded; check who may read it."
+        ) from error
     except OSError as error:
         raise _corrupt(path, f"cannot be read ({error.strerror})") from error
     with file:
