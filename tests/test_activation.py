@@ -134,7 +134,7 @@ def test_gradients_go_where_values_came_from() -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [(8, 3), (8, 4), (4, 4), (2, 3, 3), (2, 1, 3), (2, 5, 3), (4, 4, 3), (3, 4, 3), (1, 4, 3)],
+    [(8,), (8, 3), (8, 4), (4, 4), (2, 3, 3), (2, 1, 3), (2, 5, 3), (4, 4, 3), (3, 4, 3), (1, 4, 3)],
     ids=lambda shape: "x".join(map(str, shape)),
 )
 def test_an_output_of_other_rows_or_tokens_is_named(shape: tuple[int, ...]) -> None:
