@@ -305,6 +305,22 @@ def test_activations_are_what_a_run_keeps(tiny: Tiny, name: str, fields: dict[st
     assert told.totals.added_activation_bytes == pytest.approx(above, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+def test_a_meta_model_is_told_for_the_device_that_is_named(tiny: Tiny, name: str) -> None:
+    model = build(tiny, name).train()
+    config = LoraConfig(target_modules="all-linear", lora_dropout=0.1)
+    args, kwargs, size = inputs_for(name, torch.float32)
+    measured = kept(get_peft_model(copy.deepcopy(model), config).base_model.model, args, kwargs)
+    empty = model.to("meta")
+    here = explain(empty, config, device="cpu", **size).totals
+    elsewhere = explain(empty, config, device=torch.device("cuda"), **size).totals
+    assert here.activation_bytes == pytest.approx(measured, rel=0.02)
+    assert explain(empty, config, **size).totals == elsewhere
+    assert (elsewhere.activation_bytes or 0) < 0.95 * measured  # no probabilities of attention
+    with pytest.raises(ConfigError, match="'cqu'"):
+        explain(empty, config, device="cqu")
+
+
 class Drawing(nn.Module):
     """Its forward draws a number, as models that drop whole layers do."""
 

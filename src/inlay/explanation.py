@@ -215,6 +215,7 @@ def explain(
     tokens: int | None = None,
     optimizer: str = "adamw",
     example: Any = None,
+    device: torch.device | str | None = None,
     autocast_adapter_dtype: bool = True,
 ) -> Explanation:
     """Tells what ``get_peft_model(model, config)`` would do, and changes nothing.
@@ -229,6 +230,8 @@ def explain(
         example (`Any`, *optional*): An input instead of ``batch`` and ``tokens``, where these do not tell what the
             model reads: a tensor, a tuple of positional arguments, a dict of keywords, or ``(tuple, dict)``. Only
             shapes and dtypes count. With labels in it, the loss is counted too.
+        device (`torch.device` or `str`, *optional*): Where it will be trained: what attention keeps differs. The
+            model's own if not given; a model on the meta device is then told as one on a GPU.
         autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): As for `get_peft_model`.
 
     Returns:
@@ -246,6 +249,7 @@ def explain(
         (1616, 8192)
     """
     _check(model, config, batch, tokens, optimizer)
+    cpu = _device(model, device) == "cpu"
     call = _call(model, batch, tokens, example)
     title = f"{getattr(config.peft_type, 'value', config.peft_type)} on {type(model).__name__}"
     config = dataclasses.replace(config)
@@ -264,7 +268,7 @@ def explain(
             rows = (*first, *_rows(prepared, autocast_adapter_dtype, optimizer))
     except (PlanError, ConfigError) as error:
         return Explanation(title, error.with_traceback(None), optimizer=optimizer)
-    kept, added, notes = _activations(prepared, config, call, autocast_adapter_dtype)
+    kept, added, notes = _activations(prepared, config, call, autocast_adapter_dtype, cpu)
     return Explanation(
         title=title,
         rows=rows,
@@ -293,6 +297,16 @@ def _check(model: Any, config: Any, batch: Any, tokens: Any, optimizer: Any) -> 
     if optimizer not in OPTIMIZERS:
         hint = nearest(str(optimizer), OPTIMIZERS)
         raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}{hint}.")
+
+
+def _device(model: nn.Module, device: Any) -> str:
+    """The kind of device that activations are told for."""
+    if device is None:
+        return next((p.device.type for p in model.parameters()), "meta")
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device must be a torch.device or its name, as 'cpu', got {device!r}.") from error
 
 
 def _add_heads(model: nn.Module, config: AnyConfig) -> None:
@@ -506,7 +520,7 @@ def _from_example(example: Any) -> _Call:
     raise ConfigError(f"example must be a tensor, a tuple, a dict or (tuple, dict), got {type(example).__name__}.")
 
 
-def _activations(prepared: inject.Prepared, config: AnyConfig, call: _Call | None, autocast: bool) -> _Kept:
+def _activations(prepared: inject.Prepared, config: AnyConfig, call: _Call | None, autocast: bool, cpu: bool) -> _Kept:
     if call is None:
         return None, None, ()
     model = prepared.survey.model
@@ -516,13 +530,13 @@ def _activations(prepared: inject.Prepared, config: AnyConfig, call: _Call | Non
     if "labels" not in call[1]:
         notes.append("activations are those of the forward, without a loss")
     try:
-        return *_traced(model, config, call, autocast), tuple(notes)
+        return *_traced(model, config, call, autocast, cpu), tuple(notes)
     except Exception as error:  # whatever someone's forward does on the meta device
         return None, None, (f"activations are not known: {type(error).__name__} in a forward without data: {error}",)
 
 
-def _traced(model: nn.Module, config: AnyConfig, call: _Call, autocast: bool) -> tuple[int, int]:
-    mode = _OnMeta(cpu=next((p.device.type for p in model.parameters()), "meta") == "cpu")
+def _traced(model: nn.Module, config: AnyConfig, call: _Call, autocast: bool, cpu: bool) -> tuple[int, int]:
+    mode = _OnMeta(cpu)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad(), inject.collector_paused():
         warnings.simplefilter("ignore")
         bare, adapted = _copy_on_meta(model).requires_grad_(False), _copy_on_meta(model)

@@ -107,6 +107,7 @@ def explain(
     method: Method = None,
     settings: Settings = None,
     task: Annotated[str | None, typer.Option(help="task, such as sequence-classification.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to train, such as cpu; a GPU if not given.")] = None,
 ) -> None:
     """Show what a config would adapt, and what it would cost; reads the model's config, not its weights."""
     options = {"model.name": model, "data.path": data, "adapter.method": method, "task": task}
@@ -123,7 +124,13 @@ def explain(
     labels = load_examples(plan).labels if plan.data.path and Path(plan.data.path).is_file() else []
     with quiet_libraries():
         empty = empty_base(plan.model, plan.task, labels)
-        found = inlay.explain(empty, adapter_config(plan), batch=plan.training.batch_size, tokens=plan.data.max_length)
+        found = inlay.explain(
+            empty,
+            adapter_config(plan),
+            batch=plan.training.batch_size,
+            tokens=plan.data.max_length,
+            device=device,
+        )
     console().print(str(found), markup=False)
 
 
