@@ -246,7 +246,7 @@ def explain(
         ...     mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> told = explain(mlp, LoraConfig(target_modules=["0", "2"]), batch=32)
         >>> told.totals.trainable, told.totals.added_activation_bytes
-        (1616, 8192)
+        (1616, 10240)
     """
     _check(model, config, batch, tokens, optimizer)
     cpu = _device(model, device) == "cpu"

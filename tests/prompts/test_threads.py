@@ -105,18 +105,23 @@ def test_what_one_thread_sets_the_others_see_whole(model: inlay.PeftModel, ids: 
     logits, _ = expected(model, ids)
     settings = (("lora", "p3"), ("k4", "p5"), ("p3",), ("lora",))
     model.set_adapter(list(settings[0]))
-    done = threading.Event()
+    done, ran = threading.Event(), threading.Semaphore(0)
 
     @torch.no_grad()
     def work(thread: int) -> set[Any]:
         if thread == 0:
             for i in range(60):
                 model.set_adapter(list(settings[i % len(settings)]))
+                if i % 15 == 0:  # a call that began before may end after: one of four has begun since
+                    while ran.acquire(blocking=False):
+                        pass
+                    assert all(ran.acquire(timeout=60) for _ in range(4))
             done.set()
             return set()
         seen = set()
         while not done.is_set():
             out = model(input_ids=ids).logits
+            ran.release()
             seen.add(next((names for names in settings if same(out, logits[names])), "none of them"))
             with model.use_adapter("p5"):
                 assert same(model(input_ids=ids).logits, logits[("p5",)])
