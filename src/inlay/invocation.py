@@ -148,7 +148,7 @@ class Invocations:
         starts = {n: call.starts(self.tokens[n], earlier.get(n)) for n in mine}
         if offsets is None and not isinstance(route, Defaults):
             # The caller of `generate`, or of the module that calls `forward`.
-            self._warn({n: s for n, s in starts.items() if n not in earlier or call.seeks}, rows, 6 if whole else 9)
+            self._warn({n: s for n, s in starts.items() if n not in earlier or call.seeks}, rows, 6 if whole else 8)
         tokens = Tokens(starts if rows is None else {**starts, "": _by_row(rows, starts)})
         tokens.step(call.before + prompt, call.B, call.L)  # for embeddings that a prompt stands before
         if route is None or isinstance(route, Defaults):
