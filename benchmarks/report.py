@@ -144,7 +144,7 @@ def table(figures: Sequence[Figure], *, incumbent: str, candidate: str) -> str:
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-|-".join("-" * width for width in widths))
     judged = [one for one in figures if one.met is not None]
-    lines += missing_lines(figures)
+    lines += missing_lines(figures) + cut_lines(figures)
     lines += ["", f"{sum(bool(one.met) for one in judged)} of {len(judged)} goals met"]
     return "\n".join(lines)
 
@@ -154,6 +154,17 @@ def missing_lines(figures: Sequence[Figure]) -> list[str]:
     outcomes = [entry.value for one in figures for entry in (one.incumbent, one.candidate, one.floor) if entry]
     reasons = dict.fromkeys(outcome.error for outcome in outcomes if isinstance(outcome, Missing))
     return ["", *(f"missing: {reason}" for reason in reasons)] if reasons else []
+
+
+def cut_lines(figures: Sequence[Figure]) -> list[str]:
+    """Which figures had fewer runs than they should, for want of time."""
+    told = []
+    for one in figures:
+        entries = [entry for entry in (one.incumbent, one.candidate, one.floor) if entry]
+        outcomes = [outcome for entry in entries for outcome in (entry.value, entry.base)]
+        if runs := [len(outcome.samples) for outcome in outcomes if isinstance(outcome, Measured) and outcome.cut]:
+            told.append(f"cut short after {min(runs)} run{'s' if min(runs) > 1 else ''} of each: {one.name}")
+    return ["", *told] if told else []
 
 
 def cells(one: Figure) -> list[str]:
@@ -229,4 +240,4 @@ def _raw_entry(entry: Entry) -> dict[str, object]:
 def _raw(outcome: Outcome) -> dict[str, object]:
     if isinstance(outcome, Missing):
         return {"missing": outcome.error}
-    return {"best": outcome.best, "samples": list(outcome.samples)}
+    return {"best": outcome.best, "samples": list(outcome.samples), "cut": outcome.cut}

@@ -18,21 +18,27 @@ DROPOUT = {"lora_dropout": 0.1}
 DORA = {"use_dora": True}
 
 
+BUDGET = (
+    240.0  # seconds for a warm-up and three rounds of one dtype; where they take longer, the model has fewer layers
+)
+
+
 def measure(setting: Setting) -> Iterator[Figure]:
-    fp32 = steps(setting, torch.float32, {"": {}, " dropout": DROPOUT, " dora": DORA}, floor=True)
-    bf16 = steps(setting, torch.bfloat16, {"": {}, " dropout": DROPOUT}, floor=False)
-    yield figure("step over the base: fp32", fp32, Goal(1.03, "floor"), base="base", floor="floor")
-    yield figure("step over the base: bf16", bf16, Goal(1.20), base="base")
-    yield figure("step over the base: DoRA fp32", fp32, Goal(1.22), base="base", suffix=" dora")
-    yield figure("step over the base: dropout 0.1, fp32", fp32, Goal(1.20), base="base", suffix=" dropout")
-    yield figure("step over the base: dropout 0.1, bf16", bf16, Goal(1.35), base="base", suffix=" dropout")
+    fp32, less = steps(setting, torch.float32, {"": {}, " dropout": DROPOUT, " dora": DORA}, floor=True)
+    bf16, lesser = steps(setting, torch.bfloat16, {"": {}, " dropout": DROPOUT}, floor=False)
+    yield figure(f"step over the base: fp32{less}", fp32, Goal(1.03, "floor"), base="base", floor="floor")
+    yield figure(f"step over the base: bf16{lesser}", bf16, Goal(1.20), base="base")
+    yield figure(f"step over the base: DoRA fp32{less}", fp32, Goal(1.22), base="base", suffix=" dora")
+    yield figure(f"step over the base: dropout 0.1, fp32{less}", fp32, Goal(1.20), base="base", suffix=" dropout")
+    yield figure(f"step over the base: dropout 0.1, bf16{lesser}", bf16, Goal(1.35), base="base", suffix=" dropout")
 
 
 def steps(
     setting: Setting, dtype: torch.dtype, variants: dict[str, dict[str, Any]], *, floor: bool
-) -> dict[str, Outcome]:
-    """Base, floor and every variant of both libraries, taking turns."""
-    layers = setting.pick(8, 2)
+) -> tuple[dict[str, Outcome], str]:
+    """Base, floor and every variant of both libraries, taking turns; and what to say of a smaller model."""
+    wanted = setting.pick(8, 2)
+    layers = fitting(wanted, dtype, contestants=1 + floor + 2 * len(variants))
     builders: dict[str, Builder] = {"base": lambda: step(llama(layers, dtype), dtype)}
     if floor:
         builders["floor"] = lambda: step(swap(llama(layers, dtype), LoraFloor), dtype)
@@ -42,7 +48,16 @@ def steps(
     # Dropout draws its own zeros and DoRA is another function: only plain LoRA has one right answer here.
     alike = [name for name in ("incumbent", "floor", "candidate") if name in builders]
     race = Race(builders, alike=alike, tolerance=1e-4 if dtype is torch.float32 else 3e-2)
-    return race.run(seconds=setting.pick(45, 5), least=3)
+    return race.run(seconds=setting.pick(45, 5), least=3), "" if layers == wanted else f", {layers} of {wanted} layers"
+
+
+def fitting(layers: int, dtype: torch.dtype, contestants: int) -> int:
+    """As many of ``layers`` as the budget lasts for, going by one layer's step: processors without bf16 emulate it."""
+    one = step(llama(1, dtype), dtype)
+    seconds = min(one.once()[0] for _ in range(2)) * contestants * 1.5 * 4
+    while layers > 1 and seconds * layers > BUDGET:
+        layers //= 2
+    return layers
 
 
 def adapted(layers: int, dtype: torch.dtype, fields: dict[str, Any]) -> Callable[[Library], Contestant]:

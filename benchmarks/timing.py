@@ -17,9 +17,10 @@ import torch
 
 @dataclass(frozen=True)
 class Measured:
-    """What one contestant took: seconds, bytes, or tokens."""
+    """What one contestant took: seconds, bytes, or tokens; ``cut`` where time ran out before it had all its runs."""
 
     samples: tuple[float, ...]
+    cut: bool = False
 
     @property
     def best(self) -> float:
@@ -39,6 +40,7 @@ class Missing:
 
 
 Outcome = Measured | Missing
+PATIENCE = 180.0  # seconds that a race goes on for the sake of its least number of rounds
 
 
 def _nothing() -> None:
@@ -80,7 +82,7 @@ class Race:
         builders: Column name -> what builds the contestant.
         warm (`bool`, defaults to `True`): Whether each runs once before the clock counts.
         alike: Columns whose results must agree before any is timed: a wrong result has no speed.
-        tolerance (`float`, defaults to 1e-4): How far they may differ, relative to the largest value.
+        tolerance (`float`, defaults to 1e-4): How far they may differ, relative to the first one's norm.
     """
 
     def __init__(
@@ -102,20 +104,23 @@ class Race:
                     results[name] = self.contestants[name].once()[1]
         self._compare([(name, results[name]) for name in alike if name in results], tolerance)
 
-    def run(self, *, seconds: float, least: int = 3, pays_gc: bool = False) -> dict[str, Outcome]:
+    def run(
+        self, *, seconds: float, least: int = 3, pays_gc: bool = False, limit: float = PATIENCE
+    ) -> dict[str, Outcome]:
         """Rounds until `seconds` are over, and `least` of them at the least.
+
+        After `limit` seconds no round but the first begins, however few there were: the table says where that was.
 
         With `pays_gc` the garbage collector runs as it does for a user, for what creates objects by the thousand;
         otherwise it is off while the clock runs.
         """
-        deadline = time.perf_counter() + seconds
-        done = 0
+        start, done = time.perf_counter(), 0
         with _as_for_users() if pays_gc else _quiet():
-            while done < least or time.perf_counter() < deadline:
-                if not self._round(done, collect=pays_gc):
+            while (passed := time.perf_counter() - start) < seconds or done < least:
+                if (done and passed > limit) or not self._round(done, collect=pays_gc):
                     break
                 done += 1
-        return {name: self._outcome(name) for name in self.samples}
+        return {name: self._outcome(name, least) for name in self.samples}
 
     def _round(self, number: int, *, collect: bool) -> bool:
         """Everyone once, in turning order; whether anybody was left to run."""
@@ -127,8 +132,11 @@ class Race:
                 self.samples[name].append(self.contestants[name].once()[0])
         return bool(names)
 
-    def _outcome(self, name: str) -> Outcome:
-        return self.failed[name] if name in self.failed else Measured(tuple(self.samples[name]))
+    def _outcome(self, name: str, least: int) -> Outcome:
+        if name in self.failed:
+            return self.failed[name]
+        samples = tuple(self.samples[name])
+        return Measured(samples, cut=len(samples) < min(least, self.contestants[name].at_most))
 
     @contextmanager
     def _dropping(self, name: str) -> Iterator[None]:
@@ -150,11 +158,10 @@ class Race:
 
 
 def relative_difference(result: object, reference: object) -> float:
-    """Largest distance between two tensors over the largest value of the second."""
+    """Norm of the difference of two tensors over the norm of the second: one element says little in bf16."""
     if not (isinstance(result, torch.Tensor) and isinstance(reference, torch.Tensor)):
         raise TypeError(f"results to compare are tensors, got {type(result).__name__} and {type(reference).__name__}")
-    distance = (result.double() - reference.double()).abs().max() / reference.double().abs().max()
-    return float(distance)
+    return float((result.double() - reference.double()).norm() / reference.double().norm())
 
 
 @contextmanager
