@@ -219,7 +219,7 @@ class Tuner(nn.Module):
 
     def tell_biases(self, stacklevel: int = 3) -> None:
         """Warns where switching adapters off does not give the base model back."""
-        if any(config.bias != "none" for config in self.peft_config.values()):
+        if any(config.bias != "none" for config in [*self.peft_config.values()]):
             text = "Trained biases are the model's own: they stay in place while adapters are off."
             warnings.warn(text, PeftWarning, stacklevel)
 
@@ -235,7 +235,7 @@ class Tuner(nn.Module):
         if any(isinstance(w, Adapted) and adapter_name in w.merged_adapters for w in found):
             raise PlanError(f"Adapter {adapter_name!r} is merged: unmerge it, then delete it.")
         left = tuple(n for n in self._active if n != adapter_name)
-        others = [n for n in self.peft_config if n != adapter_name]
+        others = [n for n in [*self.peft_config] if n != adapter_name]
         if not left and others:
             left = (others[0],)
             warnings.warn(
@@ -551,7 +551,7 @@ class PeftModel(nn.Module):
 
     def _ranges(self, config: AnyConfig) -> list[tuple[int, int]] | None:
         """The layers still to be replicated: the first adapter that asks for it does it for all."""
-        done = any(c.layer_replication for c in self.peft_config.values())
+        done = any(c.layer_replication for c in [*self.peft_config.values()])
         return None if done else config.layer_replication
 
     @contextmanager
@@ -574,7 +574,7 @@ class PeftModel(nn.Module):
         method = method_of(config)
         if config.invocation is not None:
             check_invocation(config.invocation, self.base_model.model)
-        for one, standing in self.peft_config.items():
+        for one, standing in [*self.peft_config.items()]:
             if isinstance(standing, PromptLearningConfig):
                 continue
             if not self.mixed and method_of(standing) is not method:
@@ -582,7 +582,7 @@ class PeftModel(nn.Module):
                     f"{name!r} is of {config.method} and {one!r} of {standing.method}: a PeftModel holds one method. "
                     "Make the model with get_peft_model(..., mixed=True), or load it by PeftMixedModel."
                 )
-        other = [n for n, c in self.peft_config.items() if n != name and c.bias != "none"]
+        other = [n for n, c in [*self.peft_config.items()] if n != name and c.bias != "none"]
         if config.bias != "none" and other:
             raise ConfigError(
                 f"bias={config.bias!r} trains the model's own biases, which adapters share: one adapter may, and "
@@ -797,7 +797,7 @@ class PeftModel(nn.Module):
     @property
     def modules_to_save(self) -> set[str] | None:
         """Names of the modules that are trained whole."""
-        return {n for config in self.peft_config.values() for n in config.modules_to_save or ()} or None
+        return {n for config in [*self.peft_config.values()] for n in config.modules_to_save or ()} or None
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
