@@ -175,14 +175,16 @@ def _add_product(
             h_BO.view(outs).addmv_(up_OR, mid_R, alpha=scale)
             return h_BO
         return torch.addmv(h_BO.reshape(outs), up_OR, mid_R, alpha=scale).view(h_BO.shape)
-    mid_TR = torch.mm(x_BI.reshape(-1, ins), down_RI.t())
+    flat = x_BI.dim() == 2  # views of what is flat already would be nodes of autograd all the same
+    mid_TR = torch.mm(x_BI if flat else x_BI.reshape(-1, ins), down_RI.t())
     if isinstance(scale, Tensor):
         mid_TR, scale = mid_TR * scale, 1.0
-    h_TO = h_BO.reshape(-1, outs)
+    h_TO = h_BO if flat else h_BO.reshape(-1, outs)
     if fresh and h_BO.is_contiguous():
         h_TO.addmm_(mid_TR, up_OR.t(), alpha=scale)
         return h_BO
-    return torch.addmm(h_TO, mid_TR, up_OR.t(), alpha=scale).view(h_BO.shape)
+    h_TO = torch.addmm(h_TO, mid_TR, up_OR.t(), alpha=scale)
+    return h_TO if flat else h_TO.view(h_BO.shape)
 
 
 class _LowRank(torch.autograd.Function):
