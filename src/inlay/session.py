@@ -244,7 +244,7 @@ class Session:
         tuner = self.model.base_model
         tuner.check_known(names)
         invocations = {} if tuner.invocations is None else tuner.invocations.tokens
-        starts, begins = {}, []
+        starts = {}
         for name in names:
             config = tuner.peft_config[name]
             if isinstance(config, PromptLearningConfig):
@@ -252,10 +252,9 @@ class Session:
             at = int(last_occurrence(self.ids[None], invocations[name])) if name in invocations else 0
             if at == NEVER:
                 warnings.warn(no_invocation(name, 1), PeftWarning, stacklevel=4)
-            if at != NEVER or config.modules_to_save:
+            else:
                 starts[name] = at
-                begins.append(0 if config.modules_to_save else at)  # a module's copy serves every token
-        return Owner(tuple(starts), tuple(starts.values()), min(begins, default=NEVER))
+        return Owner(tuple(starts), tuple(starts.values()), min(starts.values(), default=NEVER))
 
     def _run(self, ids_L: Tensor, base: Stream, own: Stream, new: int, how: dict[str, Any]) -> tuple[Any, Any]:
         """The model's ``generate`` over given entries: its outputs, and the cache that it has filled."""

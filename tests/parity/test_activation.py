@@ -216,8 +216,8 @@ def test_training_gradients(name: str, option: str) -> None:
     assert_equal_tensors(ours, theirs, relative=1e-4)
 
 
-def test_what_differs_checkpointing() -> None:
-    """PEFT's gradients under checkpointing are zero (its issue 2826); ours are the stored run's."""
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_training_gradients_under_checkpointing(reentrant: bool) -> None:
     pair = pair_of("llama")
     call = batch(2, 5)
 
@@ -226,11 +226,17 @@ def test_what_differs_checkpointing() -> None:
         model(**copy.deepcopy(call), labels=call["input_ids"], use_cache=False).loss.backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
+    def checkpointed(model: Any) -> dict[str, Tensor]:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        return gradients(model)
+
     stored = gradients(pair.ours.train())
+    pair.theirs.train()
     with peft_may_warn():
-        pair.ours.gradient_checkpointing_enable({"use_reentrant": True})
-        pair.ours.enable_input_require_grads()
-    assert_equal_tensors(gradients(pair.ours), stored, relative=1e-4)
+        theirs, ours = pair.each(checkpointed)
+    assert_equal_tensors(ours, stored, relative=1e-4)
+    assert_equal_tensors(ours, theirs, relative=1e-4)
 
 
 def test_equal_weights_were_compared() -> None:
