@@ -204,6 +204,32 @@ def test_a_call_that_waited_sees_the_prompt_that_came(ids: Tensor) -> None:
     assert found[0].shape[1] == 3 + 5
 
 
+def test_choices_are_made_beside_changes(model: inlay.PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice is no call, so that none waits for the other."""
+    done = threading.Event()
+
+    def bias(_: Any) -> str:  # whoever looks through the configs lets others change them meanwhile
+        time.sleep(0)
+        return "none"
+
+    monkeypatch.setattr(inlay.PromptLearningConfig, "bias", property(bias))
+
+    def work(thread: int) -> None:
+        if thread == 0:
+            try:
+                for _ in range(40):
+                    model.add_adapter("new", config(ARCH, TASK, "p3"))
+                    model.delete_adapter("new")
+            finally:
+                done.set()
+        while not done.is_set():
+            for names in ((), ("p3",), ("lora", "k4")):
+                with chosen(model, names):
+                    assert model.has_active_enabled_adapter == bool(names)
+
+    in_threads(work, 4)
+
+
 @pytest.mark.parametrize("verb", ["delete", "add", "load", "set"])
 def test_a_change_waits_for_the_call_that_runs(verb: str, ids: Tensor, tmp_path: Path) -> None:
     model = handle(ARCH, TASK, *NAMES)
