@@ -4,7 +4,10 @@ PY := .venv/bin/python
 JOBS ?= 2
 TESTS ?= tests src/inlay
 CHECK := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-PYTEST := $(CHECK) $(PY) -m pytest --numprocesses $(JOBS) --dist worksteal --doctest-modules
+XDIST := --numprocesses $(JOBS) --dist worksteal
+PYTEST := $(CHECK) $(PY) -m pytest $(XDIST) --doctest-modules
+# tests/dropin runs where dropin/ is installed in the place of PEFT
+DROPIN := $(CHECK) .venv-dropin/bin/python -m pytest $(XDIST) tests/dropin
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-all bench lint types format clean
@@ -24,9 +27,11 @@ demo: env
 	@$(PY) -m inlay demo
 
 test: lint types
+	$(DROPIN) -m "not slow"
 	$(PYTEST) -m "not slow" $(TESTS)
 
 test-all: lint types
+	$(DROPIN)
 	$(PYTEST) $(TESTS)
 
 bench: env
@@ -38,11 +43,12 @@ lint: env
 
 types: env
 	$(PY) -m mypy --strict src
+	MYPYPATH=src:dropin $(PY) -m mypy --strict -p peft
 
 format: env
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv .venv-dropin build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src dropin tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +

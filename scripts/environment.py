@@ -5,6 +5,10 @@ all that decides what is in there: constraints.txt, the requirements in pyprojec
 same key share them. ``.venv`` (kilobytes, seconds) sees them through a ``.pth`` file and holds an editable install of
 this checkout alone, so two checkouts cannot import each other's code.
 
+The incumbent (``peft``) is installed apart from the others, in ``incumbent-<key>``, which ``.venv`` sees too. A second
+environment, ``.venv-dropin`` (kept outside the tree too, linked from it), sees everything but that, and has this
+checkout's drop-in, the distribution in ``dropin/`` that bears the same name.
+
 An environment counts as complete when its stamp is there. The stamp is written last and one lock is held while
 anything is built, so a set-up that was killed is started anew and one that runs beside another waits for it.
 
@@ -17,6 +21,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,8 +34,10 @@ from typing import Any
 TREE = Path(__file__).resolve().parent.parent
 CONSTRAINTS = TREE / "constraints.txt"
 PYPROJECT = TREE / "pyproject.toml"
+DROPIN = TREE / "dropin"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inlay"
 STAMP = "inlay-complete"
+INCUMBENT = re.compile(r"peft\b")  # the requirement that must not be seen where the drop-in is
 
 
 def requirements(pyproject: dict[str, Any]) -> list[str]:
@@ -44,10 +51,15 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+def is_finished(env: Path, key: str) -> bool:
+    """Whether ``env`` was finished under ``key``."""
+    stamp = env / STAMP
+    return stamp.is_file() and stamp.read_text() == key
+
+
 def is_complete(env: Path, key: str) -> bool:
     """Whether ``env`` was finished under ``key`` and its interpreter is still there."""
-    stamp = env / STAMP
-    return stamp.is_file() and stamp.read_text() == key and (env / "bin" / "python").exists()
+    return is_finished(env, key) and (env / "bin" / "python").exists()
 
 
 def finish(env: Path, key: str) -> None:
@@ -102,13 +114,30 @@ def build_shared(env: Path, key: str, wanted: list[str]) -> None:
     finish(env, key)
 
 
-def build_tree(env: Path, key: str, shared: Path) -> None:
-    """``.venv``: an empty environment that sees ``shared`` and has this checkout installed in place."""
+def build_incumbent(folder: Path, key: str, shared: Path, wanted: list[str]) -> None:
+    """A folder with the incumbent alone: what it needs is in ``shared``."""
+    shutil.rmtree(folder, ignore_errors=True)
+    constraint = ("--constraint", str(CONSTRAINTS))
+    pip(shared / "bin" / "python", "install", "--no-deps", *constraint, "--target", str(folder), *wanted)
+    finish(folder, key)
+
+
+def build_tree(env: Path, key: str, seen: list[str], trees: list[Path]) -> None:
+    """A small environment that sees the folders of packages ``seen`` and has ``trees`` installed in place."""
     python = bare_venv(env, with_pip=False)
-    link = f"import site; site.addsitedir({site_packages(shared / 'bin' / 'python')!r})\n"
-    (Path(site_packages(python)) / "_shared.pth").write_text(link)
-    pip(python, "install", "--no-deps", "--no-build-isolation", "--no-index", "--editable", str(TREE))
+    links = "".join(f"import site; site.addsitedir({folder!r})\n" for folder in seen)
+    (Path(site_packages(python)) / "_shared.pth").write_text(links)
+    for tree in trees:
+        pip(python, "install", "--no-deps", "--no-build-isolation", "--no-index", "--editable", str(tree))
     finish(env, key)
+
+
+def link(at: Path, target: Path) -> None:
+    """A link ``at`` in the tree to an environment outside of it."""
+    if at.is_symlink() or at.is_file():
+        at.unlink()
+    shutil.rmtree(at, ignore_errors=True)
+    at.symlink_to(target, target_is_directory=True)
 
 
 def main() -> None:
@@ -119,17 +148,31 @@ def main() -> None:
 
     text = PYPROJECT.read_text()
     wanted = requirements(tomllib.loads(text))
+    incumbent = [line for line in wanted if INCUMBENT.match(line)]
+    others = [line for line in wanted if line not in incumbent]
     python = (sys.implementation.name, platform.python_version(), sys.base_prefix, sys.platform, platform.machine())
-    shared_key = digest(CONSTRAINTS.read_text(), *python, *wanted)
-    tree_key = digest(shared_key, str(CACHE), str(TREE), text)
-    shared, tree = CACHE / f"env-{shared_key}", TREE / ".venv"
-    if is_complete(shared, shared_key) and is_complete(tree, tree_key):
+    key = digest(CONSTRAINTS.read_text(), *python, *others, "apart:", *incumbent)
+    tree_key = digest(key, str(CACHE), str(TREE), text, (DROPIN / "pyproject.toml").read_text())
+    shared, apart, tree = CACHE / f"env-{key}", CACHE / f"incumbent-{key}", TREE / ".venv"
+    dropin, linked = CACHE / f"dropin-{digest(str(TREE))}", TREE / ".venv-dropin"
+
+    def standing() -> bool:
+        both = is_complete(shared, key) and is_finished(apart, key)
+        return both and is_complete(tree, tree_key) and is_complete(dropin, tree_key) and linked.is_symlink()
+
+    if standing():
         return
-    with locked(CACHE / f"env-{shared_key}.lock"):
-        if not is_complete(shared, shared_key):
-            build_shared(shared, shared_key, wanted)
+    with locked(CACHE / f"env-{key}.lock"):
+        if not is_complete(shared, key):
+            build_shared(shared, key, others)
+        if not is_finished(apart, key):
+            build_incumbent(apart, key, shared, incumbent)
+        packages = site_packages(shared / "bin" / "python")
         if not is_complete(tree, tree_key):
-            build_tree(tree, tree_key, shared)
+            build_tree(tree, tree_key, [packages, str(apart)], [TREE])
+        if not is_complete(dropin, tree_key):
+            build_tree(dropin, tree_key, [packages], [TREE, DROPIN])
+        link(linked, dropin)
 
 
 if __name__ == "__main__":

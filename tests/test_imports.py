@@ -68,6 +68,7 @@ RANKS = {
     "status": 7,
     # the handle
     "auto": 8,
+    "functional": 8,
     "helpers": 8,
     "mixin": 8,
     "model": 8,

@@ -897,6 +897,11 @@ class Adapted(_Light):
         """Names of the slots."""
         return tuple(k for k in self._modules if k != "base_layer")
 
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """The numbers that adapters have here, such as ``scaling``: attributes that read like dicts."""
+        return tuple(dict.fromkeys(name for method in self.methods.values() for name in method.numbers))
+
     def get_base_layer(self) -> nn.Module:
         """The frozen layer, through nested wrappers."""
         base: Any = self._modules["base_layer"]

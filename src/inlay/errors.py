@@ -45,6 +45,7 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     │   └── MoreLayersError                       a LoadError too: it adapts layers that the loaded one does not
     ├── UnknownArgumentError (TypeError)          a keyword that the function does not know, and would have swallowed
     ├── NoGradientError (TypeError)               a step of training was to be followed up before it was made
+    ├── NotBuiltError (NotImplementedError)       a name of PEFT's for which there is nothing here yet
     └── MissingMethodError (AttributeError)       the model has no method of this name
     PeftWarning (UserWarning)
 """
@@ -219,6 +220,10 @@ class UnknownArgumentError(PeftError, TypeError):
 
 class NoGradientError(PeftError, TypeError):
     """What follows a step of the optimiser was called where there are no gradients."""
+
+
+class NotBuiltError(PeftError, NotImplementedError):
+    """A name of PEFT's for which there is nothing in this library yet."""
 
 
 class MissingMethodError(PeftError, AttributeError):

@@ -409,7 +409,7 @@ def _layer(work: inject.Work | inject.TokenWork) -> nn.Module:
 def _slots(work: inject.Work | inject.TokenWork, autocast: bool, trained: bool) -> list[Tensor]:
     layer = _layer(work)
     dtype, _ = facts(*work.kind.keeper(layer))
-    if autocast and dtype in inject._NARROW:
+    if autocast and dtype in inject.NARROW:
         dtype = torch.float32
     return [_empty(slot.shape, dtype, trained and slot.trainable) for slot in work.adapter.slots.values()]
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
-from inlay.errors import ConfigError, MissingMethodError
+from torch import nn
+
+from inlay.adapted import Adapted
+from inlay.config import PeftConfig
+from inlay.errors import ConfigError, FieldTypeError, FileError, MissingMethodError, PlanError
+from inlay.inject import wrappers
 from inlay.model import PeftModel
 
 
@@ -68,3 +75,87 @@ def _sign(model: PeftModel, name: str) -> None:
         return own(self, *args, **kwargs)
 
     setattr(model, name, MethodType(method, model))
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Inside the context every adapter that has a scale acts with a multiple of it.
+
+    Args:
+        model (`nn.Module`): A handle, or a model with adapters inside.
+        multiplier (`float`): The factor.
+
+    Raises:
+        FieldTypeError: ``multiplier`` is no number.
+        PlanError: No adapter of the model has a scale.
+
+    Example:
+        >>> import torch, inlay
+        >>> model = inlay.get_peft_model(
+        ...     torch.nn.Sequential(torch.nn.Linear(4, 3)), inlay.LoraConfig(target_modules=["0"])
+        ... )
+        >>> with rescale_adapter_scale(model, 0.5):
+        ...     model.get_base_model()[0].scaling
+        {'default': 0.5}
+    """
+    if not isinstance(multiplier, int | float):
+        raise FieldTypeError(f"Argument multiplier should be of type float, got {type(multiplier)}.")
+    scales = [w.scaling for _, w in wrappers(model) if isinstance(w, Adapted) and "scaling" in w.other_param_names]
+    if not scales:
+        raise PlanError("scaling is only supported for models with adapters that have a scale, such as LoRA's.")
+    before = [dict(scale) for scale in scales]
+    try:
+        for scale in scales:
+            scale.update({name: value * multiplier for name, value in scale.items()})
+        yield
+    finally:
+        for scale, values in zip(scales, before, strict=True):
+            scale.update(values)
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """For code that was written for PEFT: adapters of inlay never cast a layer's input to the dtype of its weight.
+
+    Args:
+        model (`nn.Module`): Any.
+        active (`bool`, *optional*, defaults to `True`): Accepted.
+    """
+    yield
+
+
+class DoraCaching:
+    """For code that was written for PEFT: DoRA's norms are kept while the weights that they depend on stay the same.
+
+    Args:
+        enabled (`bool`, *optional*, defaults to `True`): Accepted.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def __call__(self, enabled: bool = True) -> DoraCaching:
+        return DoraCaching(enabled)
+
+    def __enter__(self) -> DoraCaching:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        return None
+
+
+def check_if_peft_model(model_name_or_path: str) -> bool:
+    """Whether an adapter's config can be read at a path or on the hub.
+
+    Args:
+        model_name_or_path (`str`): A folder, or an id.
+
+    Example:
+        >>> check_if_peft_model("/nowhere")
+        False
+    """
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except (FileError, ConfigError, OSError):
+        return False
+    return True

@@ -43,7 +43,7 @@ FORBIDDEN_NAMES = frozenset(dir(Group())) | frozenset(dir(nn.ModuleDict())) | {"
 _WRAPPERS = (Adapted, ModulesToSaveWrapper, TrainableTokensWrapper)
 _FUSING = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 _BY_TOKEN = {"Linear", "Conv1D", "Embedding"}  # kinds whose input has a token in each place
-_NARROW = {torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+NARROW = {torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 @dataclass
@@ -694,7 +694,7 @@ def _add(layer: Adapted, adapter: AbstractAdapter, done: _Done) -> None:
         layer.add(done.name, adapter, "meta", active=done.active)
         return
     dtype, device = layer.facts()
-    if done.autocast and dtype in _NARROW:
+    if done.autocast and dtype in NARROW:
         dtype = torch.float32
     if done.active:
         layer.set_requires_grad(layer._active, False)

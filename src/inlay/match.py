@@ -244,6 +244,24 @@ class _Layers:
         return [f"layers_to_transform={never} are indices of no target module; {seen}."]
 
 
+def names_module(
+    name: str,
+    targets: Iterable[str] | str,
+    exclude: Iterable[str] | str | None,
+    layers: list[int] | int | None,
+    pattern: list[str] | str | None,
+) -> bool:
+    """Whether a config's fields name one module, as `plan` reads them for all.
+
+    Example:
+        >>> names_module("layers.1.mlp.fc", ["fc"], None, [0], None)
+        False
+    """
+    if exclude and matcher(exclude)(name):
+        return False
+    return matcher(targets)(name) and not _Layers(layers, pattern).reject(name)
+
+
 class _Hints:
     """What the user may have meant by an entry that matched nothing."""
 

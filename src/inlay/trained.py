@@ -18,7 +18,17 @@ from inlay.routing import Route, Router, Rows
 from inlay.storage import stored_parameters
 
 
-class ModulesToSaveWrapper(nn.Module):
+class AuxiliaryTrainingWrapper(nn.Module):
+    """What is trained beside the layers' adapters."""
+
+    original_module: Any
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Rest of a tensor's name in a file -> the rest of its live name, for the adapter's tensors in this module."""
+        raise NotImplementedError
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module and, for each adapter, a copy that is trained in its stead.
 
     Args:
@@ -64,6 +74,12 @@ class ModulesToSaveWrapper(nn.Module):
         own.requires_grad_(False)
         self.modules_to_save[name] = own
         self._refresh()
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        if adapter_name not in self.modules_to_save:
+            return {}
+        own = self.modules_to_save[adapter_name]
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in own.state_dict()}
 
     def _serving(self) -> tuple[str | None, Route | None]:
         """The adapter whose copy runs for the whole batch, if one does, and the routing."""
@@ -171,7 +187,7 @@ class ModulesToSaveWrapper(nn.Module):
             return getattr(self.copy_for(() if copied is None else (copied,)), name)
 
 
-class TrainableTokensWrapper(nn.Module):
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """An embedding some of whose rows are trained; the layer with its adapter is at ``token_adapter``."""
 
     def __init__(self, token_adapter: Adapted) -> None:
@@ -182,6 +198,12 @@ class TrainableTokensWrapper(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.token_adapter(x)
         return h
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        if adapter_name not in self.token_adapter.methods:
+            return {}
+        name = "token_adapter.trainable_tokens_delta"
+        return {name: f"{name}.{adapter_name}"}
 
     @property
     def original_module(self) -> nn.Module:

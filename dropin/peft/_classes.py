@@ -1,0 +1,148 @@
+"""PEFT's class structure over the one wrapper: classes whose ``isinstance`` answers by what a layer holds.
+
+In inlay every adapted layer is an `inlay.adapted.Adapted`, whatever the method, the kind of layer and the way its
+weight is stored. ``isinstance(layer, peft.tuners.lora.Linear4bit)`` asks the wrapper for those three.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+from inlay.adapted import Adapted
+from inlay.methods import METHODS
+from inlay.model import Tuner, get_peft_model
+from peft import _pending
+
+
+class Family(NamedTuple):
+    """One method's classes: the method, and the slots that its layers may have."""
+
+    method: str
+    slots: tuple[str, ...]
+
+
+LORA_SLOTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+HADA_SLOTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+LOKR_SLOTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+#: package under ``peft.tuners`` -> its family
+FAMILIES = {
+    "lora": Family("LORA", LORA_SLOTS),
+    "adalora": Family("ADALORA", ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")),
+    "ia3": Family("IA3", ("ia3_l",)),
+    "loha": Family("LOHA", HADA_SLOTS),
+    "lokr": Family("LOKR", LOKR_SLOTS),
+    "oft": Family("OFT", ("oft_R", "oft_embedding_R")),
+    "adaption_prompt": Family("ADAPTION_PROMPT", ("adaption_prompt", "adaption_gate")),
+}
+#: class of one kind of layer -> the kinds of the wrapper's that it stands for, and the storage, if it names one
+LAYERS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "Linear": (("Linear", "Conv1D"), None),
+    "Linear4bit": (("Linear",), "bnb4"),
+    "Linear8bitLt": (("Linear",), "bnb8"),
+    "SVDLinear": (("Linear", "Conv1D"), None),
+    "SVDLinear4bit": (("Linear",), "bnb4"),
+    "SVDLinear8bitLt": (("Linear",), "bnb8"),
+    "Conv1d": (("Conv1d",), None),
+    "Conv2d": (("Conv2d",), None),
+    "SVDConv2d": (("Conv2d",), None),
+    "Conv3d": (("Conv3d",), None),
+    "Embedding": (("Embedding",), None),
+    "MultiheadAttention": (("MultiheadAttention",), None),
+    "ParamWrapper": (("Parameter",), None),
+    "AdaptedAttention": (("Attention",), None),
+}
+#: the class that all layers of one method share
+BASES = {
+    "LoraLayer": "lora",
+    "AdaLoraLayer": "adalora",
+    "IA3Layer": "ia3",
+    "LoHaLayer": "loha",
+    "LoKrLayer": "lokr",
+    "OFTLayer": "oft",
+}
+MODELS = {
+    "LoraModel": "lora",
+    "AdaLoraModel": "adalora",
+    "IA3Model": "ia3",
+    "LoHaModel": "loha",
+    "LoKrModel": "lokr",
+    "OFTModel": "oft",
+    "AdaptionPromptModel": "adaption_prompt",
+}
+
+
+class Described(type):
+    """The type of a class that nothing is made of: ``describes`` says what counts as one."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.of) and cls.describes(instance)  # type: ignore[attr-defined]
+
+
+def find(module: str, name: str) -> type | None:
+    """The class ``name`` of PEFT's ``module``, if it is one of these."""
+    package = module.split(".")[2] if module.startswith("peft.tuners.") else ""
+    if name in MODELS:
+        return model(MODELS[name], name)
+    if name in BASES:
+        return layer(BASES[name], name)
+    if name == "LycorisLayer":
+        return described(name, Adapted, lambda w: holds(w, "LOHA", "LOKR"))
+    if name == "MixedModel":
+        return described(name, Tuner, lambda t: len({c.method for c in t.peft_config.values()}) > 1)
+    if package in FAMILIES and name in LAYERS:
+        return layer(package, name)
+    return None
+
+
+def holds(wrapper: Adapted, *methods: str) -> bool:
+    """Whether a layer has an adapter of one of these methods."""
+    wanted = {METHODS[method].adapter for method in methods}
+    return any(type(adapter) in wanted for adapter in wrapper.methods.values())
+
+
+def tuner(method: str) -> type:
+    """The class of ``handle.base_model`` with this method; `Tuner` itself for one that came from outside."""
+    for name, package in MODELS.items():
+        if FAMILIES[package].method == method:
+            return model(package, name)
+    return Tuner
+
+
+def described(name: str, of: type, describes: Any, **attributes: Any) -> type:
+    """A class under this name, whose instances are those of ``of`` that ``describes`` accepts."""
+    return Described(name, (of,), {"of": of, "describes": staticmethod(describes), "__slots__": (), **attributes})
+
+
+@cache
+def layer(package: str, name: str) -> type:
+    """The class of a method's layers, of one kind if ``name`` is a kind's."""
+    family = FAMILIES[package]
+    kinds, storage = LAYERS.get(name, ((), None))
+    counted = (family.method, *(("ADALORA",) if name == "LoraLayer" else ()))  # as AdaLoraLayer is a LoraLayer there
+
+    def describes(wrapper: Adapted) -> bool:
+        if not holds(wrapper, *counted) or (kinds and wrapper.kind.name not in kinds):
+            return False
+        return storage is None or wrapper.storage.name == storage
+
+    update_layer = _pending.make(
+        "peft.tuners", "update_layer"
+    )  # adapters come by add_adapter, into all layers at once
+    return described(name, Adapted, describes, adapter_layer_names=family.slots, update_layer=update_layer)
+
+
+@cache
+def model(package: str, name: str) -> type:
+    """The class of what holds a method's layers: ``handle.base_model``."""
+    family = FAMILIES[package]
+
+    def describes(tuner: Tuner) -> bool:
+        return family.method in {config.method for config in tuner.peft_config.values()}
+
+    def new(cls: type, model: Any, peft_config: Any, adapter_name: str = "default", **kwargs: Any) -> Tuner:
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        return get_peft_model(model, config, adapter_name, **kwargs).base_model
+
+    return described(name, Tuner, describes, __new__=new)

@@ -1,0 +1,60 @@
+"""Which object of inlay's a name of PEFT's is."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import inlay
+from peft import _classes, _pending, _tables
+
+#: name -> the module of inlay's that has it, where it is not in ``inlay`` itself
+HOMES = {
+    # layers and what stands beside them
+    "AuxiliaryTrainingWrapper": "trained",
+    "BaseTuner": "model",
+    "BaseTunerLayer": "adapted",
+    "ModulesToSaveWrapper": "trained",
+    "TrainableTokensWrapper": "trained",
+    "factorization": "methods.lokr",
+    # configs
+    "PromptLearningConfig": "prompts._abstract",
+    # functions on models that someone else owns
+    "cast_adapter_dtype": "functional",
+    "check_target_module_exists": "functional",
+    "delete_adapter": "functional",
+    "get_base_model_state_dict": "functional",
+    "inspect_matched_modules": "functional",
+    "set_adapter": "functional",
+    "set_base_model_state_dict": "functional",
+    "set_requires_grad": "functional",
+    # helpers
+    "DoraCaching": "helpers",
+    "check_if_peft_model": "helpers",
+    "disable_input_dtype_casting": "helpers",
+    "rescale_adapter_scale": "helpers",
+    "update_forward_signature": "helpers",
+    "update_generate_signature": "helpers",
+    "update_signature": "helpers",
+    "_get_submodules": "functional",
+    "get_pattern_key": "functional",
+}
+#: where inlay's own name is another one
+OTHER_NAMES = {
+    "BaseTuner": "Tuner",
+    "BaseTunerLayer": "Adapted",
+    "_get_submodules": "get_submodules",
+    "factorization": "split",
+}
+
+
+def resolve(module: str, name: str) -> Any:
+    """The object that stands for ``name`` of PEFT's ``module``."""
+    if name in inlay.__all__:
+        return getattr(inlay, name)
+    if name in HOMES:
+        return getattr(importlib.import_module(f"inlay.{HOMES[name]}"), OTHER_NAMES.get(name, name))
+    for found in (_tables.find(name), _classes.find(module, name)):
+        if found is not None:
+            return found
+    return _pending.make(module, name)

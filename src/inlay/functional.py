@@ -1,0 +1,248 @@
+"""The verbs of a handle as functions, for models that someone else owns.
+
+What `inject_adapter_in_model` has put into a model is listed in no handle: these act on the wrappers that stand in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.adapted import Adapted
+from inlay.config import AdapterConfig
+from inlay.errors import LoadError
+from inlay.inject import NARROW, own_modules, wrappers
+from inlay.match import names_module
+from inlay.model import Tuner, inject_adapter_in_model
+from inlay.patterns import KeyTable
+from inlay.state import get_peft_model_state_dict, root_of, set_peft_model_state_dict
+from inlay.trained import AuxiliaryTrainingWrapper
+
+
+def set_adapter(
+    model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: type = Adapted
+) -> None:
+    """Makes adapters the active ones of every layer: trains these, freezes the ones they replace.
+
+    Args:
+        model (`nn.Module`): A model with adapters inside.
+        adapter_name (`str` or `list[str]`): The adapters; a layer that lacks one does without it.
+        inference_mode (`bool`, *optional*, defaults to `False`): Leave them frozen.
+        layer_cls (`type`, *optional*): Only on layers of this class.
+
+    Example:
+        >>> import torch, inlay
+        >>> from inlay import functional
+        >>> model = inlay.inject_adapter_in_model(
+        ...     inlay.LoraConfig(target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(4, 3)), "a"
+        ... )
+        >>> functional.set_adapter(model, [])
+        >>> model[0].active_adapters
+        []
+    """
+    for _, wrapper in wrappers(model):
+        if not isinstance(wrapper, Adapted) or isinstance(wrapper, layer_cls):
+            wrapper.set_adapter(adapter_name, inference_mode=inference_mode)
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: type = Adapted
+) -> list[str] | None:
+    """Removes an adapter from every layer; the layers' wrappers stay.
+
+    Args:
+        model (`nn.Module`): A model with adapters inside; its ``peft_config`` is left to its owner.
+        adapter_name (`str`): The adapter; one that is nowhere is passed over.
+        prefix (`str`, *optional*): Accepted for PEFT's sake: a layer knows the tensors of its adapters.
+        layer_cls (`type`, *optional*): Only on layers of this class.
+
+    Returns:
+        `list[str]` or None: The adapters that are active in the first layer afterwards; None without a layer.
+    """
+    active = None
+    for _, wrapper in list(wrappers(model)):
+        if not isinstance(wrapper, Adapted):
+            wrapper.delete_adapter(adapter_name, active)
+        elif isinstance(wrapper, layer_cls):
+            wrapper.delete_adapter(adapter_name)
+            active = wrapper.active_adapters if active is None else active
+    return active
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Trains or freezes adapters, active or not.
+
+    Args:
+        model (`nn.Module`): A model with adapters inside.
+        adapter_names (`str` or `Sequence[str]`): The adapters.
+        requires_grad (`bool`, *optional*, defaults to `True`): Which of both.
+    """
+    for _, wrapper in wrappers(model):
+        wrapper.set_requires_grad(adapter_names, requires_grad)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Turns an adapter's 16-bit and 8-bit floats into 32-bit ones, as `get_peft_model` does by itself.
+
+    Args:
+        model (`nn.Module`): A model with adapters inside.
+        adapter_name (`str`): The adapter.
+        autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): Do it; else nothing.
+    """
+    if autocast_adapter_dtype:
+        for tensor in _tensors(model, adapter_name):
+            if tensor.dtype in NARROW:
+                tensor.data = tensor.data.to(torch.float32)
+
+
+def _tensors(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
+    for _, wrapper in wrappers(model):
+        if isinstance(wrapper, Adapted) and adapter_name in wrapper.methods:
+            for _, owner, attribute in wrapper.tensors(adapter_name):
+                yield owner.get_parameter(attribute)
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the model without its adapters, under the names that it had before them.
+
+    Args:
+        model (`nn.Module`): A handle, or a model with adapters inside.
+
+    Example:
+        >>> import torch, inlay
+        >>> from inlay import functional
+        >>> model = inlay.get_peft_model(
+        ...     torch.nn.Sequential(torch.nn.Linear(4, 3)), inlay.LoraConfig(target_modules=["0"])
+        ... )
+        >>> list(functional.get_base_model_state_dict(model))
+        ['0.weight', '0.bias']
+    """
+    return {name: tensor.detach() for name, tensor in _base_tensors(model).items()}
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
+    """Loads what `get_base_model_state_dict` gave, or what a model without adapters did.
+
+    Args:
+        model (`nn.Module`): A handle, or a model with adapters inside.
+        state_dict (`Mapping[str, Tensor]`): Values by the names without adapters.
+        strict (`bool`, *optional*, defaults to `True`): Raise unless the names are just these.
+
+    Returns:
+        Torch's pair of missing and unexpected keys.
+
+    Raises:
+        LoadError: A name is missing or unknown and ``strict`` is set, or a shape is another one. Nothing is changed.
+    """
+    live = _base_tensors(model)
+    missing, unexpected = [n for n in live if n not in state_dict], [k for k in state_dict if k not in live]
+    wrong = [n for n, t in live.items() if n in state_dict and t.shape != state_dict[n].shape]
+    if wrong or (strict and (missing or unexpected)):
+        raise LoadError(
+            f"This is no state dict of the base model. Missing keys: {missing}; unexpected keys: {unexpected}; of "
+            f"another shape: {wrong}."
+        )
+    with torch.no_grad():
+        for name, tensor in live.items():
+            if name in state_dict:
+                tensor.copy_(state_dict[name])
+    return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    tensors: dict[str, Any] = {}
+    stack: list[tuple[str, nn.Module]] = [("", root_of(model)[0])]
+    while stack:
+        name, module = stack.pop()
+        if isinstance(module, Adapted):
+            stack.append((name, module.base_layer))
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            stack.append((name, module.original_module))
+        else:
+            prefix = f"{name}." if name else ""
+            module._save_to_state_dict(tensors, prefix, True)
+            stack.extend((prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None)
+    return tensors
+
+
+def check_target_module_exists(config: AdapterConfig, key: str) -> bool:
+    """Whether a config's targets name the module ``key``; `inlay.explain` says it for a whole model, with reasons.
+
+    Args:
+        config (`AdapterConfig`): Its ``target_modules``, ``exclude_modules``, ``layers_to_transform`` and
+            ``layers_pattern`` count.
+        key (`str`): A module's dotted name.
+    """
+    if not config.target_modules:
+        return False
+    fields = config.exclude_modules, config.layers_to_transform, config.layers_pattern
+    return names_module(key, config.target_modules, *fields)
+
+
+def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict[str, list[str]]:
+    """The modules that an adapter stands in, and the rest: ``{"matched": [...], "unmatched": [...]}``.
+
+    Args:
+        tuner (`Tuner`): ``handle.base_model``.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The adapter.
+
+    Raises:
+        UnknownAdapterError: There is no adapter of this name.
+    """
+    tuner.check_known([adapter_name])
+    matched = [name for name, layer in tuner.layers() if adapter_name in layer.methods]
+    rest = [name for name, _ in own_modules(tuner.model) if name and name not in set(matched)]
+    return {"matched": matched, "unmatched": rest}
+
+
+def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
+    """The first of several patterns that names a module, as in ``rank_pattern``; the name itself where none does.
+
+    Args:
+        pattern_keys (`Sequence[str]`): Names' ends, or regular expressions for them.
+        key_to_match (`str`): A module's dotted name.
+
+    Raises:
+        PatternError: A pattern is invalid, or takes too long to match.
+
+    Example:
+        >>> get_pattern_key(["q_proj", "layers.0.*"], "model.layers.0.mlp")
+        'layers.0.*'
+    """
+    found = KeyTable(dict.fromkeys(pattern_keys)).find(key_to_match)
+    return found[0] if found else key_to_match
+
+
+def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """(parent, module, last part of the name) of the module ``key``.
+
+    Args:
+        model (`nn.Module`): The model.
+        key (`str`): A dotted name in it.
+
+    Raises:
+        AttributeError: There is none of this name.
+    """
+    above, _, name = key.rpartition(".")
+    parent = model.get_submodule(above)
+    return parent, parent.get_submodule(name), name
+
+
+__all__ = [
+    "cast_adapter_dtype",
+    "check_target_module_exists",
+    "delete_adapter",
+    "get_base_model_state_dict",
+    "get_pattern_key",
+    "get_peft_model_state_dict",
+    "get_submodules",
+    "inject_adapter_in_model",
+    "inspect_matched_modules",
+    "set_adapter",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+    "set_requires_grad",
+]

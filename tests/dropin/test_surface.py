@@ -1,0 +1,156 @@
+"""Every public name of PEFT's can be imported from where it is there, and is what inlay has of it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import pickle
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from peft._surface import SURFACE
+from torch import nn
+
+import inlay
+from inlay.errors import NotBuiltError
+
+
+def test_the_distribution_stands_for_the_incumbent() -> None:
+    assert importlib.metadata.version("peft") == peft.__version__ == "0.21.2"
+    assert importlib.metadata.metadata("peft")["Name"] == "peft"
+    assert len([d for d in importlib.metadata.distributions() if d.metadata["Name"] == "peft"]) == 1
+
+
+@pytest.mark.parametrize("module", sorted(SURFACE))
+def test_every_name_resolves(module: str) -> None:
+    found = importlib.import_module(module)
+    for name in SURFACE[module].split():
+        assert getattr(found, name) is getattr(found, name)
+
+
+@pytest.mark.parametrize("name", sorted(set(inlay.__all__) & {n for names in SURFACE.values() for n in names.split()}))
+def test_a_name_of_inlays_is_inlays_object(name: str) -> None:
+    for module, names in SURFACE.items():
+        if name in names.split():
+            assert getattr(importlib.import_module(module), name) is getattr(inlay, name)
+
+
+def test_the_same_object_is_found_by_every_path() -> None:
+    from peft.tuners.lora import LoraLayer, layer
+    from peft.tuners.lora.layer import LoraLayer as again
+    from peft.utils import ModulesToSaveWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils.other import ModulesToSaveWrapper as other
+
+    assert LoraLayer is again is layer.LoraLayer
+    assert ModulesToSaveWrapper is other
+    assert issubclass(ModulesToSaveWrapper, AuxiliaryTrainingWrapper)
+
+
+def test_what_is_not_built_can_be_named_and_says_so_when_used() -> None:
+    from peft import VeraConfig, VeraModel, convert_to_lora
+    from peft.tuners.vera import VeraLayer
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING as targets
+
+    assert issubclass(VeraConfig, peft.PeftConfig)
+    assert not isinstance(peft.LoraConfig(), VeraConfig)
+    assert not isinstance(nn.Linear(2, 2), VeraLayer)
+    assert peft.PeftType.VERA == "VERA"
+    assert targets == {}
+    for use in (VeraConfig, VeraModel, convert_to_lora):
+        with pytest.raises(NotBuiltError, match="not in inlay yet"):
+            use(r=4)
+
+
+def test_an_unknown_name_is_an_error_and_an_unknown_module_too() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        peft.Nothing  # noqa: B018
+    with pytest.raises(ImportError):
+        importlib.import_module("peft.tuners.nothing")
+    with pytest.raises(ImportError):
+        from peft.utils import nothing  # noqa: F401
+
+
+def adapted(config: peft.PeftConfig) -> tuple[nn.Module, nn.Module, peft.PeftModel]:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(2, 2, 3))
+    return model[0], model, peft.get_peft_model(model, config)
+
+
+#: package, config, names of classes that an adapted Linear is one of
+LINEAR = [
+    ("lora", peft.LoraConfig(target_modules=["0"]), ("LoraLayer", "Linear")),
+    ("adalora", peft.AdaLoraConfig(target_modules=["0"], total_step=9), ("AdaLoraLayer", "SVDLinear")),
+    ("ia3", peft.IA3Config(target_modules=["0"], feedforward_modules=[]), ("IA3Layer", "Linear")),
+    ("loha", peft.LoHaConfig(target_modules=["0"]), ("LoHaLayer", "Linear")),
+    ("lokr", peft.LoKrConfig(target_modules=["0"]), ("LoKrLayer", "Linear")),
+    ("oft", peft.OFTConfig(target_modules=["0"], oft_block_size=2, r=0), ("OFTLayer", "Linear")),
+]
+
+
+@pytest.mark.parametrize(("package", "config", "names"), LINEAR, ids=[row[0] for row in LINEAR])
+def test_isinstance_tells_the_truth_about_a_layer(package: str, config: peft.PeftConfig, names: tuple) -> None:
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+    _, model, handle = adapted(config)
+    for other, _, others in LINEAR:
+        module = importlib.import_module(f"peft.tuners.{other}.layer")
+        for name in others:
+            cls = getattr(module, name)
+            expected = other == package or (name == "LoraLayer" and package == "adalora")
+            assert isinstance(model[0], cls) is expected
+            assert issubclass(cls, BaseTunerLayer)
+            assert not isinstance(model[1], cls)
+    module = importlib.import_module(f"peft.tuners.{package}.layer")
+    assert not isinstance(model[0], getattr(module, "Conv2d", getattr(module, "SVDConv2d", None)))
+    assert isinstance(model[0], BaseTunerLayer)
+    assert isinstance(handle.base_model, BaseTuner)
+    tuners = {row[0]: peft.PEFT_TYPE_TO_TUNER_MAPPING[row[1].peft_type] for row in LINEAR}
+    assert [isinstance(handle.base_model, cls) for cls in tuners.values()] == [name == package for name in tuners]
+
+
+def test_classes_know_the_slots_of_their_layers() -> None:
+    from peft.tuners.loha.layer import LoHaLayer
+    from peft.tuners.lora import LoraLayer
+
+    _, model, _ = adapted(peft.LoraConfig(target_modules=["0"]))
+    assert set(model[0].adapter_layer_names) <= set(LoraLayer.adapter_layer_names)
+    assert LoHaLayer.adapter_layer_names[0] == "hada_w1_a"
+    assert "scaling" in model[0].other_param_names
+
+
+def test_a_tuners_class_makes_one() -> None:
+    model = peft.LoraModel(nn.Sequential(nn.Linear(4, 4)), {"a": peft.LoraConfig(target_modules=["0"])}, "a")
+    assert isinstance(model, peft.LoraModel)
+    assert model(torch.ones(2, 4)).shape == (2, 4)
+    assert model.model[0].active_adapters == ["a"]
+
+
+def test_configs_pickle_under_the_names_they_are_imported_by() -> None:
+    from peft.tuners.lora.config import LoraConfig
+
+    config = LoraConfig(r=3)
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_constructors_refuse_unknown_fields_and_functions_keep_their_parameters() -> None:
+    with pytest.raises(TypeError):
+        peft.LoraConfig(rank=3)
+    assert list(inspect.signature(peft.inject_adapter_in_model).parameters)[:3] == [
+        "peft_config",
+        "model",
+        "adapter_name",
+    ]
+    assert "adapter_names" in inspect.signature(peft.tuners.tuners_utils.BaseTunerLayer.merge).parameters
+
+
+def test_importing_loads_neither_torch_nor_transformers() -> None:
+    code = "import peft, sys; from peft.tuners import lora; print({'torch', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_load_problems_warn() -> None:
+    assert inlay.settings.strict_load is False
