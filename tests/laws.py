@@ -205,7 +205,7 @@ def pack4(layer: nn.Module, **options: Any) -> nn.Module:
     # On processors that have the instructions, a forward in eval repacks the weight with coarser statistics, and only
     # for some shapes.
     packed.support_avx512bf16_for_cpu = False
-    return packed.to("cpu")
+    return packed.to(torch.get_default_device())
 
 
 def pack8(layer: nn.Module) -> nn.Module:
@@ -213,7 +213,7 @@ def pack8(layer: nn.Module) -> nn.Module:
 
     packed = Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False)
     packed.load_state_dict(layer.state_dict())
-    return packed.to("cpu")
+    return packed.to(torch.get_default_device())
 
 
 STORAGE: dict[str, Packing] = {
@@ -911,7 +911,7 @@ def autocast_is_close(case: Case) -> None:
         model.train()
     out = model(x)
     expected = gradients(model, out)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         narrow = model(x)
         base = case.base().train(model.training)(x)
     assert narrow.dtype == base.dtype
