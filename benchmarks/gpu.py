@@ -129,15 +129,18 @@ def main() -> None:
     )
     for variant, fields in VARIANTS.items():
         with fresh():
-            models = {library.name: step(adapted(library, **fields)) for library in LIBRARIES}
+            models = {lib.name: step(adapted(lib, **fields)) for lib in LIBRARIES}
             show(f"step of {ROWS}x{TOKENS} tokens, {variant}", {"base": step(llama()), **models})
     for tokens in (1, 512):
         with fresh():
-            models = {library.name: forward(adapted(library), 16, tokens) for library in LIBRARIES}
+            models = {lib.name: forward(adapted(lib), 16, tokens) for lib in LIBRARIES}
             show(f"forward of 16x{tokens}, one adapter", {"base": forward(llama(), 16, tokens), **models})
         with fresh():
+            models = {lib.name: forward(adapted(lib, use_dora=True), 16, tokens) for lib in LIBRARIES}
+            show(f"forward of 16x{tokens}, DoRA", {"base": forward(llama(), 16, tokens), **models})
+        with fresh():
             rows = {"adapter_names": [f"a{n}" for n in range(16)]}
-            models = {library.name: forward(adapted(library, 16), 16, tokens, **rows) for library in LIBRARIES}
+            models = {lib.name: forward(adapted(lib, 16), 16, tokens, **rows) for lib in LIBRARIES}
             show(f"forward of 16x{tokens}, 16 adapters", {"base": forward(llama(), 16, tokens), **models})
 
 

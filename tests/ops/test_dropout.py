@@ -5,20 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
+from inlay.ops import dropout
 from inlay.ops.dropout import apply_mask, draw_mask, keep_scale, keep_steps, reference
 
 
+def drawn_elsewhere(shape, p):
+    """What `draw_mask` does on a device that is no CPU."""
+    return dropout._compared(-(-torch.Size(shape).numel() // 64), keep_steps(p), "cpu")
+
+
+@pytest.mark.parametrize("draw", [draw_mask, drawn_elsewhere])
 @pytest.mark.parametrize("p", [0.5, 0.25, 0.1, 1 / 3, 0.9, 0.999, 1 / 65536])
 @pytest.mark.parametrize("shape", [(1024, 512), (200, 300)])
-def test_the_share_that_is_kept(p, shape):
-    kept = reference(torch.ones(shape), draw_mask(shape, p), p) != 0
+def test_the_share_that_is_kept(p, shape, draw):
+    kept = reference(torch.ones(shape), draw(shape, p), p) != 0
     keep = keep_steps(p) / 65536
     n = shape[0] * shape[1]
     assert abs(kept.double().mean().item() - keep) < 5 * (keep * (1 - keep) / n) ** 0.5 + 1e-12
 
 
-def test_neighbours_and_distant_elements_are_independent():
-    kept = reference(torch.ones(2**21), draw_mask((2**21,), 0.1), 0.1).ne(0).double() - 0.9
+@pytest.mark.parametrize("draw", [draw_mask, drawn_elsewhere])
+def test_neighbours_and_distant_elements_are_independent(draw):
+    kept = reference(torch.ones(2**21), draw((2**21,), 0.1), 0.1).ne(0).double() - 0.9
     for lag in (1, 2, 16, 32, 64, 2**16, 2**17, 2**20):
         assert abs((kept[:-lag] * kept[lag:]).mean().item()) < 5 * 0.09 / (2**21 - lag) ** 0.5
 
@@ -39,9 +47,9 @@ def test_no_probability(p):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_it_equals_the_reference_in_every_item_size(dtype, shape):
     x = torch.randn(shape).to(dtype)
-    packed = draw_mask(shape, 0.3)
-    assert packed.dtype == torch.uint8
-    assert packed.untyped_storage().nbytes() == -(-x.numel() // 64) * 8
+    for packed in (draw_mask(shape, 0.3), drawn_elsewhere(shape, 0.3)):
+        assert packed.dtype == torch.uint8
+        assert packed.untyped_storage().nbytes() == -(-x.numel() // 64) * 8
     torch.testing.assert_close(apply_mask(x, packed, 0.3), reference(x, packed, 0.3))
 
 

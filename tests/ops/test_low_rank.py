@@ -148,6 +148,17 @@ def test_narrow_activations_with_fp32_factors(narrow, tokens):
 
 
 @pytest.mark.parametrize("scale", [2.0, torch.tensor(0.5)], ids=["float", "tensor"])
+def test_gradients_of_narrow_products_are_as_near_as_their_rounding(scale):
+    x, g = torch.randn(500, 64).bfloat16(), torch.randn(500, 96).bfloat16()
+    down, up = torch.randn(8, 64), torch.randn(96, 8)
+    narrow = module._factor_gradients_of_narrow(x, g, down, up, scale)
+    wide = module._factor_gradients(*(t.double() for t in (x, g, down, up)), scale)
+    assert [t.dtype for t in narrow] == [torch.float32, torch.float32, torch.bfloat16]
+    for found, expected in zip(narrow, wide, strict=True):
+        assert far(found, expected) < 2**-8
+
+
+@pytest.mark.parametrize("scale", [2.0, torch.tensor(0.5)], ids=["float", "tensor"])
 @pytest.mark.parametrize("leading", [*LEADING, (1,)], ids=str)
 def test_few_numbers_take_plain_torch(monkeypatch, leading, scale):
     monkeypatch.setattr(module, "_FEW", 1 << 17)

@@ -211,7 +211,7 @@ def _stretch_gradients(g_BO: Tensor, c_BO: Tensor, factor_O: Tensor) -> tuple[Te
     g_TO = g_BO.reshape(-1, outs)
     g_c_TO = torch.empty_like(g_TO, memory_format=torch.contiguous_format)
     g_factor_O = torch.zeros_like(factor_O)
-    size = max(1, _SLICE // outs)
+    size = max(1, _SLICE // outs) if g_TO.is_cpu else len(g_TO)  # elsewhere every slice is a launch
     slices = (torch.split(t, size) for t in (g_TO, c_BO.reshape(-1, outs), g_c_TO))
     for g, c, out in zip(*slices, strict=True):
         g_factor_O += torch.mul(g, c, out=out).sum(0, dtype=factor_O.dtype)

@@ -1,6 +1,6 @@
 """Dropout that keeps one bit per element for backward.
 
-The generator is the cost of dropout on a CPU, so no element gets a number of its own. The mask is built 64 elements
+The generator is the cost of dropout on a CPU, so no element gets a number of its own there. The mask is built 64 elements
 at a time by comparing random bit planes with the threshold, from the lowest bit up (``u < keep`` is ``~u_k | m`` where
 bit k of ``keep`` is set and ``~u_k & m`` where it is not), and comes out packed. The probability of keeping is
 ``round((1 - p) * 65536) / 65536`` exactly. In large masks the eight lowest planes are shared by 16 elements far apart:
@@ -62,6 +62,8 @@ def draw_mask(shape: Sequence[int], p: float, device: torch.device | str | None 
     keep = keep_steps(p)
     if keep in (0, STEPS):
         return torch.full((words * 8,), 255 if keep else 0, dtype=torch.uint8, device=device)
+    if device is not None and torch.device(device).type not in ("cpu", "meta"):
+        return _compared(words, keep, device)
     share = _SHARE if words >= _SHARE_FROM else 1
     fine_words = -(-words // share)
     mask = _fold(None, keep & (2**_FINE_BITS - 1), (fine_words,), device)
@@ -69,6 +71,13 @@ def draw_mask(shape: Sequence[int], p: float, device: torch.device | str | None 
     assert mask is not None  # one of the sixteen bits is set
     # The copy lets go of the planes, which are eight times as large.
     return mask.view(-1)[:words].clone().view(torch.uint8)
+
+
+def _compared(words: int, keep: int, device: torch.device | str) -> Tensor:
+    """A number for each element, compared and packed: few launches, where drawing costs next to nothing."""
+    kept = torch.randint(STEPS, (words * 2, 32), dtype=torch.int32, device=device) < keep
+    bits = 1 << torch.arange(32, dtype=torch.int32, device=device)
+    return (kept * bits).sum(1, dtype=torch.int32).view(torch.uint8)
 
 
 def _fold(mask: Tensor | None, bits: int, shape: tuple[int, ...], device: torch.device | str | None) -> Tensor | None:

@@ -6,8 +6,9 @@ there it is computed again. A few tokens take plain torch instead, whose backwar
 
 Where the factors have a wider dtype than a bfloat16 ``x`` (fp32 adapters on a bf16 model), many tokens are multiplied
 in bfloat16 with fp32 accumulation, as autocast does, and added to ``h`` with a single rounding; few tokens are
-widened instead, which is then cheaper than narrowing the factors. The factors' gradients are computed in their own
-dtype, from copies of ``x`` and ``h``'s gradient that live as long as the call.
+widened instead, which on a CPU is then cheaper than narrowing the factors. The factors' gradients are computed in
+their own dtype there, from copies of ``x`` and ``h``'s gradient that live as long as the call; elsewhere from ``x``
+and the gradient as they are, with sums and results in the factors' dtype: copies cost more there than products do.
 """
 
 from __future__ import annotations
@@ -137,8 +138,8 @@ def compute_dtype(x_BI: Tensor, down_RI: Tensor) -> torch.dtype:
     given = x_BI.dtype
     if autocasts(x_BI):
         return down_RI.dtype if down_RI.dtype == torch.float64 else torch.get_autocast_dtype(x_BI.device.type)
-    if given == torch.bfloat16 and down_RI.dtype == torch.float32 and x_BI.numel() > down_RI.numel():
-        return given
+    if given == torch.bfloat16 and down_RI.dtype == torch.float32:
+        return given if x_BI.numel() > down_RI.numel() or not x_BI.is_cpu else down_RI.dtype
     return down_RI.dtype
 
 
@@ -237,7 +238,9 @@ def _gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[
     dx = ddown = dup = None
     if trains and mid_TR is None:
         kept_TI = x_TI if mask is None else mask.zero(x_TI)
-        ddown, dup, dmid_TR = _factor_gradients(kept_TI, g_TO, down_RI.to(wide), up_OR.to(wide), ctx.factor)
+        narrow = wide != ctx.dtype == g_TO.dtype and not (g_TO.is_cpu or torch.is_grad_enabled())
+        make = _factor_gradients_of_narrow if narrow else _factor_gradients
+        ddown, dup, dmid_TR = make(kept_TI, g_TO, down_RI.to(wide), up_OR.to(wide), ctx.factor)
     else:
         g_TO = g_TO.to(wide)
         dmid_TR = torch.mm(g_TO, up_OR.to(wide)) * ctx.factor
@@ -262,7 +265,7 @@ def _factor_gradients(
     """Gradients of down, up and the middle in the factors' dtype, to which x and g are widened a slice at a time."""
     dtype, tokens = down_RI.dtype, x_TI.shape[0]
     down_IR, up_OR = (down_RI.t() * factor).contiguous(), up_OR * factor
-    if torch.is_grad_enabled() or tokens <= _SLICE or x_TI.dtype == g_TO.dtype == dtype:
+    if torch.is_grad_enabled() or tokens <= _SLICE or x_TI.dtype == g_TO.dtype == dtype or not x_TI.is_cpu:
         x_TI, g_TO = x_TI.to(dtype), g_TO.to(dtype)
         mid_TR, dmid_TR = torch.mm(x_TI, down_IR), torch.mm(g_TO, up_OR)
         return torch.mm(dmid_TR.t(), x_TI), torch.mm(mid_TR.t(), g_TO).t(), dmid_TR
@@ -275,3 +278,19 @@ def _factor_gradients(
         ddown_RI.addmm_(dmid.t(), x)
         dup_RO.addmm_(torch.mm(x, down_IR).t(), g)
     return ddown_RI, dup_RO.t(), dmid_TR
+
+
+def _factor_gradients_of_narrow(
+    x_TI: Tensor, g_TO: Tensor, down_RI: Tensor, up_OR: Tensor, factor: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from narrow products; what they are summed over the tokens to keeps the factors' dtype."""
+    mid_TR = torch.mm(x_TI, (down_RI * factor).to(x_TI.dtype).t())
+    dmid_TR = torch.mm(g_TO, (up_OR * factor).to(g_TO.dtype))
+    return _widely(dmid_TR.t(), x_TI, down_RI.dtype), _widely(g_TO.t(), mid_TR, up_OR.dtype), dmid_TR
+
+
+def _widely(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of narrow matrices in a wider dtype: that of its sums, where the device can give them as they are."""
+    if a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))
