@@ -23,6 +23,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* does not divide a layer's width"),
     pytest.mark.filterwarnings("ignore:Merged into 1 packed weights"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # of torch: fp32 is meant here
+    pytest.mark.filterwarnings("ignore:inner dimension"),  # of bitsandbytes, of layers as small as these
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
 ]
 
 

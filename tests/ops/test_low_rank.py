@@ -151,7 +151,7 @@ def test_narrow_activations_with_fp32_factors(narrow, tokens):
 def test_gradients_of_narrow_products_are_as_near_as_their_rounding(scale):
     x, g = torch.randn(500, 64).bfloat16(), torch.randn(500, 96).bfloat16()
     down, up = torch.randn(8, 64), torch.randn(96, 8)
-    narrow = module._factor_gradients_of_narrow(x, g, down, up, scale)
+    narrow = module._narrow_gradients(x, g, down.bfloat16(), (up * scale).bfloat16(), scale, torch.float32)
     wide = module._factor_gradients(*(t.double() for t in (x, g, down, up)), scale)
     assert [t.dtype for t in narrow] == [torch.float32, torch.float32, torch.bfloat16]
     for found, expected in zip(narrow, wide, strict=True):

@@ -189,7 +189,10 @@ def _add_product(
 
 
 class _LowRank(torch.autograd.Function):
-    """Saves x, the factors, the packed mask and, where it is exact, the middle; T is the number of tokens."""
+    """Saves x, the factors, the packed mask and, where it is exact, the middle; T is the number of tokens.
+
+    Where casting the factors again is dearer than their memory, narrow copies too, of ``up`` with the factor in it.
+    """
 
     @staticmethod
     def forward(ctx, x_BI, h_BO, down_RI, up_OR, bias_O, packed, scale, keep, dtype, in_place):  # type: ignore[no-untyped-def]
@@ -199,10 +202,15 @@ class _LowRank(torch.autograd.Function):
         x_TI = x_BI.reshape(-1, x_BI.shape[-1])
         if packed is not None:
             x_TI = drop.Mask(packed, x_TI).taken_by(x_TI)
-        mid_TR = torch.mm(x_TI.to(dtype), down_RI.to(dtype).t()) * ctx.factor
+        mid_TR = torch.mm(x_TI.to(dtype), (down := down_RI.to(dtype)).t())
         exact = x_BI.dtype == dtype == down_RI.dtype
-        ctx.save_for_backward(x_BI, down_RI, up_OR, bias_O, packed, mid_TR if exact else None)
-        h_TO, up_RO = h_BO.reshape(-1, h_BO.shape[-1]), up_OR.to(dtype).t()
+        if exact:
+            mid_TR, up = mid_TR * ctx.factor, up_OR
+        else:  # cast and scaled in one pass
+            up = torch.mul(up_OR, ctx.factor, out=up_OR.new_empty(up_OR.shape, dtype=dtype))
+        narrow = (down, up) if not exact and dtype != down_RI.dtype and not x_BI.is_cpu else (None, None)
+        ctx.save_for_backward(x_BI, down_RI, up_OR, bias_O, packed, mid_TR if exact else None, *narrow)
+        h_TO, up_RO = h_BO.reshape(-1, h_BO.shape[-1]), up.t()
         if in_place:
             ctx.mark_dirty(h_BO)
             h_TO.addmm_(mid_TR, up_RO)
@@ -226,7 +234,7 @@ class _LowRank(torch.autograd.Function):
 
 def _gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """Gradients of x, h, down, up, bias; differentiable operations on saved inputs only, where that is asked for."""
-    x_BI, down_RI, up_OR, bias_O, packed, mid_TR = ctx.saved_tensors
+    x_BI, down_RI, up_OR, bias_O, packed, mid_TR, *narrow = ctx.saved_tensors
     need_x, need_h, need_down, need_up, need_bias = ctx.needs_input_grad[:5]
     x_TI, g_TO = x_BI.reshape(-1, x_BI.shape[-1]), g_BO.reshape(-1, g_BO.shape[-1])
     mask = None if packed is None else drop.Mask(packed, x_TI)
@@ -238,14 +246,18 @@ def _gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[
     dx = ddown = dup = None
     if trains and mid_TR is None:
         kept_TI = x_TI if mask is None else mask.zero(x_TI)
-        narrow = wide != ctx.dtype == g_TO.dtype and not (g_TO.is_cpu or torch.is_grad_enabled())
-        make = _factor_gradients_of_narrow if narrow else _factor_gradients
-        ddown, dup, dmid_TR = make(kept_TI, g_TO, down_RI.to(wide), up_OR.to(wide), ctx.factor)
+        if narrow[0] is not None and not torch.is_grad_enabled():
+            ddown, dup, dmid_TR = _narrow_gradients(
+                kept_TI.to(ctx.dtype), g_TO.to(ctx.dtype), *narrow, ctx.factor, down_RI.dtype
+            )
+        else:
+            ddown, dup, dmid_TR = _factor_gradients(kept_TI, g_TO, down_RI.to(wide), up_OR.to(wide), ctx.factor)
     else:
         g_TO = g_TO.to(wide)
         dmid_TR = torch.mm(g_TO, up_OR.to(wide)) * ctx.factor
     if need_x:
-        dx = torch.mm(dmid_TR.to(ctx.dtype), down_RI.to(ctx.dtype)).to(x_BI.dtype)
+        down = down_RI.to(ctx.dtype) if narrow[0] is None or torch.is_grad_enabled() else narrow[0]
+        dx = torch.mm(dmid_TR.to(ctx.dtype), down).to(x_BI.dtype)
         dx = (dx if mask is None else mask.zero_(dx)).view(x_BI.shape)
     if ddown is None and trains:
         kept_TI = x_TI if mask is None else mask.taken_by(x_TI)
@@ -280,17 +292,16 @@ def _factor_gradients(
     return ddown_RI, dup_RO.t(), dmid_TR
 
 
-def _factor_gradients_of_narrow(
-    x_TI: Tensor, g_TO: Tensor, down_RI: Tensor, up_OR: Tensor, factor: float | Tensor
+def _narrow_gradients(
+    x_TI: Tensor, g_TO: Tensor, down_RI: Tensor, up_OR: Tensor, factor: float | Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from narrow products; what they are summed over the tokens to keeps the factors' dtype."""
-    mid_TR = torch.mm(x_TI, (down_RI * factor).to(x_TI.dtype).t())
-    dmid_TR = torch.mm(g_TO, (up_OR * factor).to(g_TO.dtype))
-    return _widely(dmid_TR.t(), x_TI, down_RI.dtype), _widely(g_TO.t(), mid_TR, up_OR.dtype), dmid_TR
+    """The same from narrow products, ``up`` with the factor in it; what is summed over the tokens comes in ``dtype``."""
+    mid_TR, dmid_TR = torch.mm(x_TI, down_RI.t()), torch.mm(g_TO, up_OR)
+    return _widely(dmid_TR.t(), x_TI, dtype), _widely(g_TO.t(), mid_TR, dtype).mul_(factor), dmid_TR
 
 
 def _widely(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product of narrow matrices in a wider dtype: that of its sums, where the device can give them as they are."""
+    """The product of narrow matrices in a wider dtype: that of its sums, where the device gives them as they are."""
     if a.is_cuda and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a.to(dtype), b.to(dtype))
