@@ -1,10 +1,11 @@
 """Dropout that keeps one bit per element for backward.
 
-The generator is the cost of dropout on a CPU, so no element gets a number of its own there. The mask is built 64 elements
-at a time by comparing random bit planes with the threshold, from the lowest bit up (``u < keep`` is ``~u_k | m`` where
-bit k of ``keep`` is set and ``~u_k & m`` where it is not), and comes out packed. The probability of keeping is
-``round((1 - p) * 65536) / 65536`` exactly. In large masks the eight lowest planes are shared by 16 elements far apart:
-they decide one element in 256, so two such elements are dependent with probability 2**-16.
+The generator is the cost of dropout on a CPU, so no element gets a number of its own there. The mask is built 64
+elements at a time by comparing random bit planes with the threshold, from the lowest bit up (``u < keep`` is
+``~u_k | m`` where bit k of ``keep`` is set and ``~u_k & m`` where it is not), and comes out packed. The probability of
+keeping is ``round((1 - p) * 65536) / 65536`` exactly. In large masks the eight lowest planes are shared by 16 elements
+far apart: they decide one element in 256, so two such elements are dependent with probability 2**-16. Other devices
+draw a number for each element.
 
 The packed mask is stored, not the generator's state: drawing again in backward would cost the draw a second time.
 """

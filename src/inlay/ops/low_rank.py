@@ -234,30 +234,28 @@ class _LowRank(torch.autograd.Function):
 
 def _gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """Gradients of x, h, down, up, bias; differentiable operations on saved inputs only, where that is asked for."""
-    x_BI, down_RI, up_OR, bias_O, packed, mid_TR, *narrow = ctx.saved_tensors
+    x_BI, down_RI, up_OR, bias_O, packed, mid_TR, down, up = ctx.saved_tensors
     need_x, need_h, need_down, need_up, need_bias = ctx.needs_input_grad[:5]
     x_TI, g_TO = x_BI.reshape(-1, x_BI.shape[-1]), g_BO.reshape(-1, g_BO.shape[-1])
     mask = None if packed is None else drop.Mask(packed, x_TI)
     if torch.is_grad_enabled():
-        mid_TR = None
+        mid_TR = down = None
     trains = need_down or need_up
     # In the factors' dtype, although the products were narrow: they are what is trained.
     wide = down_RI.dtype if trains and not ctx.autocast else ctx.dtype
     dx = ddown = dup = None
     if trains and mid_TR is None:
         kept_TI = x_TI if mask is None else mask.zero(x_TI)
-        if narrow[0] is not None and not torch.is_grad_enabled():
-            ddown, dup, dmid_TR = _narrow_gradients(
-                kept_TI.to(ctx.dtype), g_TO.to(ctx.dtype), *narrow, ctx.factor, down_RI.dtype
-            )
+        if down is not None:
+            x, g = kept_TI.to(ctx.dtype), g_TO.to(ctx.dtype)
+            ddown, dup, dmid_TR = _narrow_gradients(x, g, down, up, ctx.factor, down_RI.dtype)
         else:
             ddown, dup, dmid_TR = _factor_gradients(kept_TI, g_TO, down_RI.to(wide), up_OR.to(wide), ctx.factor)
     else:
         g_TO = g_TO.to(wide)
         dmid_TR = torch.mm(g_TO, up_OR.to(wide)) * ctx.factor
     if need_x:
-        down = down_RI.to(ctx.dtype) if narrow[0] is None or torch.is_grad_enabled() else narrow[0]
-        dx = torch.mm(dmid_TR.to(ctx.dtype), down).to(x_BI.dtype)
+        dx = torch.mm(dmid_TR.to(ctx.dtype), down_RI.to(ctx.dtype) if down is None else down).to(x_BI.dtype)
         dx = (dx if mask is None else mask.zero_(dx)).view(x_BI.shape)
     if ddown is None and trains:
         kept_TI = x_TI if mask is None else mask.taken_by(x_TI)
@@ -295,7 +293,7 @@ def _factor_gradients(
 def _narrow_gradients(
     x_TI: Tensor, g_TO: Tensor, down_RI: Tensor, up_OR: Tensor, factor: float | Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from narrow products, ``up`` with the factor in it; what is summed over the tokens comes in ``dtype``."""
+    """The same from narrow products, ``up`` with the factor in it; sums over the tokens come in ``dtype``."""
     mid_TR, dmid_TR = torch.mm(x_TI, down_RI.t()), torch.mm(g_TO, up_OR)
     return _widely(dmid_TR.t(), x_TI, dtype), _widely(g_TO.t(), mid_TR, dtype).mul_(factor), dmid_TR
 
@@ -303,5 +301,6 @@ def _narrow_gradients(
 def _widely(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """The product of narrow matrices in a wider dtype: that of its sums, where the device gives them as they are."""
     if a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
+        wide: Tensor = torch.mm(a, b, out_dtype=dtype)
+        return wide
     return torch.mm(a.to(dtype), b.to(dtype))
