@@ -42,7 +42,7 @@ _HOME = {
     "LoHaConfig": "methods.loha",
     "LoKrConfig": "methods.lokr",
     "LoraConfig": "methods.lora",
-    "LoraRuntimeConfig": "methods.lora",
+    "LoraRuntimeConfig": "methods._low_rank",
     "OFTConfig": "methods.oft",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "model",
     "PeftMixedModel": "model",
@@ -130,13 +130,13 @@ if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
     from inlay.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
     from inlay.inits import LoftQConfig as LoftQConfig
     from inlay.methods import register_peft_method as register_peft_method
+    from inlay.methods._low_rank import LoraRuntimeConfig as LoraRuntimeConfig
     from inlay.methods.adalora import AdaLoraConfig as AdaLoraConfig
     from inlay.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from inlay.methods.ia3 import IA3Config as IA3Config
     from inlay.methods.loha import LoHaConfig as LoHaConfig
     from inlay.methods.lokr import LoKrConfig as LoKrConfig
     from inlay.methods.lora import LoraConfig as LoraConfig
-    from inlay.methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
     from inlay.methods.oft import OFTConfig as OFTConfig
     from inlay.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from inlay.model import PeftMixedModel as PeftMixedModel

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.errors import InvocationError, RowsError
+from inlay.errors import ConfigError, InvocationError, RowsError
 
 NEVER = torch.iinfo(torch.int64).max  # where a row has no invocation
 
@@ -38,6 +38,14 @@ def last_occurrence(ids_BL: Tensor, tokens: Sequence[int], mask_BL: Tensor | Non
         found = found & (mask_BL.unfold(1, n, 1) != 0).all(2)
     at_B = torch.where(found, torch.arange(L - n + 1, device=ids_BL.device), -1).amax(1)
     return torch.where(at_B < 0, NEVER, at_B)
+
+
+def check_invocation(tokens: Sequence[int], task_type: str | None) -> None:
+    """Raises `ConfigError` where no call could hold these tokens."""
+    if not tokens or min(tokens) < 0:
+        raise ConfigError(f"alora_invocation_tokens must be one or more tokens, got {tokens}.")
+    if task_type not in (None, "CAUSAL_LM"):
+        raise ConfigError(f"alora_invocation_tokens is for task_type='CAUSAL_LM', got {task_type!r}.")
 
 
 PROBES = ("Some text.{}", "Some text. {}", "Some text.\n{}", "{}Yes", "{} Yes", "{}\nYes")

@@ -12,6 +12,7 @@ anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -30,6 +31,17 @@ from inlay.report import LoadReport
 _PACKED = "start by True, then call replace_lora_weights_loftq with the weights that it was packed from"
 
 
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of one run, never saved.
+
+    Args:
+        ephemeral_gpu_offload (`bool`, *optional*, defaults to `False`): Accepted; DoRA's norm needs no offload here.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+
 class AbstractLowRank(AbstractDelta):
     """``delta = up @ down``, never built: fused products, stacked rows and merging in place come with it.
 
@@ -42,6 +54,7 @@ class AbstractLowRank(AbstractDelta):
     # How many matrices the factors stack.
     experts: int = 1
     use_dora: bool = False
+    gain: float = 1.0  # of the product, not of the bias
     r: int
     init: Any = True
     # Which rows of the rank a file has, where training has cut the others.
@@ -97,15 +110,26 @@ class AbstractLowRank(AbstractDelta):
         W = self.base(p, W_OI) + self.scaling * self.delta(p)
         if self.use_dora:
             W = W * (p["magnitude"].flatten() / W.detach().norm(dim=1))[:, None]
-        return W, b_O
+        return W, b_O if b_O is None or "bias" not in p else b_O + self.scaling / self.gain * p["bias"]
+
+    def tied(self, p: Params) -> Params:
+        if not self.rank_dims:
+            return super().tied(p)
+        # The tied layer's matrix is the transpose: the first factor and the last change places.
+        down, *_, up = self.rank_dims
+        return {**{key: p[key] for key in self.rank_dims}, down: p[up].t(), up: p[down].t()}
 
     def check(self, kind: LayerKind, base: nn.Module) -> None:
         if self.use_dora and (kind.by_weight or kind.groups(base) > 1):
             why = "is adapted through its weight" if kind.by_weight else "is grouped, so B A is no weight of it"
             raise UnsupportedLayerError(f"use_dora must be off: this {kind.name} {why}.")
+        if "bias" in self.slots and kind.indexed:
+            raise UnsupportedLayerError("lora_bias is not defined on an embedding.")
         super().check(kind, base)
 
     def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
+        if "bias" in self.slots and getattr(base, kind.bias_name, None) is None:
+            raise NotMergeableError("lora_bias needs a layer with a bias to merge into: leave it unmerged.")
         first = next(iter(self.rank_dims), None)
         if first is not None and prod(self.slots[first].shape[1:]) > kind.shape(base)[1]:
             raise NotMergeableError(
@@ -147,6 +171,8 @@ class AbstractLowRank(AbstractDelta):
                 self.begin(p, start.down_RI, start.up_OR)
                 for key in self.offset:
                     p[key].copy_(p[key[:-1]] if start.offset_OI is None else start.offset_OI)
+            if "bias" in p:
+                p["bias"].zero_()
             if self.use_dora:
                 p["magnitude"].copy_(self._norm(p, layer).reshape(p["magnitude"].shape))
 

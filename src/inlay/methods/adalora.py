@@ -65,9 +65,7 @@ class AdaLoraConfig(LoraConfig):
     method: ClassVar[str] = "ADALORA"
     example: ClassVar[dict[str, Any]] = {"total_step": 1000}
     patterned: ClassVar[dict[str, str]] = {"lora_alpha": "alpha_pattern"}
-    meaningless: ClassVar[frozenset[str]] = frozenset(
-        {"use_dora", "use_rslora", "lora_bias", "alora_invocation_tokens"}
-    )
+    meaningless = frozenset({"use_dora", "use_rslora", "lora_bias", "alora_invocation_tokens"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,8 +108,7 @@ class AdaLoraAdapter(AbstractLowRank):
     numbers = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
 
     def __init__(self, config: AdaLoraConfig, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
-        # Which of the first init_r rows are in memory, where a file had fewer.
-        self.pattern: list[bool] | None = values.get("pattern")
+        self.pattern: list[bool] | None = values.get("pattern")  # of init_r rows, where a file had fewer
         self.r = config.init_r if self.pattern is None else sum(self.pattern)
         self.ranknum = self.start_rank = config.init_r
         self.lora_alpha: float = values.get("lora_alpha", config.lora_alpha)
@@ -148,10 +145,6 @@ class AdaLoraAdapter(AbstractLowRank):
 
     def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
         return super().out(p, x, h, layer, fresh) if self.r else h
-
-    def tied(self, p: Params) -> Params:
-        # The tied layer's matrix is the transpose: (B E A)^T = A^T E B^T.
-        return {"A": p["B"].t(), "B": p["A"].t(), "E": p["E"]}
 
     def restored(self, saved: Params, p: Params) -> Params:
         return super().restored(saved, {**p, "E": torch.zeros_like(p["E"])})  # what was cut does nothing

@@ -14,25 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from inlay import inits
-from inlay.config import ALPHAS, LATER, RANKS, RUNTIME_ONLY, AdapterConfig, TaskType, within
-from inlay.errors import ConfigError, NotMergeableError, UnsupportedLayerError
+from inlay.activation import check_invocation
+from inlay.config import ALPHAS, LATER, RANKS, RUNTIME_ONLY, AdapterConfig, within
+from inlay.errors import ConfigError
 from inlay.layers import LayerKind
-from inlay.methods._abstract import Layer, Params, Slot
-from inlay.methods._low_rank import AbstractLowRank
-
-
-@dataclass
-class LoraRuntimeConfig:
-    """Settings of one run, never saved.
-
-    Args:
-        ephemeral_gpu_offload (`bool`, *optional*, defaults to `False`): Accepted; DoRA's norm needs no offload here.
-    """
-
-    ephemeral_gpu_offload: bool = False
+from inlay.methods._abstract import Slot
+from inlay.methods._low_rank import AbstractLowRank, LoraRuntimeConfig
 
 
 @dataclass
@@ -96,16 +86,10 @@ class LoraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alora_invocation_tokens is not None:
-            self._check_invocation(self.alora_invocation_tokens)
+            check_invocation(self.alora_invocation_tokens, self.task_type)
         self.loftq_config = inits.checked(self.init_lora_weights, self.loftq_config)
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora_bias and use_dora cannot both be set: DoRA has no place for the bias.")
-
-    def _check_invocation(self, tokens: list[int]) -> None:
-        if not tokens or min(tokens) < 0:
-            raise ConfigError(f"alora_invocation_tokens must be one or more tokens, got {tokens}.")
-        if self.task_type not in (None, TaskType.CAUSAL_LM):
-            raise ConfigError(f"alora_invocation_tokens is for task_type='CAUSAL_LM', got {self.task_type!r}.")
 
     @property
     def invocation(self) -> list[int] | None:
@@ -134,7 +118,7 @@ class LoraAdapter(AbstractLowRank):
         self.r: int = values.get("r", config.r)
         self.lora_alpha: float = values.get("lora_alpha", config.lora_alpha)
         self.use_rslora, self.use_dora, self.lora_bias = config.use_rslora, config.use_dora, config.lora_bias
-        self.gain: float = values.get("gain", 1.0)  # of the product, not of B's bias
+        self.gain = values.get("gain", 1.0)
         self.init = config.init_lora_weights
         self.lora_dropout = self.dropout = config.lora_dropout
         self.experts = kind.experts(base)
@@ -149,27 +133,7 @@ class LoraAdapter(AbstractLowRank):
             self.slots["bias"] = Slot((kind.shape(base)[0],), "lora_B", "bias")
         if self.use_dora:
             self.slots["magnitude"] = Slot(kind.channel_shape(base), "lora_magnitude_vector", "weight", saved_leaf="")
-        if self.lora_bias and kind.indexed:
-            raise UnsupportedLayerError("lora_bias is not defined on an embedding.")
         self.prepare_start(config, kind, base, values)
 
     def natural_scaling(self) -> float:
         return self.gain * self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
-
-    def initialise(self, p: Params, layer: Layer) -> None:
-        super().initialise(p, layer)
-        if self.lora_bias:
-            nn.init.zeros_(p["bias"])
-
-    def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        W_OI, b_O = super().weight(p, W_OI, b_O)
-        return W_OI, b_O if b_O is None or not self.lora_bias else b_O + self.scaling / self.gain * p["bias"]
-
-    def tied(self, p: Params) -> Params:
-        # The tied layer's matrix is the transpose: (B A)^T = A^T B^T.
-        return {"down": p["up"].t(), "up": p["down"].t()}
-
-    def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
-        super().check_mergeable(kind, base)
-        if self.lora_bias and getattr(base, kind.bias_name, None) is None:
-            raise NotMergeableError("lora_bias needs a layer with a bias to merge into: leave it unmerged.")
