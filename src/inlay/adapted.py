@@ -601,9 +601,9 @@ class Adapted(_Light):
         return facts(*self.kind.keeper(self.get_base_layer()))
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
-        """Trains or freezes adapters, active or not; names that are not here are passed over."""
+        """Trains or freezes adapters, active or not; what is not here, or only keeps a place, is passed over."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.methods:
+            if name in self.methods and not self.methods[name].vacant:
                 for slot, owner, attribute in self.tensors(name):
                     owner.get_parameter(attribute).requires_grad_(requires_grad and slot.trainable)
 

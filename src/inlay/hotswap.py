@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay import inject, settings, slots, sources, state
+from inlay import inject, match, settings, slots, sources, state
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import BaseGoneError, HotswapError, MoreLayersError, PeftWarning
 from inlay.formats.peft import apply_key_mapping, strip_prefix
+from inlay.invocation import check_invocation
 from inlay.methods._abstract import AbstractAdapter
 from inlay.report import LoadReport
 from inlay.trained import ModulesToSaveWrapper, Tied
@@ -50,12 +51,14 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         >>> from inlay import LoraConfig
         >>> check_hotswap_configs_compatible(LoraConfig(r=4), LoraConfig(r=16, use_rslora=True))
     """
-    for config in (config0, config1):
-        if not isinstance(config, AdapterConfig):
-            raise HotswapError(f"{type(config).__name__} adapts no layer: only adapters of layers can be swapped.")
+    if not (isinstance(config0, AdapterConfig) and isinstance(config1, AdapterConfig)):
+        odd = config1 if isinstance(config0, AdapterConfig) else config0
+        raise HotswapError(f"{type(odd).__name__} adapts no layer: only adapters of layers can be swapped.")
     if config0.peft_type != config1.peft_type:
         old, new = type(config0).method, type(config1).method
         raise HotswapError(f"The loaded adapter is of {old} and the new one of {new}: {_APART}")
+    if (config0.invocation is None) != (config1.invocation is None):
+        raise HotswapError(f"One of the two adapters acts from its invocation on, and one on all tokens: {_APART}")
     for name in _STRUCTURE:
         here, there = getattr(config0, name, None), getattr(config1, name, None)
         if here != there:
@@ -131,9 +134,12 @@ def hotswap_adapter(
         UnknownAdapterError: There is no such adapter.
         HotswapError: Another method, or other tensors, or a rank above the one prepared for.
         MoreLayersError: It adapts layers that the loaded adapter does not; the message lists them.
-        LoadError, FileError: Its files cannot be used. The loaded adapter is as it was, in every case.
+        LoadError, FileError: Its files cannot be used.
+        BaseGoneError: It was merged with ``keep_base=False``.
+        UnknownArgumentError: A keyword is none of the hub's. The loaded adapter is as it was, in every case.
     """
     key_mapping = kwargs.pop("key_mapping", None)
+    sources.check_arguments(hotswap_adapter, kwargs, sources.LOADING)
     hub, _ = sources.split_hub_arguments(kwargs)
     source = state.open_source(sources.locate(model_name_or_path, subfolder=kwargs.get("subfolder"), **hub))
     with source.weights:
@@ -197,29 +203,23 @@ class _Swap:
     layers: dict[str, Adapted] = field(default_factory=dict)  # by name in files
     whole: dict[str, ModulesToSaveWrapper] = field(default_factory=dict)
     adapters: dict[str, AbstractAdapter] = field(default_factory=dict)  # the new ones
-    idle: list[Adapted] = field(default_factory=list)  # layers that the new adapter leaves out
     report: LoadReport = field(default_factory=LoadReport)
     into: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by name in files: destination and values
     blank: list[Tensor] = field(default_factory=list)  # to be zeroed first
-    seen: list[tuple[AbstractAdapter, dict[str, Any]]] = field(default_factory=list)  # old adapters and their numbers
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
 
     def plan(self, strict: bool) -> None:
         """Finds out what is to be written, and raises for whatever is in the way."""
         for path, wrapper in inject.wrappers(self.root):
             if isinstance(wrapper, Adapted):
-                if (old := wrapper.methods.get(self.name)) is not None:
+                if self.name in wrapper.methods:
                     self.layers[state.without_foreign(path)] = wrapper
-                    self.seen.append((old, vars(old)))
             elif self.name in wrapper.modules_to_save:
                 self.whole[state.without_foreign(path)] = wrapper
         found = {path: self._taken(path, layer.methods[self.name]) for path, layer in self.layers.items()}
         self._plan_adapters(all(found.values()))
         for path, layer in self.layers.items():
-            if found[path] or (isinstance(layer, Tied) and path in self.adapters):
-                self._plan_layer(path, layer, found[path])
-            else:
-                self._plan_idle(path, layer, strict)
+            self._plan_layer(path, layer, found[path] or self._idle(path, layer, strict))
         if self.rest or self.whole:
             self._plan_whole()
         self._complain()
@@ -256,15 +256,31 @@ class _Swap:
         inject.with_targets(config, prepared)
 
     def _is_plain(self) -> bool:
-        """Whether the config and a layer's name say all about its adapter: then no plan has to be made."""
+        """Whether the config and the layers' names say all about their adapters: then no plan has to be made."""
         config = self.config
         special = self.whole or config.bias != "none" or any(getattr(config, name) for name in slots.ELSEWHERE)
         if special or config.target_modules in (None, "all-linear") or any(config.patterns().values()):
             return False
+        named = match.matcher(config.target_modules)
         return all(
-            type(layer) is Adapted and layer.kind.name != "Parameter" and not path.endswith((".out_proj", "_adapter"))
+            type(layer) is Adapted
+            and layer.kind.name != "Parameter"
+            and not path.endswith((".out_proj", "_adapter"))
+            and named(path)
             for path, layer in self.layers.items()
         )
+
+    def _idle(self, path: str, layer: Adapted, strict: bool) -> dict[str, tuple[str, Tensor]]:
+        """Tensors with which a layer that has none in the file, or in the config, does nothing."""
+        if (method := self.adapters.get(path)) is None:
+            if isinstance(layer, Tied) or path.endswith(".token_adapter"):
+                raise HotswapError(f"{path} is tied to another layer, or trains tokens, in one adapter only: {_APART}")
+            method = self.adapters[path] = copy.copy(layer.methods[self.name])
+            method.vacant = True
+        elif strict or isinstance(layer, Tied):
+            return {}
+        values = slots.idle(layer, self.name, method)
+        return {key: (f"{path}.{slot.saved_name()}", values[key]) for key, slot in method.slots.items()}
 
     def _plan_layer(self, path: str, layer: Adapted, found: dict[str, tuple[str, Tensor]]) -> None:
         old, new = layer.methods[self.name], self.adapters.get(path)
@@ -319,17 +335,6 @@ class _Swap:
         self.into[name] = (value, value)
         self.replaced.append((owner, attribute, value))
 
-    def _plan_idle(self, path: str, layer: Adapted, strict: bool) -> None:
-        names = {key: f"{path}.{slot.saved_name()}" for key, slot in layer.methods[self.name].slots.items()}
-        if isinstance(layer, Tied) or path.endswith(".token_adapter"):
-            raise HotswapError(f"{path} is tied to another layer, or trains tokens, in one adapter only: {_APART}")
-        if strict and path in self.adapters:
-            self.report.missing.extend(names.values())
-            return
-        p = layer.params(self.name)
-        self.into.update({names[key]: (p[key], t) for key, t in slots.idle(layer, self.name).items()})
-        self.idle.append(layer)
-
     def _plan_whole(self) -> None:
         """What stands beside the layers' adapters: modules trained whole, biases, and what files repeat."""
         wanted: dict[str, tuple[Tensor, str]] = {}
@@ -357,7 +362,7 @@ class _Swap:
     def _complain(self) -> None:
         report, start = self.report, f".{inject.method_of(self.config).prefix}"
         report.unexpected.extend(self.rest)
-        layers = {key.partition(start)[0] for key in self.rest if start in key} - self.layers.keys()
+        layers = {key.rpartition(start)[0] for key in self.rest if start in key} - self.layers.keys()
         if layers:
             raise MoreLayersError(
                 f"The new adapter adapts {len(layers)} layers that {self.name!r} does not: {sorted(layers)}. Make "
@@ -375,28 +380,20 @@ class _Swap:
                     f"{layer.path} was merged with keep_base=False, which cannot be undone exactly: unmerge first."
                 )
 
-    def stands(self) -> bool:
-        """Whether no other swap has come first since it was planned."""
-        return all(vars(method) is numbers for method, numbers in self.seen)
-
     def write(self) -> None:
         """Does it."""
         merged = [(w, w.merged_adapters) for w in self.layers.values() if self.name in w._merged]
         for layer, _ in merged:
             layer.unmerge()
-        with torch.no_grad():
-            if self.blank:
-                torch._foreach_zero_(self.blank)
-            if self.into:
-                to, values = zip(*self.into.values(), strict=True)
-                torch._foreach_copy_(to, values)
+        if self.blank:
+            torch._foreach_zero_(self.blank)
+        if self.into:
+            to, values = zip(*self.into.values(), strict=True)
+            torch._foreach_copy_(to, values)
         for owner, attribute, value in self.replaced:
             owner._parameters[attribute] = value
         for path, layer in self.layers.items():
-            if layer in self.idle:
-                layer.methods[self.name].vacant = True
-            else:
-                layer.renumber(self.name, self.adapters[path])
+            layer.renumber(self.name, self.adapters[path])
         for layer, names in merged:
             layer.merge(adapter_names=names)
 
@@ -404,18 +401,18 @@ class _Swap:
 def _swap(model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor], strict: bool) -> None:
     model = slots.plain(model)
     root, prefix = state.root_of(model)
-    old = state.config_of(model, name)
-    check_hotswap_configs_compatible(old, config)
+    check_hotswap_configs_compatible(state.config_of(model, name), config)
     assert isinstance(config, AdapterConfig), "checked"
+    if config.invocation is not None:
+        check_invocation(config.invocation, root)
     config = copy.copy(config)
-    config.inference_mode = old.inference_mode
-    swap = _Swap(root, name, config, dict(tensors))
-    swap.plan(strict)
     handle: Any = model
-    with next(w.router for _, w in inject.wrappers(root)).writing():
-        if not swap.stands():
-            swap = _Swap(root, name, config, dict(tensors))
-            swap.plan(strict)
+    # The plan too is made alone with the model: what it has looked at must be there when it is written.
+    alone = next(w.router for _, w in inject.wrappers(root)).writing()
+    with alone, torch.inference_mode(False), torch.no_grad():
+        config.inference_mode = state.config_of(model, name).inference_mode
+        swap = _Swap(root, name, config, dict(tensors))
+        swap.plan(strict)
         swap.write()
         if prefix:
             handle.base_model.register(name, config)

@@ -69,7 +69,7 @@ def prepare(
     for name, prepared in further.items():
         _extend(root, name, prepared)
     found = list(_adapters(root, configs))
-    with found[0][0].router.writing(), torch.no_grad():
+    with found[0][0].router.writing(), torch.inference_mode(False), torch.no_grad():
         for layer, name, method in found:
             if rank is not None:
                 _pad(layer, name, method, rank)
@@ -127,18 +127,18 @@ def _extend(root: nn.Module, name: str, prepared: inject.Prepared) -> None:
         if layer.active_adapters != active:
             layer.set_adapter(active, inference_mode=True)
         with torch.no_grad():
-            for key, t in idle(layer, name).items():
+            for key, t in idle(layer, name, layer.methods[name]).items():
                 layer.params(name)[key].copy_(t)
         layer.methods[name].vacant = True
 
 
-def idle(layer: Adapted, name: str) -> dict[str, Tensor]:
-    """Values with which an adapter changes nothing."""
-    method = copy.copy(layer.methods[name])
+def idle(layer: Adapted, name: str, method: AbstractAdapter) -> dict[str, Tensor]:
+    """Values with which an adapter ``method`` changes nothing, beside those of ``name`` on a layer."""
+    like = next(iter(layer.params(name).values())).detach()
+    method = copy.copy(method)
     method.init = True
-    p = {key: torch.empty_like(t) for key, t in layer.params(name).items()}
-    drawing = list({t.device for t in p.values() if t.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices=drawing):
+    p = {key: like.new_empty(slot.shape) for key, slot in method.slots.items()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
         method.initialise(p, layer)
         for key in method.rank_dims:
             p[key].zero_()
