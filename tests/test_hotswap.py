@@ -1022,6 +1022,17 @@ def test_ranks_that_cannot_be(saved: Callable[..., Path]) -> None:
     untouched_by(loha, lambda: hotswap_adapter(loha, other, "default"), HotswapError, "'layers.0.q.hada_w1_a' is")
 
 
+def test_layers_are_named_whole_whatever_they_are_called() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    first, second = (inlay.get_peft_model(Odd(), lora(targets=targets)) for targets in (["0"], ["0", "1"]))
+    with pytest.raises(MoreLayersError, match=r"1 layers .* \['lora_x.1'\]"):
+        hotswap_adapter_from_model(first, second, "default")
+
+
 def test_prompts_are_not_swapped() -> None:
     with pytest.raises(HotswapError, match="PromptTuningConfig adapts no layer"):
         check_hotswap_configs_compatible(inlay.PromptTuningConfig(num_virtual_tokens=2), lora())

@@ -259,14 +259,15 @@ class _Swap:
         """Whether the config and the layers' names say all about their adapters: then no plan has to be made."""
         config = self.config
         special = self.whole or config.bias != "none" or any(getattr(config, name) for name in slots.ELSEWHERE)
-        if special or config.target_modules in (None, "all-linear") or any(config.patterns().values()):
+        targets = config.target_modules
+        if special or targets in (None, "all-linear") or any(config.patterns().values()):
             return False
-        named = match.matcher(config.target_modules)
+        named, short = match.matcher(targets), set() if isinstance(targets, str) else set(targets)
         return all(
             type(layer) is Adapted
             and layer.kind.name != "Parameter"
             and not path.endswith((".out_proj", "_adapter"))
-            and named(path)
+            and (path.rpartition(".")[2] in short or named(path))
             for path, layer in self.layers.items()
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from parity.helpers import Pair, base, config_of, make_pair, peft, peft_may_warn, random_like
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import inlay
@@ -286,14 +286,64 @@ def test_a_rank_pattern_has_scales_of_its_own(tmp_path: Path) -> None:
     assert right(pair.ours, folder, pair)
 
 
-def test_dora(tmp_path: Path) -> None:
-    fields = {**B, "use_dora": True}
+@pytest.mark.parametrize(
+    "field", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lin1"], "target_modules": ["lin0"]}], ids=str
+)
+def test_what_stands_beside_the_factors(field: dict[str, Any], tmp_path: Path) -> None:
+    fields = {**B, **field}
     pair, folder = make_pair("linears", fields), saved(tmp_path, "linears", fields)
     with pytest.raises(KeyError), peft_may_warn():
         incumbent.hotswap_adapter(pair.theirs, str(folder), "default")
     assert pair.theirs(*pair.args).isfinite().all()
     assert not right(pair.theirs, folder, pair)
     hotswap.hotswap_adapter(pair.ours, folder, "default")
+    assert right(pair.ours, folder, pair)
+
+
+@pytest.mark.parametrize("spoilt", ["shape", "missing", "NaN"])
+def test_files_that_peft_accepts(spoilt: str, tmp_path: Path) -> None:
+    pair, folder = make_pair("linears", B), saved(tmp_path, "linears", B)
+    file, key = folder / "adapter_model.safetensors", "base_model.model.lin1.lora_B.weight"
+    tensors = load_file(file)
+    B_OR = tensors.pop(key)
+    if spoilt != "missing":
+        tensors[key] = torch.ones(B_OR.shape[0] + 1, B_OR.shape[1]) if spoilt == "shape" else B_OR * torch.nan
+    save_file(tensors, file)
+    before = pair.ours(*pair.args)
+    with peft_may_warn():
+        incumbent.hotswap_adapter(pair.theirs, str(folder), "default")
+    if spoilt == "shape":
+        with pytest.raises(RuntimeError):
+            pair.theirs(*pair.args)
+    else:
+        assert pair.theirs(*pair.args).isnan().any() == (spoilt == "NaN")
+        assert pair.theirs.base_model.model.lin1.lora_B["default"].weight.any() == (spoilt == "NaN")
+    with pytest.raises(RuntimeError):
+        hotswap.hotswap_adapter(pair.ours, folder, "default")
+    torch.testing.assert_close(pair.ours(*pair.args), before, rtol=0, atol=0)
+
+
+def test_an_activated_adapter(tmp_path: Path) -> None:
+    pair, folder = make_pair("linears", B), saved(tmp_path, "linears", B)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alora_invocation_tokens": [1]}))
+    before = pair.ours(*pair.args)
+    with peft_may_warn():
+        incumbent.hotswap_adapter(pair.theirs, str(folder), "default")
+    assert not torch.allclose(pair.theirs(*pair.args), before)
+    with pytest.raises(ValueError, match="from its invocation on"):
+        hotswap.hotswap_adapter(pair.ours, folder, "default")
+
+
+def test_an_adapter_that_is_not_active(tmp_path: Path) -> None:
+    """PEFT compares the new config with that of the active one."""
+    pair, folder = make_pair("linears", {**B, "use_rslora": True}), saved(tmp_path, "linears", B)
+    for model, library in ((pair.theirs, peft), (pair.ours, inlay)):
+        model.add_adapter("other", config_of(library, B))
+    with pytest.raises(ValueError), peft_may_warn():
+        incumbent.hotswap_adapter(pair.theirs, str(folder), "other")
+    hotswap.hotswap_adapter(pair.ours, folder, "other")
+    pair.ours.set_adapter("other")
     assert right(pair.ours, folder, pair)
 
 
