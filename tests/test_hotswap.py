@@ -1026,10 +1026,10 @@ def test_layers_are_named_whole_whatever_they_are_called() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lora_x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.body = nn.ModuleDict({"lora_x": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
 
     first, second = (inlay.get_peft_model(Odd(), lora(targets=targets)) for targets in (["0"], ["0", "1"]))
-    with pytest.raises(MoreLayersError, match=r"1 layers .* \['lora_x.1'\]"):
+    with pytest.raises(MoreLayersError, match=r"1 layers .* \['body.lora_x.1'\]"):
         hotswap_adapter_from_model(first, second, "default")
 
 

@@ -166,11 +166,13 @@ def with_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.diffusers
 @pytest.mark.parametrize("prepared", [True, False])
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_the_calls_of_diffusers(prepared: bool) -> None:
     base = diffusers_model()
     inputs = {"sample": torch.randn(1, 2, 4, 4), "timestep": 3, "encoder_hidden_states": torch.randn(1, 3, 8)}
     outputs: dict[str, list[Tensor]] = {}
     for library, module in ((peft, incumbent), (inlay, hotswap)):
+        torch._dynamo.reset()
         model, found = diffusers_model(), outputs.setdefault(library.__name__, [])
         with peft_may_warn() if library is peft else contextlib.nullcontext():
             first = lora_of(base, 2, 1)
@@ -179,6 +181,7 @@ def test_the_calls_of_diffusers(prepared: bool) -> None:
             library.set_peft_model_state_dict(model, first, "style", low_cpu_mem_usage=False)
             if prepared:
                 module.prepare_model_for_compiled_hotswap(model, config=config, target_rank=8, check_compiled="error")
+                model.compile(backend="eager")
             found.append(model(**inputs).sample)
             for rank, alpha in ((5, 1), (3, 32), (7, 16)):
                 tensors = lora_of(base, rank, rank)
