@@ -63,7 +63,7 @@ from inlay.session import Session
 from inlay.signature import PassesOn
 from inlay.storage import stored_parameters
 from inlay.storage.arena import Arena, bytes_of
-from inlay.trained import ModulesToSaveWrapper, Tied
+from inlay.trained import Tied
 
 
 class Tuner(nn.Module):
@@ -162,18 +162,15 @@ class Tuner(nn.Module):
         """Makes adapters the default for all threads.
 
         Args:
-            adapter_name (`str` or `list[str]`): Which; several run together, in this order.
+            adapter_name (`str` or `list[str]`): Which; several run together, in this order. Of those with a copy of
+                one module, such as a head, the first one's runs and is trained; the others stay as they are.
             inference_mode (`bool`, *optional*, defaults to `False`): Keep them frozen.
 
         Raises:
             UnknownAdapterError: One of them does not exist.
-            UnsupportedLayerError: Several of them have a copy of one module, such as a head.
         """
         names = _names(adapter_name)
         self.check_known(names)
-        for _, wrapper in wrappers(self.model):
-            if isinstance(wrapper, ModulesToSaveWrapper):
-                wrapper.copy_for(names)  # of several, none is the one: said before anything is changed
         if any(layer.merged for _, layer in self.layers()):
             warnings.warn(
                 "Adapters are merged: they are unmerged first, then others are set.", PeftWarning, stacklevel=3
