@@ -704,6 +704,8 @@ class PeftModel(nn.Module):
             raise RowsError(
                 f"adapter_names must hold one name per row, got the str {names!r}: write [{names!r}] * batch."
             )
+        if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+            raise RowsError(f"adapter_names must hold one name per row, got {names!r}.")
         self.base_model.check_known([n for n in names if n != BASE])
         batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if batch is not None and batch != len(names):
@@ -1246,9 +1248,10 @@ def _names(given: str | Iterable[str]) -> tuple[str, ...]:
     """One name or several, each once."""
     if isinstance(given, str):
         return (given,)
-    if not isinstance(given, Iterable):
+    names = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(name, str) for name in names):
         raise AdapterNameError(f"an adapter's name or several must be given, got {given!r}.")
-    return tuple(dict.fromkeys(given))
+    return tuple(dict.fromkeys(names))
 
 
 def _open(model_id: str | Path, config: PeftConfig | None, kwargs: dict[str, Any]) -> state.Source:

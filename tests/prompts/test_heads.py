@@ -345,6 +345,8 @@ def test_bad_names_change_nothing(arch: str, task: str, first: str, second: str)
         (["nobody", second], UnknownAdapterError),
         ([first, "__base__"], UnknownAdapterError),
         (3, AdapterNameError),
+        ([first, 3], AdapterNameError),
+        ([[first, second]], AdapterNameError),
         (None, AdapterNameError),
     ]
     for names, error in wrong:
