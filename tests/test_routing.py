@@ -421,6 +421,9 @@ def test_unknown_names(model: inlay.PeftModel, x: Tensor) -> None:
         model(x, adapter_names=["a", "nope", "a", "a"])
     with pytest.raises(UnknownAdapterError, match="nope"):
         model.set_adapter("nope")
+    for none in (3, [["a"]] * 4, [None] * 4):
+        with pytest.raises(RowsError, match="one name per row"):
+            model(x, adapter_names=none)
 
 
 def test_a_chosen_adapter_that_is_deleted_is_not_the_base(model: inlay.PeftModel, x: Tensor) -> None:

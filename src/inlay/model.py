@@ -63,7 +63,7 @@ from inlay.session import Session
 from inlay.signature import PassesOn
 from inlay.storage import stored_parameters
 from inlay.storage.arena import Arena, bytes_of
-from inlay.trained import ModulesToSaveWrapper, Tied
+from inlay.trained import Tied
 
 
 class Tuner(nn.Module):
@@ -162,18 +162,15 @@ class Tuner(nn.Module):
         """Makes adapters the default for all threads.
 
         Args:
-            adapter_name (`str` or `list[str]`): Which; several run together, in this order.
+            adapter_name (`str` or `list[str]`): Which; several run together, in this order. Of those with a copy of
+                one module, such as a head, the first one's runs and is trained; the others stay as they are.
             inference_mode (`bool`, *optional*, defaults to `False`): Keep them frozen.
 
         Raises:
             UnknownAdapterError: One of them does not exist.
-            UnsupportedLayerError: Several of them have a copy of one module, such as a head.
         """
         names = _names(adapter_name)
         self.check_known(names)
-        for _, wrapper in wrappers(self.model):
-            if isinstance(wrapper, ModulesToSaveWrapper):
-                wrapper.copy_for(names)  # of several, none is the one: said before anything is changed
         if any(layer.merged for _, layer in self.layers()):
             warnings.warn(
                 "Adapters are merged: they are unmerged first, then others are set.", PeftWarning, stacklevel=3
@@ -707,6 +704,8 @@ class PeftModel(nn.Module):
             raise RowsError(
                 f"adapter_names must hold one name per row, got the str {names!r}: write [{names!r}] * batch."
             )
+        if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+            raise RowsError(f"adapter_names must hold one name per row, got {names!r}.")
         self.base_model.check_known([n for n in names if n != BASE])
         batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if batch is not None and batch != len(names):
@@ -1249,9 +1248,10 @@ def _names(given: str | Iterable[str]) -> tuple[str, ...]:
     """One name or several, each once."""
     if isinstance(given, str):
         return (given,)
-    if not isinstance(given, Iterable):
+    names = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(name, str) for name in names):
         raise AdapterNameError(f"an adapter's name or several must be given, got {given!r}.")
-    return tuple(dict.fromkeys(given))
+    return tuple(dict.fromkeys(names))
 
 
 def _open(model_id: str | Path, config: PeftConfig | None, kwargs: dict[str, Any]) -> state.Source:

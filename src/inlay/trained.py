@@ -31,6 +31,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module and, for each adapter, a copy that is trained in its stead.
 
+    Of several active adapters with a copy, the first one's runs and is trained; the others' stay as they are.
+
     Args:
         module (`nn.Module`): The module, left as it is.
         router (`Router`): The routing of the model it stands in.
@@ -81,38 +83,32 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         own = self.modules_to_save[adapter_name]
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in own.state_dict()}
 
-    def _serving(self) -> tuple[str | None, Route | None]:
-        """The adapter whose copy runs for the whole batch, if one does, and the routing."""
+    def _serving(self) -> tuple[tuple[str, ...], Route | None]:
+        """The adapters with a copy that are active for the whole batch, and the routing."""
         route = self.router.route()
         if route is not None and route.rows is not None:
-            return None, route
-        run = self._run if route is None else route.run(self, self._run, self.modules_to_save._modules)
-        return self._copied(run), route
-
-    def _copied(self, names: Iterable[str]) -> str | None:
-        mine = [n for n in names if n in self.modules_to_save]
-        if len(mine) > 1:
-            raise UnsupportedLayerError(
-                f"{self.path}: several adapters {mine} hold a copy of it; activate one of them."
-            )
-        return mine[0] if mine else None
+            return (), route
+        return self._run if route is None else route.run(self, self._run, self.modules_to_save._modules), route
 
     def copy_for(self, names: Iterable[str]) -> nn.Module:
-        """The module that runs with these adapters: the copy of one of them, or the original."""
-        copied = self._copied(names)
-        return self.original_module if copied is None else self.modules_to_save[copied]
+        """The module that runs with these adapters: the copy of the first that has one, or the original."""
+        return next((self.modules_to_save[n] for n in self._first(names)), self.original_module)
+
+    def _first(self, names: Iterable[str]) -> list[str]:
+        return [n for n in names if n in self.modules_to_save][:1]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name, route = self._serving()
+        names, route = self._serving()
         rows, tokens = (None, None) if route is None else (route.rows, route.tokens)
         if rows is not None and any(n in self.modules_to_save for n in rows.names):
             return self._forward_rows(rows, tokens, *args, **kwargs)
-        if name is None:
-            return self.original_module(*args, **kwargs)
-        h = self.modules_to_save[name](*args, **kwargs)
-        if tokens is None or name not in tokens.starts:
+        return self._forward_first(names, tokens, *args, **kwargs)
+
+    def _forward_first(self, names: tuple[str, ...], tokens: Tokens | None, *args: Any, **kwargs: Any) -> Any:
+        h = self.copy_for(names)(*args, **kwargs)
+        if tokens is None or not names or names[0] not in tokens.starts:
             return h
-        return tokens.applied(name, h, self.original_module(*args, **kwargs), self.path)
+        return tokens.applied(names[0], h, self._forward_first(names[1:], tokens, *args, **kwargs), self.path)
 
     def _forward_rows(self, rows: Rows, tokens: Tokens | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = rows.fitted(x.shape[0], x.device, self.path)
@@ -125,11 +121,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return h if tokens is None else tokens.applied("", h, h0, self.path)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Makes an adapter's copy the default for all threads and trains it."""
+        """Makes the first of these adapters' copies the default for all threads and trains it."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self._copied(names)
-        self.set_requires_grad([n for n in self._active if n not in names], False)
-        self.set_requires_grad(names, not inference_mode)
+        first = self._first(names)
+        self.set_requires_grad({*self._active, *names}.difference(first), False)
+        self.set_requires_grad(first, not inference_mode)
         self._active = names
         self._refresh()
 
@@ -149,7 +145,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def enable_adapters(self, enabled: bool) -> None:
         """Switches to the original module or back, for all threads."""
         self._enabled = enabled
-        self.set_requires_grad(self._active, enabled)
+        self.set_requires_grad(self._first(self._active) if enabled else self._active, enabled)
         self._refresh()
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
@@ -160,7 +156,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             self._active = tuple(n for n in self._active if n != adapter_name)
             self._refresh()
         if new_active_adapters:
-            self.set_adapter([n for n in new_active_adapters if n in self.modules_to_save][:1])
+            self.set_adapter(new_active_adapters)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -183,8 +179,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         except AttributeError:
             if "modules_to_save" not in self.__dict__.get("_modules", {}):
                 raise
-            copied = self._serving()[0]
-            return getattr(self.copy_for(() if copied is None else (copied,)), name)
+            return getattr(self.copy_for(self._serving()[0]), name)
 
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):

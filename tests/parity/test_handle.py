@@ -459,7 +459,6 @@ MISUSE: dict[str, Callable[[ModuleType, Path], Any]] = {
     "tokens out of the vocabulary": lambda lib, d: lib.get_peft_model(
         base("llama"), lib.LoraConfig(**QV, trainable_token_indices=[64])
     ),
-    "a copy of one module for two active adapters": lambda lib, d: _two_copies(lib),
 }
 
 
@@ -494,12 +493,6 @@ def _auto_of_another_task(lib: ModuleType, directory: Path) -> Any:
         directory
     )
     return lib.AutoPeftModelForCausalLM.from_pretrained(directory)
-
-
-def _two_copies(lib: ModuleType) -> Any:
-    model = plain(lib, **SAVED)
-    model.add_adapter("other", lib.LoraConfig(**LIN0, **SAVED))
-    model.base_model.set_adapter(["default", "other"])
 
 
 @pytest.mark.parametrize("misuse", MISUSE.values(), ids=MISUSE.keys())

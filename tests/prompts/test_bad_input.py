@@ -316,6 +316,30 @@ def test_no_input_at_all(name: str, how: str) -> None:
             call(model, how, **given)
 
 
+@pytest.mark.parametrize("how", ["forward", "generate"])
+@pytest.mark.parametrize("name", ["p5", "k4"])
+def test_an_input_that_is_none(name: str, how: str) -> None:
+    model, ids = handle("llama", "CAUSAL_LM", name), torch.full((2, 6), 5)
+    with refused(PromptError, r"input_ids of shape \(batch, tokens\), these have shape \(6,\)", model):
+        call(model, how, input_ids=ids[0])
+    with refused(PromptError, r"inputs_embeds of shape \(batch, tokens, width\), these have shape \(2, 6\)", model):
+        call(model, how, inputs_embeds=ids.double())
+    with refused(PromptError, "given twice", model):
+        model(input_ids=ids, inputs_embeds=torch.zeros(2, 6, D).double())
+
+
+@pytest.mark.parametrize("name", ["p5", "k4"])
+def test_positions_of_another_shape(name: str) -> None:
+    model, ids = handle("llama", "CAUSAL_LM", name), torch.full((2, 6), 5)
+    for shape in ((1, 5), (2, 5), (2, 11), (3, 6)):
+        with refused(PromptError, rf"position_ids has shape \({shape[0]}, {shape[1]}\).*2 rows of 6 tokens", model):
+            model(input_ids=ids, position_ids=torch.zeros(shape, dtype=torch.long))
+    at = torch.arange(6)[None]
+    torch.testing.assert_close(
+        model(input_ids=ids, position_ids=at).logits, model(input_ids=ids, position_ids=at.expand(2, -1)).logits
+    )
+
+
 @pytest.mark.parametrize(("arch", "task"), [("llama", "CAUSAL_LM"), ("gpt2", "TOKEN_CLS"), ("bert", "TOKEN_CLS")])
 @pytest.mark.parametrize("name", ["p5", "k4"])
 def test_labels_of_another_length(arch: str, task: str, name: str) -> None:
@@ -334,6 +358,8 @@ def test_labels_of_another_length(arch: str, task: str, name: str) -> None:
         ([-1, 0], TaskIndexError, "task_ids has -1, the prompt has the tasks 0 to 1"),
         ([0, 1, 1], PromptError, "a task for each of the 2 rows"),
         ([0.0, 1.0], PromptError, "a task for each of the 2 rows"),
+        ([True, False], PromptError, "a task for each of the 2 rows"),
+        ("both", PromptError, "a task for each of the 2 rows, got 'both'"),
         (None, PromptError, "give task_ids"),
     ],
 )
@@ -341,8 +367,9 @@ def test_tasks_that_there_are_not(how: str, tasks: Any, error: type[Exception], 
     made = inlay.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2)
     model, ids = inlay.get_peft_model(base("llama", "CAUSAL_LM"), made).eval(), torch.full((2, 6), 5)
     with refused(error, match, model):
-        call(model, how, input_ids=ids, task_ids=None if tasks is None else torch.tensor(tasks))
+        call(model, how, input_ids=ids, task_ids=torch.tensor(tasks) if isinstance(tasks, list) else tasks)
     call(model, how, input_ids=ids, task_ids=torch.tensor([1, 0]))
+    call(model, how, input_ids=ids, task_ids=torch.tensor([1, 0], dtype=torch.uint8))
 
 
 def test_classes_may_stand_in_a_column() -> None:

@@ -15,7 +15,7 @@ from prompts.batches import LENGTHS, D, base, batch, config, disturb, handle
 from torch import Tensor, nn
 
 import inlay
-from inlay.errors import NotMergeableError, PeftWarning, UnsupportedLayerError
+from inlay.errors import NotMergeableError, PeftWarning
 from inlay.inject import wrappers
 
 ARCH, TASK = "llama", "CAUSAL_LM"
@@ -375,61 +375,6 @@ def test_compiled_equals_eager(choices: list[list[str]]) -> None:
             with model.disable_adapter():
                 equal(compiled(**inputs).logits, logits(base(ARCH, TASK), **inputs))
     torch._dynamo.reset()
-
-
-# ---------------------------------------------------------------- heads
-
-
-@pytest.mark.parametrize(("arch", "head"), [("llama", "score"), ("bert", "classifier")])
-@pytest.mark.parametrize("names", [("p3", "p5"), ("k4", "k2"), ("p3", "k4"), ("p3", "lora"), ("lora", "k4")])
-def test_each_has_a_head_of_its_own(arch: str, head: str, names: tuple[str, str]) -> None:
-    model, inputs, plain = handle(arch, "SEQ_CLS", *names), rows("SEQ_CLS", arch), base(arch, "SEQ_CLS")
-    heads = getattr(model.get_base_model(), head)
-    assert set(heads.modules_to_save) == set(names)
-    original = logits(plain, **inputs)
-    with model.disable_adapter():
-        equal(logits(model, **inputs), original)
-    for name in names:
-        model.set_adapter(name)
-        expected = logits(model, **inputs)
-        assert all(p.requires_grad == (n == name) for n in names for p in heads.modules_to_save[n].parameters())
-        with torch.no_grad():
-            for n in names:
-                if n != name:
-                    heads.modules_to_save[n].weight.add_(1)
-            equal(logits(model, **inputs), expected)
-            heads.modules_to_save[name].weight.add_(1)
-            differ(logits(model, **inputs), expected)
-        model(**inputs).loss.backward()
-        assert all((p.grad is not None) == (n == name) for n in names for p in heads.modules_to_save[n].parameters())
-        model.zero_grad()
-    with model.disable_adapter():
-        equal(logits(model, **inputs), original)
-
-
-@pytest.mark.parametrize("active", ["lora", "p3"])
-def test_two_heads_at_once_are_refused_and_nothing_is_changed(active: str) -> None:
-    model, inputs = handle("bert", "SEQ_CLS", "lora", "p3"), rows("SEQ_CLS", "bert")
-    model.set_adapter(active)
-    before = logits(model, **inputs)
-    flags = {k: p.requires_grad for k, p in model.named_parameters()}
-    for verb in (model.set_adapter, model.base_model.set_adapter):
-        with pytest.raises(UnsupportedLayerError, match="classifier: several adapters"):
-            verb(["lora", "p3"])
-        assert model.active_adapters == [active]
-        assert {k: p.requires_grad for k, p in model.named_parameters()} == flags
-        assert torch.equal(logits(model, **inputs), before)
-
-
-def test_heads_are_saved_and_loaded(tmp_path: Path) -> None:
-    model, inputs = handle("bert", "SEQ_CLS", "p3", "k4"), rows("SEQ_CLS", "bert")
-    model.save_pretrained(tmp_path)
-    loaded = inlay.PeftModel.from_pretrained(base("bert", "SEQ_CLS"), tmp_path / "p3", "p3")
-    loaded.load_adapter(tmp_path / "k4", "k4")
-    for name in ("p3", "k4"):
-        torch.testing.assert_close(logits(loaded, name, **inputs), logits(model, name, **inputs), rtol=1e-4, atol=1e-4)
-    with loaded.disable_adapter():
-        equal(logits(loaded, **inputs), logits(base("bert", "SEQ_CLS"), **inputs))
 
 
 # ---------------------------------------------------------------- what the handle says

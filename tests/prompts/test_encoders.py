@@ -491,6 +491,23 @@ def test_a_text_is_the_systems_message(llama: nn.Module, tokenizer: Any) -> None
             inlay.initialize_kv_prefix_from_text(model, tokenizer, text="w5 w6 w7 w8", **more)
 
 
+def test_texts_that_leave_nothing_in_a_cache(llama: nn.Module, tokenizer: Any) -> None:
+    model = make(llama, "cartridge")
+    before = encoder(model)().detach().clone()
+
+    def beyond(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [5, 6, 7, 8, len(llama.get_input_embeddings().weight)]}  # type: ignore[operator, arg-type]
+
+    for reader, text, match in (
+        (tokenizer, "", "has 0 tokens, the prompt 5"),
+        (None, "w5 w6 w7 w8 w9", "needs the model's tokenizer, got None"),
+        (beyond, "w5", "the model's vocabulary has"),
+    ):
+        with pytest.raises(PromptError, match=match):
+            inlay.initialize_kv_prefix_from_text(model, reader, text=text)
+    assert torch.equal(encoder(model)(), before)
+
+
 def test_dropout_does_not_get_into_a_start(gpt2: nn.Module, tokenizer: Any) -> None:
     model = make(gpt2, "cartridge").train()
     one, other = (inlay.initialize_kv_prefix_from_text(model, tokenizer, text="w5 w6 w7 w8 w9") for _ in range(2))

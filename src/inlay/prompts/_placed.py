@@ -93,12 +93,15 @@ class Choice(NamedTuple):
 
 def _tasks(tasks_B: object, B: int) -> Tensor:
     """A task for each row, in a call that names tasks."""
-    tasks = torch.as_tensor(tasks_B)
-    if tasks.shape not in ((B,), (1,)) or tasks.is_floating_point():
+    try:
+        tasks = torch.as_tensor(tasks_B)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PromptError(f"task_ids takes a task for each of the {B} rows, got {tasks_B!r}.") from error
+    if tasks.shape not in ((B,), (1,)) or tasks.is_floating_point() or tasks.dtype == torch.bool:
         raise PromptError(
             f"task_ids takes a task for each of the {B} rows, this has shape {tuple(tasks.shape)} and {tasks.dtype}."
         )
-    return tasks.expand(B)
+    return tasks.expand(B).long()  # bytes would be taken for a mask
 
 
 def _part(prompt: AbstractPrompt, tasks_B: Tensor | None, decoder: bool) -> Tensor:
@@ -106,6 +109,17 @@ def _part(prompt: AbstractPrompt, tasks_B: Tensor | None, decoder: bool) -> Tens
     P: Tensor = prompt(tasks_B)
     P = P if P.dim() == 3 else P[None]
     return P[:, prompt.length :] if decoder else P[:, : prompt.length]
+
+
+def sized(ids_BL: Tensor | None, x_BLD: Tensor | None) -> tuple[int, int]:
+    """(B, L) of the input; raises `PromptError` where there is none."""
+    main, dims = (ids_BL, 2) if x_BLD is None else (x_BLD, 3)
+    if not isinstance(main, Tensor):
+        raise PromptError("A prompt needs the input it stands before: give input_ids or inputs_embeds.")
+    if main.dim() != dims:
+        name = "input_ids of shape (batch, tokens)" if dims == 2 else "inputs_embeds of shape (batch, tokens, width)"
+        raise PromptError(f"A prompt stands before {name}, these have shape {tuple(main.shape)}.")
+    return main.shape[0], main.shape[1]
 
 
 def check_mask(given: Mapping[str, Any], shape: tuple[int, int] | None) -> None:

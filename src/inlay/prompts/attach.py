@@ -41,6 +41,7 @@ from inlay.prompts._placed import (
     run,
     seen,
     shift_tokens_right,
+    sized,
 )
 from inlay.prompts.generation import Generation
 from inlay.routing import Defaults, Following, Route
@@ -169,10 +170,9 @@ class Entry:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         self.given: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         self.host, self.choice = host, choice
-        main = self.given.get("input_ids", self.given.get("inputs_embeds"))
-        if not isinstance(main, Tensor):
-            raise PromptError("A prompt needs the input it stands before: give input_ids or inputs_embeds.")
-        self.B, self.L = main.shape[:2]
+        if "input_ids" in self.given and "inputs_embeds" in self.given:
+            raise PromptError("The input is given twice, as input_ids and as inputs_embeds: leave one of them out.")
+        self.B, self.L = sized(self.given.get("input_ids"), self.given.get("inputs_embeds"))
         self.tasks_B = self.given.pop("task_ids", None)
         self.only = choice.only()
         self.own = {k: self.given.pop(k) for p in choice.prompts.values() for k in p.arguments if k in self.given}
@@ -237,6 +237,9 @@ class Entry:
             )
         shape = (self.B, self.L)
         check_mask(self.given, None if going_on else shape)
+        positions = self.given.get("position_ids")
+        if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape != (1, self.L):
+            check_shape("position_ids", positions, shape)
         check_positions(self.host, front, cached, self.L)
         check_gap(self.host, cached, front, self.L)
         if not self.host.seq2seq:

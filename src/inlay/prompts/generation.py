@@ -25,6 +25,7 @@ from inlay.prompts._placed import (
     ordered,
     padding_behind,
     seen,
+    sized,
 )
 
 # What has transformers guess tokens and check several at once.
@@ -48,10 +49,7 @@ class Generation:
         self.host = host
         self.ids_BL = self.given.pop("input_ids", self.given.pop("inputs", None))
         self.x_BLD = self.given.pop("inputs_embeds", None)
-        main = self.ids_BL if self.x_BLD is None else self.x_BLD
-        if not isinstance(main, Tensor):
-            raise PromptError("A prompt needs the input it stands before: give input_ids or inputs_embeds.")
-        self.B, self.L = main.shape[:2]
+        self.B, self.L = sized(self.ids_BL, self.x_BLD)
         tasks_B = self.given.pop("task_ids", None)
         self.front = choice.placed(False, self.B, tasks_B)
         self.cached = choice.placed(True, self.B, tasks_B)

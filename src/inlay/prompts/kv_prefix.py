@@ -15,6 +15,7 @@ from inlay.errors import ConfigError, PromptError
 from inlay.formats import files
 from inlay.prompts._abstract import EMBEDDINGS, AbstractPrompt, Host
 from inlay.prompts.cartridge import CartridgeConfig
+from inlay.prompts.prompt_tuning import check_vocabulary
 
 
 def initialize_kv_prefix_from_text(
@@ -43,16 +44,22 @@ def initialize_kv_prefix_from_text(
         `Tensor`: The new prompt (T, layers * 2 * D).
 
     Raises:
-        PromptError: The text is shorter than the prompt, or the prompt is of another kind; nothing was changed.
+        PromptError: The text is shorter than the prompt, the tokenizer is missing or another model's, or the prompt is
+            of another kind; nothing was changed.
 
     Example:
         >>> initialize_kv_prefix_from_text(model, tokenizer, text=manual)  # doctest: +SKIP
     """
-    _prompt(model, adapter_name, num_virtual_tokens)
+    prompt = _prompt(model, adapter_name, num_virtual_tokens)
     host: Host = model.base_model.prompts.host
     if host.seq2seq:
         raise PromptError("A text leaves nothing in an encoder-decoder's cache: give past_key_values of its decoder.")
+    if not callable(tokenizer):
+        raise PromptError(f"The text needs the model's tokenizer, got {tokenizer!r}.")
     ids_BL = _tokens(tokenizer, text, use_chat_template, max_length)[None].to(host.table.device)
+    if ids_BL.shape[1] < prompt.length:
+        raise PromptError(f"The text has {ids_BL.shape[1]} tokens, the prompt {prompt.length}: give a longer text.")
+    check_vocabulary(host, ids_BL)
     with torch.no_grad(), _in_eval(host.model):
         outputs = host.model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), use_cache=True)
     cache = outputs.past_key_values

@@ -105,12 +105,18 @@ def first_tokens(config: Any, host: Host) -> Tensor | None:
             f"prompt_tuning_init_text has {len(ids)} tokens, the prompt has {config.num_virtual_tokens}: "
             f"{'give a text' if not ids else 'shorten the text, or make num_virtual_tokens larger'}."
         )
-    if max(ids) >= len(host.table):
+    tokens = torch.tensor((ids * config.tokens)[: config.tokens])
+    check_vocabulary(host, tokens)
+    return tokens
+
+
+def check_vocabulary(host: Host, ids: Tensor) -> None:
+    """Raises `PromptError` for a token that the model does not have."""
+    if (last := int(ids.max())) >= len(host.table):
         raise PromptError(
-            f"The tokenizer gives the token {max(ids)}, the model's vocabulary has {len(host.table)}: they do not "
-            "belong together."
+            f"The tokenizer gives the token {last}, the model's vocabulary has {len(host.table)}: they do not belong "
+            "together."
         )
-    return torch.tensor((ids * config.tokens)[: config.tokens])
 
 
 def _tokenizer(config: Any) -> Any:
