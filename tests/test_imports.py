@@ -51,6 +51,7 @@ RANKS = {
     # wrapping
     "replicate": 3,
     "adapted": 5,
+    "experts": 5,
     "parametrized": 5,
     "trained": 5,
     "inject": 6,

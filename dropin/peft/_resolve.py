@@ -36,6 +36,14 @@ HOMES = {
     "update_forward_signature": "helpers",
     "update_generate_signature": "helpers",
     "update_signature": "helpers",
+    "FlattenDims": "integrations.conversion",
+    "PeftConcatenate": "integrations.conversion",
+    "PermuteDims": "integrations.conversion",
+    "_convert_peft_config_moe": "integrations.conversion",
+    "build_peft_weight_mapping": "integrations.conversion",
+    "convert_peft_adapter_state_dict_for_transformers": "integrations.conversion",
+    "convert_peft_config_for_transformers": "integrations.conversion",
+    "get_model_conversion_mapping": "integrations.conversion",
     "_get_submodules": "functional",
     "get_pattern_key": "functional",
 }
@@ -43,6 +51,7 @@ HOMES = {
 OTHER_NAMES = {
     "BaseTuner": "Tuner",
     "BaseTunerLayer": "Adapted",
+    "_convert_peft_config_moe": "convert_peft_config_for_transformers",
     "_get_submodules": "get_submodules",
     "factorization": "split",
 }

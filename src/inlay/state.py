@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inlay import settings, sources
+from inlay import experts, settings, sources
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import DuplicateAdapterError, LoadError, MergeError, PeftWarning, UnknownAdapterError
 from inlay.formats import files
 from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
-from inlay.inject import Prepared, apply, biases, own_modules, prepare, wrappers
+from inlay.inject import Prepared, apply, biases, model_config, own_modules, prepare, wrappers
 from inlay.methods._abstract import AbstractAdapter
 from inlay.prompts import AbstractPrompt, AnyConfig
 from inlay.report import BASE_KEY, LoadReport, base_fingerprint
@@ -320,7 +320,8 @@ def set_peft_model_state_dict(
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
     _check_unmerged(root, adapter_name)
     prompt = prompt_of(model, adapter_name)
-    tensors, frozen = _restored(root, adapter_name, _renamed(peft_model_state_dict, key_mapping, prompt))
+    named = _with_experts(root, _renamed(peft_model_state_dict, key_mapping, prompt))
+    tensors, frozen = _restored(root, adapter_name, named)
     report = _compared(root, adapter_name, targets, tensors, prompt)
     if report.shape and not ignore_mismatched_sizes:
         raise LoadError(f"Tensors do not fit the adapter {adapter_name!r}; nothing was changed.\n{report}", report)
@@ -376,6 +377,16 @@ def _renamed(
         stripped = {key.removeprefix(PREFIX).removeprefix(PROMPT_PREFIX): value for key, value in entries.items()}
     names = apply_key_mapping(stripped, key_mapping)
     return {names[key]: value for key, value in stripped.items() if not key.endswith(_REPEATED)}
+
+
+def _with_experts(root: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:
+    """A file's tensors, or its header, with the factors of single experts put together where the model wants it so."""
+    former = experts.FORMER.get(str(model_config(root).get("model_type")))
+    if former is None or not any(".experts." in key for key in entries):
+        return entries
+    infos = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+    outlines = {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in infos.items()}
+    return experts.fused_tensors({**entries, **outlines}, former)
 
 
 def _check_unmerged(root: nn.Module, adapter_name: str) -> None:
@@ -533,7 +544,7 @@ def load_into(
     """
     strict = settings.strict_load if strict is None else strict
     prepared = prepare(root, config, adapter_name=adapter_name)
-    header = _renamed(source.weights.header, key_mapping)
+    header = _with_experts(root, _renamed(source.weights.header, key_mapping))
     optional = _optional(root)
     for work in prepared.works:
         optional.update(_filed(work.path, work.adapter) if work.source is not None else {})
@@ -547,7 +558,7 @@ def load_into(
         report.raise_for_problems()
     elif report.shape and not ignore_mismatched_sizes:
         raise LoadError(f"The adapter does not fit; nothing was loaded.\n{report}", report)
-    tensors = _renamed(source.weights.read(), key_mapping)
+    tensors = _with_experts(root, _renamed(source.weights.read(), key_mapping))
     report.non_finite.extend(non_finite(_as_kept(prepared, tensors, autocast)))
     if strict:
         report.raise_for_problems()
@@ -662,7 +673,8 @@ def reload(
     _check_unmerged(root, adapter_name)
     prompt = prompt_of(model, adapter_name)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
-    tensors, frozen = _restored(root, adapter_name, _renamed(source.weights.read(), key_mapping, prompt))
+    named = _with_experts(root, _renamed(source.weights.read(), key_mapping, prompt))
+    tensors, frozen = _restored(root, adapter_name, named)
     report = _compared(root, adapter_name, targets, tensors, prompt)
     report.non_finite.extend(non_finite(tensors))
     if settings.strict_load if strict is None else strict:
