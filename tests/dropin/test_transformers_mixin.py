@@ -10,6 +10,7 @@ from typing import Any
 
 import peft
 import pytest
+import test_experts as old
 import torch
 import transformers
 from dropin.tiny_transformers import CASES, MODELS
@@ -367,3 +368,22 @@ def test_hotswap_of_transformers_writes_in_place() -> None:
     made.load_adapter(adapter_state_dict=other.get_adapter_state_dict(), **arguments)
     torch.testing.assert_close(tiny.output(made, "llama"), tiny.output(other, "llama"))
     assert before.keys() == dict(made.named_parameters()).keys()
+
+
+# ---------------------------------------------------------------- experts that were modules once
+
+
+@pytest.mark.parametrize("targets", ["gud", "gu", "d"])
+@pytest.mark.parametrize("model", old.MODELS)
+def test_files_of_single_experts_load_through_the_mixin(model: str, targets: str, tmp_path: Path) -> None:
+    tensors = old.factors(model, targets)
+    given = old.folder(tmp_path, tensors, old.config(model, targets))
+    made = old.build(model)
+    report = made.load_adapter(str(given), "style")
+    assert not report.missing_keys
+    assert not report.unexpected_keys
+    ids = torch.arange(10).reshape(2, 5)
+    torch.testing.assert_close(made(ids).logits, old.by_hand(model, tensors, 3)(ids).logits)
+    from_memory = old.build(model)
+    from_memory.load_adapter(adapter_state_dict=tensors, peft_config=old.config(model, targets))
+    torch.testing.assert_close(from_memory(ids).logits, made(ids).logits)
