@@ -158,7 +158,8 @@ def stir(made: nn.Module, name: str = "default", seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in sorted(made.named_parameters()):
-            if f".{name}." in f"{key}." and parameter.is_floating_point():
+            # PEFT's AdaLoRA has its rank as a parameter, which no file holds.
+            if f".{name}." in f"{key}." and parameter.is_floating_point() and "ranknum" not in key:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
