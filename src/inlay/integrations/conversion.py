@@ -6,11 +6,12 @@ conversions of the model, and what these functions make of them for an adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -180,6 +181,18 @@ def convert_peft_config_for_transformers(
     experts.take_up(peft_config, with_experts(survey(model), peft_config))
 
 
+def present_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Key -> what it is called since transformers moved or renamed modules of the model; itself as a rule.
+
+    Args:
+        model (`nn.Module`): A model of transformers'; any other has its keys as they are.
+        keys (`Iterable[str]`): As files have them, without ``base_model.model.``.
+    """
+    known = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else ()
+    renamings = [conversion for conversion in known if isinstance(conversion, WeightRenaming)]
+    return {key: apply_renamings(key, renamings) for key in keys}
+
+
 def convert_peft_adapter_state_dict_for_transformers(
     model: nn.Module,
     peft_config: AdapterConfig,
@@ -197,8 +210,9 @@ def convert_peft_adapter_state_dict_for_transformers(
     Returns:
         `dict[str, Tensor]`: As files have it, ``base_model.model.`` before every key.
     """
-    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
-    tensors = {apply_renamings(key, renamings): t for key, t in strip_prefix(adapter_state_dict).items()}
+    stripped = strip_prefix(adapter_state_dict)
+    names = present_names(model, stripped)
+    tensors = {names[key]: t for key, t in stripped.items()}
     former = experts.FORMER.get(str(survey(model).model_type))
     if former is not None:
         tensors = experts.fused_tensors(tensors, former)
