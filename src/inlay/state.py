@@ -399,8 +399,10 @@ def _naming(
 
 def _with_experts(root: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:
     """A file's tensors, or its header, with the factors of single experts put together where the model wants it so."""
+    if not any(".experts." in key for key in entries):
+        return entries
     former = experts.FORMER.get(str(model_config(root).get("model_type")))
-    if former is None or not any(".experts." in key for key in entries):
+    if former is None:
         return entries
     infos = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
     outlines = {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in infos.items()}

@@ -387,3 +387,26 @@ def test_files_of_single_experts_load_through_the_mixin(model: str, targets: str
     from_memory = old.build(model)
     from_memory.load_adapter(adapter_state_dict=tensors, peft_config=old.config(model, targets))
     torch.testing.assert_close(from_memory(ids).logits, made(ids).logits)
+
+
+@pytest.mark.bnb
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_base_is_adapted_saved_and_loaded(bits: int, tmp_path: Path) -> None:
+    wide = {**tiny.DECODER, "hidden_size": 64, "intermediate_size": 64}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**wide)).save_pretrained(tmp_path / "base")
+    packing = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+
+    def load(path: Path) -> Any:
+        return MODELS["llama"].auto.from_pretrained(path, quantization_config=packing, device_map="cpu")
+
+    made = load(tmp_path / "base")
+    made.add_adapter(tiny.config("llama", "lora"))
+    tiny.stir(made)
+    layer = made.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, peft.tuners.lora.Linear4bit if bits == 4 else peft.tuners.lora.Linear8bitLt)
+    expected = tiny.output(made.eval(), "llama")
+    made.save_pretrained(tmp_path / "adapter")
+    again = load(tmp_path / "adapter")
+    assert again.model.layers[0].self_attn.q_proj.base_layer.weight.dtype in (torch.uint8, torch.int8)
+    torch.testing.assert_close(tiny.output(again, "llama"), expected)

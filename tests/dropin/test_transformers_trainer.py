@@ -154,6 +154,16 @@ def test_several_adapters_are_saved_in_folders_and_the_active_one_is_resumed(tmp
     assert resumed.active_adapters == ["default"]
 
 
+@pytest.mark.parametrize("option", [{"neftune_noise_alpha": 5.0}, {"label_smoothing_factor": 0.1}, {"bf16": True}])
+def test_options_that_look_inside_the_handle(option: dict[str, Any], tmp_path: Path) -> None:
+    model = handle("lora")
+    before = values(model)
+    trainer(model, tmp_path, max_steps=2, save_strategy="no", **option).train()
+    changed = {key for key, t in values(model).items() if not torch.equal(t, before[key])}
+    assert changed
+    assert all(".lora_" in key for key in changed)
+
+
 def test_a_handle_is_named_as_trackers_look_for_it() -> None:
     model = handle("lora")
     assert type(model).__name__ == "PeftModel"
