@@ -496,8 +496,8 @@ SURFACE: dict[str, str] = {
         "torch_load"
     ),
     "peft.utils.transformers_weight_conversion": (
-        "FlattenDims INCLUDE_LINEAR_LAYERS_SHORTHAND PeftConcatenate PermuteDims _convert_peft_config_moe "
-        "build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers "
+        "FlattenDims INCLUDE_LINEAR_LAYERS_SHORTHAND PeftConcatenate PermuteDims _block_diag_3d "
+        "_convert_peft_config_moe build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers "
         "convert_peft_config_for_transformers get_model_conversion_mapping"
     ),
     "peft.utils.warning": "PeftWarning",

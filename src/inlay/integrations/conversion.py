@@ -67,6 +67,20 @@ class PermuteDims(ConversionOps):  # type: ignore[misc]  # untyped
         return f"{type(self).__name__}(dims={self.dims})"
 
 
+def block_diag_3d(tensors: Sequence[Tensor]) -> Tensor:
+    """Block-diagonal matrices, one for each expert: (E, sum of O, sum of r) of several (E, O, r).
+
+    Raises:
+        PlanError: There are fewer than two, or they are not of this form.
+    """
+    if len(tensors) < 2 or any(t.dim() != 3 or len(t) != len(tensors[0]) for t in tensors):
+        raise PlanError(
+            "What is put together block by block must be two or more tensors (experts, rows, rank) with as many "
+            f"experts each, got {[tuple(t.shape) for t in tensors]}."
+        )
+    return torch.stack([torch.block_diag(*each) for each in zip(*tensors, strict=True)])  # type: ignore[no-untyped-call]
+
+
 class PeftConcatenate(Concatenate):  # type: ignore[misc]  # untyped
     """LoRA's B of a fused weight from those of its halves, (E, O, r) each: block-diagonal, as (2O, 2r * E)."""
 
@@ -80,12 +94,8 @@ class PeftConcatenate(Concatenate):  # type: ignore[misc]  # untyped
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         halves = [input_dict[key] for key in source_patterns if key in input_dict]
-        if len(halves) < 2:
-            raise PlanError(f"A fused B needs both of its halves {source_patterns}, there is {list(input_dict)}.")
-        flat = [t if t.dim() == 3 else t[None] for t in halves]
-        each = zip(*flat, strict=True)
-        blocks = torch.stack([torch.block_diag(*parts) for parts in each], -1)  # type: ignore[no-untyped-call]
-        return {full_layer_name: blocks.flatten(1)}
+        blocks = block_diag_3d([t if t.dim() == 3 else t[None] for t in halves])
+        return {full_layer_name: blocks.permute(1, 2, 0).flatten(1)}
 
     @property
     def reverse_op(self) -> ConversionOps:
