@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 import inlay
 from inlay.config import AdapterConfig, within
-from inlay.errors import ConfigError, FieldTypeError
+from inlay.errors import ConfigError, FieldTypeError, UnknownArgumentError
 from inlay.methods import METHODS
 
 
@@ -65,3 +66,14 @@ def test_every_interval_holds_its_default(method: str) -> None:
         wrong: Any = {"x": -(10**12)} if isinstance(getattr(row.config(), name), dict) else -(10**12)
         with pytest.raises(ConfigError, match=rf"{name} must be in"):
             inlay.PeftConfig.from_dict({**values, name: wrong})
+
+
+def test_keywords_of_from_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inlay.LoraConfig(r=3, target_modules=["q"]).save_pretrained(tmp_path)
+    made = inlay.PeftConfig.from_pretrained(tmp_path, lora_alpha=5, trust_remote_code=True, token=None)
+    assert isinstance(made, inlay.LoraConfig)
+    assert (made.r, made.lora_alpha) == (3, 5)
+    with pytest.raises(UnknownArgumentError, match="closest: lora_alpha"):
+        inlay.PeftConfig.from_pretrained(tmp_path, lora_alfa=5)
+    monkeypatch.setattr(inlay.settings, "strict_load", False)
+    assert inlay.PeftConfig.from_pretrained(tmp_path, num_labels=5) == inlay.LoraConfig(r=3, target_modules=["q"])

@@ -51,6 +51,7 @@ RANKS = {
     # wrapping
     "replicate": 3,
     "adapted": 5,
+    "experts": 5,
     "parametrized": 5,
     "trained": 5,
     "inject": 6,
@@ -91,7 +92,7 @@ EXCUSED: set[tuple[str, str]] = {
     ("inlay.config", "prompts"),  # the same
     ("inlay.config", "methods"),  # inside `from_dict`: the file's peft_type picks the config's class
     ("inlay.sources", "integrations"),  # inside `locate`, `base_file`: the hub's client, where the id is no directory
-    ("inlay.model", "integrations"),  # inside `push_to_hub`
+    ("inlay.model", "integrations"),  # inside `push_to_hub` and `_present_names`
 }
 
 #: modules that work on strings alone

@@ -36,6 +36,15 @@ HOMES = {
     "update_forward_signature": "helpers",
     "update_generate_signature": "helpers",
     "update_signature": "helpers",
+    "FlattenDims": "integrations.conversion",
+    "PeftConcatenate": "integrations.conversion",
+    "PermuteDims": "integrations.conversion",
+    "_block_diag_3d": "integrations.conversion",
+    "_convert_peft_config_moe": "integrations.conversion",
+    "build_peft_weight_mapping": "integrations.conversion",
+    "convert_peft_adapter_state_dict_for_transformers": "integrations.conversion",
+    "convert_peft_config_for_transformers": "integrations.conversion",
+    "get_model_conversion_mapping": "integrations.conversion",
     "_get_submodules": "functional",
     "get_pattern_key": "functional",
 }
@@ -43,6 +52,8 @@ HOMES = {
 OTHER_NAMES = {
     "BaseTuner": "Tuner",
     "BaseTunerLayer": "Adapted",
+    "_block_diag_3d": "block_diag_3d",
+    "_convert_peft_config_moe": "convert_peft_config_for_transformers",
     "_get_submodules": "get_submodules",
     "factorization": "split",
 }

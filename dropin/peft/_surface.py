@@ -92,7 +92,10 @@ SURFACE: dict[str, str] = {
         "create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora"
     ),
     "peft.tuners._buffer_dict": "BufferDict",
-    "peft.tuners.adalora": "AdaLoraConfig AdaLoraLayer AdaLoraModel RankAllocator SVDConv2d SVDLinear SVDQuantLinear",
+    "peft.tuners.adalora": (
+        "AdaLoraConfig AdaLoraLayer AdaLoraModel RankAllocator SVDConv2d SVDLinear SVDLinear4bit SVDLinear8bitLt "
+        "SVDQuantLinear"
+    ),
     "peft.tuners.adalora.bnb": "SVDLinear4bit SVDLinear8bitLt",
     "peft.tuners.adalora.config": "AdaLoraConfig",
     "peft.tuners.adalora.gptq": "SVDQuantLinear",
@@ -167,7 +170,7 @@ SURFACE: dict[str, str] = {
     "peft.tuners.gralora.config": "GraloraConfig",
     "peft.tuners.gralora.layer": "GraloraLayer Linear",
     "peft.tuners.gralora.model": "GraloraModel TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING",
-    "peft.tuners.hira": "Conv2d Conv3d Embedding HiraConfig HiraLayer HiraModel Linear",
+    "peft.tuners.hira": "Conv2d Conv3d Embedding HiraConfig HiraLayer HiraModel Linear Linear4bit Linear8bitLt",
     "peft.tuners.hira.bnb": "F Linear4bit Linear8bitLt dispatch_bnb_4bit dispatch_bnb_8bit",
     "peft.tuners.hira.config": "HiraConfig",
     "peft.tuners.hira.layer": "Conv1d Conv2d Conv3d Embedding F HiraLayer Linear dispatch_default",
@@ -176,7 +179,7 @@ SURFACE: dict[str, str] = {
     "peft.tuners.hra.config": "HRAConfig",
     "peft.tuners.hra.layer": "F HRAConv2d HRALayer HRALinear",
     "peft.tuners.hra.model": "HRAModel TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING",
-    "peft.tuners.ia3": "Conv2d Conv3d IA3Config IA3Layer IA3Model Linear",
+    "peft.tuners.ia3": "Conv2d Conv3d IA3Config IA3Layer IA3Model Linear Linear4bit Linear8bitLt",
     "peft.tuners.ia3.bnb": "Linear4bit Linear8bitLt",
     "peft.tuners.ia3.config": "IA3Config",
     "peft.tuners.ia3.layer": "Conv2d Conv3d IA3Layer Linear",
@@ -201,8 +204,9 @@ SURFACE: dict[str, str] = {
     "peft.tuners.lokr.layer": "Conv1d Conv2d F Linear LoKrLayer factorization make_kron make_weight_cp",
     "peft.tuners.lokr.model": "LoKrModel TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING",
     "peft.tuners.lora": (
-        "ArrowConfig BdLoraConfig Conv2d Conv3d Embedding EvaConfig GPTQLoraLinear KasaConfig Linear LoftQConfig "
-        "LoraConfig LoraGAConfig LoraLayer LoraModel LoraRuntimeConfig MontecloraConfig ParamWrapper VeloraConfig "
+        "ArrowConfig BdLoraConfig Conv2d Conv3d Embedding EvaConfig GPTQLoraLinear KasaConfig Linear Linear4bit "
+        "Linear8bitLt LoftQConfig LoraConfig LoraGAConfig LoraLayer LoraModel LoraRuntimeConfig MontecloraConfig "
+        "ParamWrapper VeloraConfig "
         "convert_to_lora create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga "
         "save_as_lora"
     ),
@@ -304,12 +308,12 @@ SURFACE: dict[str, str] = {
     "peft.tuners.pvera.config": "PveraConfig",
     "peft.tuners.pvera.layer": "F Linear PveraLayer",
     "peft.tuners.pvera.model": "PveraModel TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING",
-    "peft.tuners.randlora": "Linear RandLoraConfig RandLoraLayer RandLoraModel",
+    "peft.tuners.randlora": "Linear Linear4bit Linear8bitLt RandLoraConfig RandLoraLayer RandLoraModel",
     "peft.tuners.randlora.bnb": "Linear4bit Linear8bitLt",
     "peft.tuners.randlora.config": "RandLoraConfig",
     "peft.tuners.randlora.layer": "F Linear RandLoraLayer UniqueBaseGrad",
     "peft.tuners.randlora.model": "RandLoraModel TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING",
-    "peft.tuners.road": "Linear RoadConfig RoadLayer RoadModel",
+    "peft.tuners.road": "Linear Linear4bit Linear8bitLt RoadConfig RoadLayer RoadModel",
     "peft.tuners.road.bnb": "Linear4bit Linear8bitLt dispatch_bnb_4bit dispatch_bnb_8bit",
     "peft.tuners.road.config": "RoadConfig",
     "peft.tuners.road.layer": "Linear RoadLayer dispatch_default",
@@ -492,8 +496,8 @@ SURFACE: dict[str, str] = {
         "torch_load"
     ),
     "peft.utils.transformers_weight_conversion": (
-        "FlattenDims INCLUDE_LINEAR_LAYERS_SHORTHAND PeftConcatenate PermuteDims _convert_peft_config_moe "
-        "build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers "
+        "FlattenDims INCLUDE_LINEAR_LAYERS_SHORTHAND PeftConcatenate PermuteDims _block_diag_3d "
+        "_convert_peft_config_moe build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers "
         "convert_peft_config_for_transformers get_model_conversion_mapping"
     ),
     "peft.utils.warning": "PeftWarning",

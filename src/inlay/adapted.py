@@ -569,15 +569,16 @@ class Adapted(_Light):
         """
         if dtype is None:
             dtype = self.facts()[0]
+        mode = self.training or trained  # the mode of a new module in torch; what runs is this layer, in its own mode
         for slot in method.slots.values():
             group = self._modules.get(slot.name)
             if group is None:
-                group = self._modules[slot.name] = Group(self.training)
+                group = self._modules[slot.name] = Group(mode)
             owner = group
             if slot.leaf:
                 leaf = group._modules.get(name)
                 if leaf is None:
-                    leaf = group._modules[name] = Leaf(self.training)
+                    leaf = group._modules[name] = Leaf(mode)
                 owner = leaf
             t = torch.empty(slot.shape, device=device, dtype=dtype)
             owner._parameters[slot.leaf or name] = nn.Parameter(t, requires_grad=trained and slot.trainable)

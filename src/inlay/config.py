@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from inlay import sources
+from inlay import settings, sources
 from inlay.errors import (
     ConfigError,
     FieldTypeError,
@@ -295,17 +295,22 @@ class PeftConfig:
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A directory, or an id on the hub.
             subfolder (`str`, *optional*): Folder inside it.
-            kwargs: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only`` for the hub; any
-                other is a field that replaces the file's value.
+            kwargs: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only`` for the hub; a
+                field's name replaces the file's value; what is meant for a model (``trust_remote_code``) is ignored.
 
         Raises:
+            UnknownArgumentError: A keyword is none of these, and `inlay.settings` asks for strict loading.
             MissingFileError: There is no ``adapter_config.json``.
             CorruptFileError: It is not a JSON object, or not a regular file.
         """
         hub, own = sources.split_hub_arguments(kwargs)
         directory = sources.locate(pretrained_model_name_or_path, subfolder=subfolder, weights=False, **hub)
-        values = files.read_config(directory)
-        return cls.from_dict({**values, **own}, where=str(directory / CONFIG_NAME))
+        made = cls.from_dict(files.read_config(directory), where=str(directory / CONFIG_NAME))
+        known = {f.name for f in fields(made)}
+        if settings.strict_load:
+            sources.check_arguments(cls.from_pretrained, own, sources.LOADING | known)
+        replaced = {name: value for name, value in own.items() if name in known}
+        return dataclasses.replace(made, **replaced) if replaced else made
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:

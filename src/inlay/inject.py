@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inlay import match
+from inlay import experts, match
 from inlay.adapted import Adapted, Group
 from inlay.config import AdapterConfig, PeftType, TaskType
 from inlay.errors import (
@@ -34,6 +34,7 @@ from inlay.methods._abstract import AbstractAdapter
 from inlay.methods.trainable_tokens import TrainableTokensAdapter
 from inlay.parametrized import ParameterKind
 from inlay.prompts import AnyConfig
+from inlay.prompts._abstract import PromptLearningConfig
 from inlay.routing import Router
 from inlay.storage import facts, storage_of
 from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper, trainable_kind
@@ -264,6 +265,11 @@ class Prepared:
 
 def method_of(config: AdapterConfig) -> Method:
     """The row of `METHODS` for a config."""
+    if isinstance(config, PromptLearningConfig):
+        raise ConfigError(
+            f"{type(config).__name__}: a model without a handle does not support prompt learning, whose prompts stand "
+            "before the model and in no layer. Use get_peft_model."
+        )
     if not isinstance(config, AdapterConfig) or config.peft_type is None:
         raise ConfigError(f"{type(config).__name__} names no method: use a method's own config, such as LoraConfig.")
     return METHODS[PeftType(config.peft_type).value]
@@ -287,6 +293,8 @@ def prepare(
     """
     method = method_of(config)
     found = survey(model, _head(model, config), parameters=config.target_parameters is not None)
+    if only is None and (fused := with_experts(found, config)) is not config:
+        config, found = fused, survey(model, _head(model, config), parameters=True)
     if adapter_name is not None:
         check_adapter_name(adapter_name, FORBIDDEN_NAMES)
         if adapter_name in found.adapters:
@@ -367,6 +375,15 @@ def _head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
     if head is None and config.task_type == TaskType.SEQ_CLS:
         head = next((m for k in ("classifier", "score") if (m := model._modules.get(k)) is not None), None)
     return _unwrapped(head) if isinstance(head, nn.Module) else None
+
+
+def with_experts(found: Survey, config: AdapterConfig) -> AdapterConfig:
+    """The config with parameters as targets, where it names experts that are no modules of their own any more."""
+    former = experts.FORMER.get(str(found.model_type)) if config.peft_type == PeftType.LORA else None
+    if former is None:
+        return config
+    holders = [name for name, module in found.modules.items() if experts.GATE_UP in _unwrapped(module)._parameters]
+    return experts.fused_config(config, former, found.modules, holders)
 
 
 def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Iterable[str] | None) -> match.Targeting:
@@ -834,6 +851,7 @@ def _replacement(module: nn.Module, merge: bool, adapter_names: list[str] | None
 
 def with_targets(config: AdapterConfig, prepared: Prepared) -> None:
     """Spells the targets out in a config that named none or all linear layers, and shortens long lists, for files."""
+    experts.take_up(config, prepared.config)
     spelt = config.target_modules
     if spelt is None:
         if prepared.plan.targets:

@@ -6,10 +6,12 @@ A `PeftModel` stands around a `Tuner`, which stands around the user's model; tha
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -1184,6 +1186,7 @@ class PeftModel(nn.Module):
                 ignore_mismatched_sizes=bool(kwargs.get("ignore_mismatched_sizes", False)),
                 base_name=model.__dict__.get("name_or_path"),
                 router=self.base_model.router,
+                present=partial(_present_names, model),
             )
         self.base_model.add(name, config, prepared, activate)
         if trainable:
@@ -1252,6 +1255,15 @@ def _names(given: str | Iterable[str]) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in names):
         raise AdapterNameError(f"an adapter's name or several must be given, got {given!r}.")
     return tuple(dict.fromkeys(names))
+
+
+def _present_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """What transformers calls the modules that keys name by now, where it has moved them."""
+    if "transformers.conversion_mapping" not in sys.modules:  # there since its version 5, and with every model of it
+        return {}
+    from inlay.integrations import conversion
+
+    return conversion.present_names(model, keys)
 
 
 def _open(model_id: str | Path, config: PeftConfig | None, kwargs: dict[str, Any]) -> state.Source:

@@ -9,20 +9,20 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from inlay import settings, sources
+from inlay import experts, settings, sources
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import DuplicateAdapterError, LoadError, MergeError, PeftWarning, UnknownAdapterError
 from inlay.formats import files
 from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
-from inlay.inject import Prepared, apply, biases, own_modules, prepare, wrappers
+from inlay.inject import Prepared, apply, biases, model_config, own_modules, prepare, wrappers
 from inlay.methods._abstract import AbstractAdapter
 from inlay.prompts import AbstractPrompt, AnyConfig
 from inlay.report import BASE_KEY, LoadReport, base_fingerprint
@@ -320,7 +320,8 @@ def set_peft_model_state_dict(
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
     _check_unmerged(root, adapter_name)
     prompt = prompt_of(model, adapter_name)
-    tensors, frozen = _restored(root, adapter_name, _renamed(peft_model_state_dict, key_mapping, prompt))
+    named = _with_experts(root, _renamed(peft_model_state_dict, key_mapping, prompt))
+    tensors, frozen = _restored(root, adapter_name, named)
     report = _compared(root, adapter_name, targets, tensors, prompt)
     if report.shape and not ignore_mismatched_sizes:
         raise LoadError(f"Tensors do not fit the adapter {adapter_name!r}; nothing was changed.\n{report}", report)
@@ -376,6 +377,36 @@ def _renamed(
         stripped = {key.removeprefix(PREFIX).removeprefix(PROMPT_PREFIX): value for key, value in entries.items()}
     names = apply_key_mapping(stripped, key_mapping)
     return {names[key]: value for key, value in stripped.items() if not key.endswith(_REPEATED)}
+
+
+def _naming(
+    root: nn.Module,
+    header: Mapping[str, Any],
+    key_mapping: Mapping[str, str] | None,
+    known: Set[str],
+    present: Callable[[Iterable[str]], Mapping[str, str]] | None,
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What gives a file's header and its tensors the names that the model has."""
+    keys = _renamed(header, key_mapping)
+    names = {} if present is None or keys.keys() <= known else present(keys)
+    names = names if len(set(names.values())) == len(names) else {}
+
+    def named(entries: Mapping[str, Any]) -> dict[str, Any]:
+        return _with_experts(root, {names.get(k, k): v for k, v in _renamed(entries, key_mapping).items()})
+
+    return named
+
+
+def _with_experts(root: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:
+    """A file's tensors, or its header, with the factors of single experts put together where the model wants it so."""
+    if not any(".experts." in key for key in entries):
+        return entries
+    former = experts.FORMER.get(str(model_config(root).get("model_type")))
+    if former is None:
+        return entries
+    infos = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+    outlines = {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in infos.items()}
+    return experts.fused_tensors({**entries, **outlines}, former)
 
 
 def _check_unmerged(root: nn.Module, adapter_name: str) -> None:
@@ -521,8 +552,11 @@ def load_into(
     ignore_mismatched_sizes: bool = False,
     base_name: str | None = None,
     router: Router | None = None,
+    present: Callable[[Iterable[str]], Mapping[str, str]] | None = None,
 ) -> tuple[LoadReport, Prepared]:
     """Loads an opened adapter into a bare model, everything checked before anything is touched.
+
+    ``present`` is asked what keys that the model does not know are called there by now.
 
     Returns:
         (`LoadReport`, `Prepared`): What the file and the model disagreed on, and what was put where.
@@ -533,11 +567,12 @@ def load_into(
     """
     strict = settings.strict_load if strict is None else strict
     prepared = prepare(root, config, adapter_name=adapter_name)
-    header = _renamed(source.weights.header, key_mapping)
-    optional = _optional(root)
+    optional, wanted = _optional(root), expected(prepared)
     for work in prepared.works:
         optional.update(_filed(work.path, work.adapter) if work.source is not None else {})
-    report = compare(expected(prepared), {k: tuple(info.shape) for k, info in header.items()}, optional)
+    named = _naming(root, source.weights.header, key_mapping, wanted.keys() | optional.keys(), present)
+    header = named(source.weights.header)
+    report = compare(wanted, {k: tuple(info.shape) for k, info in header.items()}, optional)
     odd = sorted({str(info.dtype) for info in header.values() if not info.dtype.is_floating_point})
     if odd and not prepared.saved:
         report.config.append(f"an adapter's tensors are floats, the file has {', '.join(odd)}")
@@ -547,7 +582,7 @@ def load_into(
         report.raise_for_problems()
     elif report.shape and not ignore_mismatched_sizes:
         raise LoadError(f"The adapter does not fit; nothing was loaded.\n{report}", report)
-    tensors = _renamed(source.weights.read(), key_mapping)
+    tensors = named(source.weights.read())
     report.non_finite.extend(non_finite(_as_kept(prepared, tensors, autocast)))
     if strict:
         report.raise_for_problems()
@@ -662,7 +697,8 @@ def reload(
     _check_unmerged(root, adapter_name)
     prompt = prompt_of(model, adapter_name)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
-    tensors, frozen = _restored(root, adapter_name, _renamed(source.weights.read(), key_mapping, prompt))
+    named = _with_experts(root, _renamed(source.weights.read(), key_mapping, prompt))
+    tensors, frozen = _restored(root, adapter_name, named)
     report = _compared(root, adapter_name, targets, tensors, prompt)
     report.non_finite.extend(non_finite(tensors))
     if settings.strict_load if strict is None else strict:
