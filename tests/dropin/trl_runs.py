@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 import trl
@@ -30,8 +31,10 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    TrainerCallback,
     set_seed,
 )
+from trl.experimental import orpo, sdft
 
 SENTENCES = ["the cat sits on the mat", "a dog runs under the tree", "who is good ? the dog", "why is the cat bad ?"]
 PAIRS = [("who sits ?", "the cat", "a tree"), ("what runs ?", "a dog and a cat", "no")] * 2
@@ -137,6 +140,13 @@ KINDS = {
     "rloo": Kind(trl.RLOOTrainer, trl.RLOOConfig, PROMPTS, GENERATED, REWARDED),
     # rows of one length: beside padding PEFT's scorer reads the wrong token, see docs/differences.md
     "reward": Kind(trl.RewardTrainer, trl.RewardConfig, ANSWERS, base=scorer, task="SEQ_CLS"),
+    "orpo": Kind(orpo.ORPOTrainer, orpo.ORPOConfig, CHOICES),
+    "sdft": Kind(
+        sdft.SDFTTrainer,
+        sdft.SDFTConfig,
+        [{"prompt": p, "privileged_context": c} for p, c, _ in PAIRS],
+        {"num_generations": 2, "max_completion_length": 6, "distillation_topk": 8, "teacher_model_kind": "ema"},
+    ),
     "distillation": Kind(
         trl.DistillationTrainer,
         trl.DistillationConfig,
@@ -145,6 +155,13 @@ KINDS = {
         {"teacher_model": qwen()},
     ),
 }
+
+
+class Seed(TrainerCallback):
+    """What is sampled does not depend on what was drawn before."""
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        torch.manual_seed(8)
 
 
 def build(kind: str, folder: Path, config: PeftConfig | None, model: nn.Module | None = None, **options: Any) -> Any:
@@ -171,6 +188,7 @@ def build(kind: str, folder: Path, config: PeftConfig | None, model: nn.Module |
         peft_config=config,
         **row.others,
     )
+    trainer.add_callback(Seed())
     if config is not None:
         fill(trainer.model, "lora_A", "lora_embedding_B")
     return trainer
@@ -216,7 +234,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     for kind in ("sft", "dpo", "kto", "grpo", "reward")
     for method in ("lora", "dora", "prompt", "prefix")
 }
-RUNS |= {f"{kind} lora": partial(fresh, kind, "lora") for kind in ("rloo", "distillation")}
+RUNS |= {f"{kind} lora": partial(fresh, kind, "lora") for kind in ("rloo", "distillation", "orpo", "sdft")}
 RUNS |= {f"{kind} ref": partial(continued, kind) for kind in ("dpo", "kto", "grpo", "rloo")}
 RUNS |= {f"sft {method}": partial(fresh, "sft", method) for method in ("embedding", "tokens", "saved")}
 RUNS |= {
