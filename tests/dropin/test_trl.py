@@ -267,9 +267,13 @@ def test_models_are_prepared_as_experimental_trainers_do() -> None:
     assert prepare_peft_model(prepared, None, args) is prepared
 
 
+#: what is run -> which slots stay in fp32; ORPO calls prepare_model_for_kbit_training, the others go to 16 bits
+PACKED = [("sft lora", set()), ("sft dora", {"lora_magnitude_vector"}), ("orpo lora", {"lora_A", "lora_B"})]
+
+
 @pytest.mark.bnb
-@pytest.mark.parametrize(("method", "wide"), [("lora", set()), ("dora", {"lora_magnitude_vector"})])
-def test_a_packed_base(method: str, wide: set[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "wide"), PACKED)
+def test_a_packed_base(name: str, wide: set[str], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     runs.llama().save_pretrained(tmp_path / "base")
@@ -278,7 +282,8 @@ def test_a_packed_base(method: str, wide: set[str], tmp_path: Path) -> None:
     def packed() -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=packing, device_map="cpu")
 
-    trainer = runs.build("sft", tmp_path, runs.config("sft", method), packed())
+    kind, method = name.split()
+    trainer = runs.build(kind, tmp_path, runs.config(kind, method), packed())
     trainer.train()
     first, second = runs.losses(trainer)
     assert second < first
