@@ -85,6 +85,10 @@ PLANS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
     ("tied", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
     ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    (
+        "tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"], "ensure_weight_tying": True},
+    ),
     ("llama", {"target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 2)], "modules_to_save": ["norm"]}),
     ("gpt2", {}),
     ("gpt2", {"target_modules": ["c_attn"], "bias": "lora_only"}),

@@ -217,14 +217,14 @@ class PeftConfig:
                 raise ConfigError(f"{f.name} must be in {interval}, got {str(found)[:20]}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain values that JSON can hold; sets become sorted lists."""
+        """The config as values that JSON can hold: sets become sorted lists, and what is a `str` enum stays one."""
         out: dict[str, Any] = {}
         for f in fields(self):
             value, written = getattr(self, f.name), f.metadata.get("written")
             unset = value == _default(f) and f.name not in self.always_written
             if written == "never" or (written == "when set" and unset):
                 continue
-            out[f.name] = _plain(value)
+            out[f.name] = value if isinstance(value, enum.Enum) else _plain(value)
         return out
 
     def as_loaded(self) -> Self:

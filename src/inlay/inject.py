@@ -348,11 +348,12 @@ def _follow_ties(prepared: Prepared) -> None:
     for path in [*prepared.saved, *(work.path for work in prepared.works if isinstance(work.layer, nn.Embedding))]:
         W = _unwrapped(found.modules[path])._parameters.get("weight")
         for other in found.owners.get(id(W), ()) if W is not None else ():
-            if other in planned:
+            both_saved = path in prepared.saved and other in prepared.saved
+            if other == path or path in prepared.ties or (other in planned and not both_saved):
                 continue
             planned.add(other)
             if path in prepared.saved:
-                prepared.saved.append(other)
+                prepared.saved += [] if both_saved else [other]
                 prepared.ties[other] = path
                 continue
             layer = _unwrapped(found.modules[other])

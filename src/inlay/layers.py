@@ -70,6 +70,10 @@ class LayerKind(ABC):
         z = W_AC @ F.linear(x.reshape(*x.shape[:-1], W_AC.shape[1], right_RD.shape[1]), right_RD)
         return (z if left_BR is None else F.linear(z, left_BR)).flatten(-2)
 
+    def looked_up(self, layer: nn.Module, x: Tensor, h: Tensor) -> Tensor:
+        """What a table gives for the tokens ``x`` whose rows are ``h``; the padding's row learns nothing."""
+        return h
+
     def mix(self, layer: nn.Module, h: Tensor, W_OR: Tensor) -> Tensor:
         """Mixes the output channels of ``h``."""
         return F.linear(h, W_OR)
@@ -283,8 +287,12 @@ class _Embedding(LayerKind):
         w1, w2 = F.embedding(x // D, W_AC.t()), F.embedding(x % D, right_RD.t())
         w2 = w2 if left_BR is None else F.linear(w2, left_BR)
         h = (w1[..., :, None] * w2[..., None, :]).flatten(-2)
-        if table.padding_idx is not None:
-            h = torch.where((x == table.padding_idx)[..., None], h.detach(), h)
+        return self.looked_up(layer, x, h)
+
+    def looked_up(self, layer: nn.Module, x: Tensor, h: Tensor) -> Tensor:
+        padding = cast(nn.Embedding, layer).padding_idx
+        if padding is not None:
+            h = torch.where((x == padding)[..., None], h.detach(), h)
         return self._scaled(layer, h)
 
     def _scaled(self, layer: nn.Module, h: Tensor) -> Tensor:

@@ -115,6 +115,9 @@ CASES: dict[str, Case] = {
         "tied-llama", {**QV, "trainable_token_indices": [3, 9], "ensure_weight_tying": True}
     ),
     "llama-tied-saved": Case("tied-llama", {**QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "llama-tied-both-saved": Case(
+        "tied-llama", {**QV, "modules_to_save": ["lm_head", "embed_tokens"], "ensure_weight_tying": True}
+    ),
     "llama-tied-adapted": Case("tied-llama", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
     "llama-tied-not-kept": Case("tied-llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "llama-bias-all": Case("llama", {**QV, "bias": "all"}),

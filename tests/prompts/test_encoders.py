@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 import inlay
 from inlay.errors import (
@@ -405,6 +406,20 @@ def test_the_loss_is_also_in_tuples(llama: nn.Module, tokens_BT: Tensor) -> None
     model = make(llama, "cpt", opt_weighted_loss_type="decay", opt_loss_decay_factor=0.5)
     fields = {"input_ids": tokens_BT, "labels": tokens_BT}
     assert torch.equal(model(**fields, return_dict=False)[0], model(**fields).loss)
+
+
+def test_a_model_whose_outputs_have_no_logits_has_its_own_loss(llama: nn.Module, tokens_BT: Tensor) -> None:
+    model, forward = make(llama, "prompt"), llama.forward
+    llama.forward = lambda **given: ModelOutput(loss=forward(**given).loss)
+    call = {"input_ids": tokens_BT, "labels": tokens_BT}
+    loss = model(**call).loss
+    model.add_adapter("cpt", inlay.CPTConfig(**CONTEXT))
+    model.set_adapter("cpt")
+    with pytest.raises(PromptError, match="CPT computes its loss from logits"):
+        model(**call)
+    llama.forward = forward
+    model.set_adapter("default")
+    assert torch.equal(model(**call).loss, loss)
 
 
 def test_a_context_is_trained_on_whole_batches(llama: nn.Module, tokens_BT: Tensor) -> None:

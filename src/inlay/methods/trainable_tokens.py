@@ -53,8 +53,8 @@ class TrainableTokensAdapter(AbstractAdapter):
             index = self._index(h)
             return h.index_copy(-1, index, logits if bias is None else logits + bias[index])
         hit = x[..., None] == self._index(x)
-        rows = as_dtype(layer.operate(hit.to(torch.uint8).argmax(-1), delta.t()), h)
-        return torch.where(hit.any(-1, keepdim=True), rows, h)
+        rows = layer.kind.looked_up(layer.base_layer, x, F.embedding(hit.to(torch.uint8).argmax(-1), delta))
+        return torch.where(hit.any(-1, keepdim=True), as_dtype(rows, h), h)
 
     def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         delta = as_dtype(p["delta"], W_OI)

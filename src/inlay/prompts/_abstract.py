@@ -381,8 +381,8 @@ class AbstractPrompt(nn.Module):
         """Labels of the prompt and the input; those of the prompt count for nothing."""
         return torch.cat([labels_BL.new_full((len(labels_BL), self.length), -100), labels_BL], 1)
 
-    def loss(self, logits_BLV: Tensor, labels_BL: Tensor, given: Mapping[str, Any]) -> Tensor | None:
-        """The method's own loss, for the labels that `labels` gave; None for the model's."""
+    def loss(self, outputs: Any, labels_BL: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+        """The method's own loss of the model's outputs, for the labels that `labels` gave; None for the model's."""
         return None
 
     # Names of arguments of a call that are the method's own.

@@ -210,7 +210,7 @@ class Entry:
         if self.only is None or self._labels is None:
             return outputs
         by_name = isinstance(outputs, Mapping)
-        loss = self.only.loss(outputs["logits"] if by_name else outputs[1], self._labels, self.own)
+        loss = self.only.loss(outputs, self._labels, self.own)
         if loss is not None and not by_name:
             return (loss, *outputs[1:])
         if loss is not None:

@@ -133,7 +133,13 @@ class CPTEmbedding(AbstractPrompt):
         both_BS = torch.cat([self.ids_T.to(labels_BL).expand(len(labels_BL), -1), labels_BL], 1)
         return both_BS.where((types_BS > 0) & (types_BS % 4 == 0), -100)
 
-    def loss(self, logits_BSV: Tensor, labels_BS: Tensor, given: Mapping[str, Any]) -> Tensor:
+    def loss(self, outputs: Any, labels_BS: Tensor, given: Mapping[str, Any]) -> Tensor:
+        logits_BSV = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[1]
+        if logits_BSV is None:
+            raise PromptError(
+                f"CPT computes its loss from logits, and this {type(outputs).__name__} has none: use another prompt "
+                "or a call that returns logits."
+            )
         wanted_BS = labels_BS[:, 1:].to(logits_BSV.device)
         each_BS = F.cross_entropy(logits_BSV[:, :-1].float().transpose(1, 2), wanted_BS, reduction="none")
         if self.config.opt_weighted_loss_type == "decay":
