@@ -254,6 +254,7 @@ class Adapted(_Light):
     _merged: tuple[str, ...]
     _kept: dict[str, Any]
     _added: list[tuple[Tensor, Tensor, Any]]
+    _written: dict[str, AbstractAdapter]
     rounding: Rounding | None
     _memo: _Memo
     _stacks: dict[tuple[tuple[str, ...], bool], Stack]
@@ -275,6 +276,7 @@ class Adapted(_Light):
             _merged=(),
             _kept={},
             _added=[],
+            _written={},
             rounding=None,
             _memo=_Memo(),
             _stacks={},
@@ -349,7 +351,7 @@ class Adapted(_Light):
 
     def _through_weight(self, run: tuple[str, ...], x: Tensor) -> Tensor:
         """The layer's operation with the weight and bias that ``run`` makes of its own."""
-        W_OI, b_O = self._combined(run)
+        W_OI, b_O = self._combined(run, self.methods)
         h = self.operate(x, as_dtype(W_OI, x))
         return h if b_O is None else h + self.kind.channels(as_dtype(b_O, h))
 
@@ -529,16 +531,21 @@ class Adapted(_Light):
 
     def effective(self, run: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
         """Weight (in the layer's layout) and bias of the one layer that does what ``run`` does."""
-        W, b = self._combined(run)
+        W, b = self._combined(run, self.methods)
         return self.kind.from_matrix(self.base_layer, W), b
 
-    def _combined(self, run: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+    def _merged_with(self, new: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+        """The same of what is merged, scaled as it was then, and ``new``."""
+        W, b = self._combined(self._merged + new, {**self.methods, **self._written})
+        return self.kind.from_matrix(self.base_layer, W), b
+
+    def _combined(self, run: tuple[str, ...], methods: Mapping[str, AbstractAdapter]) -> tuple[Tensor, Tensor | None]:
         W0, b0 = self.matrix(), self.offset()
         W, b = W0, b0
         # What changes the input last stands nearest to the weight.
-        inner = [n for n in reversed(run) if self.methods[n].changes_input]
+        inner = [n for n in reversed(run) if methods[n].changes_input]
         for name in (*inner, *(n for n in run if n not in inner)):
-            method, p = self.methods[name], self.params(name)
+            method, p = methods[name], self.params(name)
             if method.from_base and W is not W0:
                 dW, db = method.weight(p, W0, b0)
                 W, b = W + (dW - W0), (b if db is None or b is None or b0 is None else b + (db - b0))
@@ -623,17 +630,20 @@ class Adapted(_Light):
         self._refresh()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter; one that is not here is passed over."""
+        """Removes an adapter; one that is not here is passed over, and what is merged stays in the weight."""
         self._stacks.clear()
         if adapter_name not in self.methods:
             return
         self.router.changing(self, self._run, [adapter_name])
+        if adapter_name in self._merged:
+            self._settle(adapter_name)
         for slot in {s.name for s in self.methods[adapter_name].slots.values()}:
             group = self._modules[slot]
             assert group is not None
             group._modules.pop(adapter_name, None)
             group._parameters.pop(adapter_name, None)
-        del self.methods[adapter_name], self._places[adapter_name]
+        self.__dict__["_last"] = self.methods.pop(adapter_name).numbers
+        del self._places[adapter_name]
         if self.methods:
             self.drop_empty()
         self._memo.clear()
@@ -667,9 +677,12 @@ class Adapted(_Light):
             if isinstance(group, Group) and not len(group):
                 del self._modules[slot]
 
+    def _here(self) -> tuple[str, ...]:
+        """The default adapters of all layers that this one has."""
+        return tuple([n for n in self._active if n in self.methods])
+
     def _refresh(self) -> None:
-        here = tuple([n for n in self._active if n in self.methods])
-        run = (self._merged or here) if self._enabled else ()
+        run = (self._merged or self._here()) if self._enabled else ()
         if run != self._run:
             self.router.changing(self, self._run)
         self.__dict__["_run"] = run
@@ -700,7 +713,8 @@ class Adapted(_Light):
             raise TypeError(f"adapter_names must be a list, got the str {adapter_names!r}: write [{adapter_names!r}].")
         wanted = self._active if adapter_names is None else adapter_names
         if any(n in self._merged for n in wanted):
-            warnings.warn(f"{self.path}: already merged are {list(self._merged)}.", PeftWarning, stacklevel=2)
+            # The path stays out of it: a thousand layers that are called in turn warn once.
+            warnings.warn(f"already merged are {list(self._merged)}.", PeftWarning, stacklevel=2)
         self.write(self.check_merge(wanted, safe_merge), keep_base, aside)
 
     def check_merge(self, adapter_names: Iterable[str] | None, safe_merge: bool = False) -> tuple[str, ...]:
@@ -729,7 +743,7 @@ class Adapted(_Light):
             )
         if safe_merge:
             with torch.no_grad():
-                finite = [bool(t.isfinite().all()) for t in self.effective(self._merged + new) if t is not None]
+                finite = [bool(t.isfinite().all()) for t in self._merged_with(new) if t is not None]
             if not all(finite):
                 raise NonFiniteMergeError(
                     f"{self.path}: merging {list(new)} would write NaN or infinity; nothing was written."
@@ -746,11 +760,15 @@ class Adapted(_Light):
         with torch.no_grad():
             if not self._add_products(new, keep_base, aside):
                 b0 = self.offset()
-                W, b = self.effective(self._merged + new)
+                W, b = self._merged_with(new)
                 self._replace(self.kind.weight_name, W, keep_base, aside)
                 if b is not None and b is not b0:
                     self._replace(self.kind.bias_name, b, keep_base, aside)
         self.__dict__["_merged"] += new
+        for name in new:
+            self._written[name] = snapshot = copy.copy(self.methods[name])
+            if isinstance(snapshot.scaling, Tensor):
+                snapshot.scaling = snapshot.scaling.clone()
         self._refresh()
 
     def _add_products(self, new: tuple[str, ...], keep_base: bool, aside: Callable[[Tensor], Tensor]) -> bool:
@@ -806,7 +824,7 @@ class Adapted(_Light):
             BaseGoneError: They were merged with ``keep_base=False`` and cannot be subtracted.
         """
         if not self._merged:
-            warnings.warn(f"{self.path}: nothing is merged, nothing to unmerge.", PeftWarning, stacklevel=2)
+            warnings.warn("nothing is merged, nothing to unmerge.", PeftWarning, stacklevel=2)
             return
         factors = self.check_unmerge()
         self.router.changing(self, self._run, self._merged)
@@ -832,9 +850,20 @@ class Adapted(_Light):
             )
         return factors
 
+    def _settle(self, adapter_name: str) -> None:
+        """Makes one of the merged adapters a part of the pristine weight."""
+        rest, methods = tuple(n for n in self._merged if n != adapter_name), dict(self.methods)
+        if rest:
+            self.methods.update(self._written)
+            self.unmerge()
+            self.write((adapter_name,))
+        self.forget()
+        self.write(rest)
+        self.methods.update(methods)
+
     def forget(self) -> None:
         """Takes the weight as it stands for the pristine one."""
-        self.__dict__.update(_merged=(), _kept={}, _added=[], rounding=None)
+        self.__dict__.update(_merged=(), _kept={}, _added=[], _written={}, rounding=None)
         self._refresh()
 
     # ------------------------------------------------------------------ what users of PEFT read and call
@@ -868,7 +897,7 @@ class Adapted(_Light):
     def merged_adapters(self, names: list[str]) -> None:
         self._merged = tuple(names)
         if not names:
-            self._kept = {}
+            self.__dict__.update(_kept={}, _written={})
         self._refresh()
 
     @property
@@ -925,13 +954,13 @@ class Adapted(_Light):
         """Multiplies the scale of the active adapters."""
         self._stacks.clear()
         if scale != 1:
-            for name in self._run:
+            for name in self._here():
                 self.methods[name].rescale(scale, absolute=False)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides it, or gives the config's scale back."""
         self._stacks.clear()
-        for name in self._run:
+        for name in self._here():
             if scale is None:
                 self.methods[name].rescale(1.0, absolute=True)
             elif scale != 1:
@@ -944,7 +973,9 @@ class Adapted(_Light):
             return super().__getattr__(name)
         except AttributeError:
             methods = self.__dict__.get("methods", {})
-            if any(name in m.numbers for m in methods.values()):
+            # The numbers of the last one stay, as its slots do, when it is deleted: `len(layer.r)` is 0 then.
+            last = () if methods else self.__dict__.get("_last", ())
+            if name in last or any(name in m.numbers for m in methods.values()):
                 return _Numbers(methods, name, self._stacks.clear)
             if name == "base_layer" or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise

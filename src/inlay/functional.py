@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig
 from inlay.errors import LoadError
-from inlay.inject import NARROW, own_modules, wrappers
+from inlay.inject import NARROW, own_modules, unmerge_first, wrappers
 from inlay.match import names_module
 from inlay.model import Tuner, inject_adapter_in_model
 from inlay.patterns import KeyTable
@@ -25,7 +25,7 @@ from inlay.trained import AuxiliaryTrainingWrapper
 def set_adapter(
     model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: type = Adapted
 ) -> None:
-    """Makes adapters the active ones of every layer: trains these, freezes the ones they replace.
+    """Makes adapters the active ones of every layer: trains these, freezes the ones they replace, unmerges first.
 
     Args:
         model (`nn.Module`): A model with adapters inside.
@@ -43,6 +43,7 @@ def set_adapter(
         >>> model[0].active_adapters
         []
     """
+    unmerge_first(model, stacklevel=2)
     for _, wrapper in wrappers(model):
         if not isinstance(wrapper, Adapted) or isinstance(wrapper, layer_cls):
             wrapper.set_adapter(adapter_name, inference_mode=inference_mode)

@@ -712,7 +712,7 @@ def _add(layer: Adapted, adapter: AbstractAdapter, done: _Done) -> None:
         layer.add(done.name, adapter, "meta", active=done.active)
         return
     dtype, device = layer.facts()
-    if done.autocast and dtype in NARROW:
+    if dtype in NARROW and (done.autocast or dtype.itemsize == 1):  # nothing can be computed in 8 bits
         dtype = torch.float32
     if done.active:
         layer.set_requires_grad(layer._active, False)
@@ -814,6 +814,18 @@ def remove(model: nn.Module, merge: bool, safe_merge: bool = False, adapter_name
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and module.__dict__.get("use_nested_tensor", False) is None:
             module.use_nested_tensor = True
+
+
+def unmerge_first(model: nn.Module, stacklevel: int) -> None:
+    """Unmerges what is merged, with a warning, before other adapters are made the active ones."""
+    merged = [w for _, w in wrappers(model) if isinstance(w, Adapted) and w.merged]
+    if merged:
+        text = "Adapters are merged: they are unmerged first, then others are set."
+        warnings.warn(text, PeftWarning, stacklevel=stacklevel + 1)
+    for layer in merged:
+        layer.check_unmerge()
+    for layer in merged:
+        layer.unmerge()
 
 
 def tell_rounding(layers: Iterable[Adapted]) -> None:

@@ -52,6 +52,7 @@ from inlay.inject import (
     prepare_saved,
     remove,
     tell_rounding,
+    unmerge_first,
     with_targets,
     wrappers,
 )
@@ -1388,6 +1389,17 @@ def get_peft_model(
     return handle
 
 
+class _Configs(dict[str, Any]):
+    """``peft_config`` of a model that someone else owns.
+
+    diffusers takes an adapter out of it after a load that failed, whether or not it had come in: that may not hide
+    why the load failed.
+    """
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        return super().pop(name, default)
+
+
 def inject_adapter_in_model(
     peft_config: AdapterConfig,
     model: nn.Module,
@@ -1428,12 +1440,13 @@ def inject_adapter_in_model(
         trainable = not peft_config.inference_mode
         trained = [p for _, w in wrappers(model) for p in w.parameters() if p.requires_grad]
         apply(prepared, adapter_name, meta=low_cpu_mem_usage, autocast=False, trainable=trainable)
+        unmerge_first(model, stacklevel=2)
         for _, wrapper in wrappers(model):
             wrapper.set_adapter(adapter_name, inference_mode=not trainable)
         for parameter in trained:  # what was trained before stays so: its owner decides
             parameter.requires_grad_(True)
     with_targets(peft_config, prepared)
-    configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or {}
+    configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or _Configs()
     configs[adapter_name] = peft_config
     model.peft_config = configs  # type: ignore[assignment]
     return model

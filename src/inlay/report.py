@@ -42,6 +42,7 @@ class LoadReport:
     # Sentences on where the base model is not the one that the adapter was made for.
     base: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # sentences that change no result
+    live: dict[str, str] = field(default_factory=dict)  # key -> name in the model, where the adapter stands in one
 
     @property
     def ok(self) -> bool:
@@ -50,8 +51,8 @@ class LoadReport:
 
     @property
     def missing_keys(self) -> list[str]:
-        """``missing``, under torch's name."""
-        return self.missing
+        """``missing``, under torch's name, and as torch would name them: with the adapter's name in them."""
+        return [self.live.get(key, key) for key in self.missing]
 
     @property
     def unexpected_keys(self) -> list[str]:
@@ -59,7 +60,7 @@ class LoadReport:
         return self.unexpected
 
     def __iter__(self) -> Iterator[list[str]]:
-        yield self.missing
+        yield self.missing_keys
         yield self.unexpected
 
     def summary(self) -> str:

@@ -150,7 +150,7 @@ def get_peft_model_state_dict(
         p = method.own({k: out.pop(prefix + place.key) for k, place in here.items() if prefix + place.key in out})
         if initial is not None and here and not method.converts:
             p = dict(method.begun_at(p, _initial(initial, here)))
-        out.update({prefix + here[k].key: t for k, t in method.saved(p).items() if here[k].filed})
+        out.update({prefix + here[k].key: t.contiguous() for k, t in method.saved(p).items() if here[k].filed})
     for path, wrapper in wrappers(root):
         if isinstance(wrapper, Tied) and state_dict is None:
             out.update({f"{prefix}{path}.{key}": t for key, t in wrapper.computed(adapter_name)})
@@ -316,7 +316,7 @@ def set_peft_model_state_dict(
         UnknownAdapterError: No such adapter.
         LoadError: A tensor has another shape; nothing was changed.
     """
-    root, _ = root_of(model)
+    root, prefix = root_of(model)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
     _check_unmerged(root, adapter_name)
     prompt = prompt_of(model, adapter_name)
@@ -327,6 +327,7 @@ def set_peft_model_state_dict(
         raise LoadError(f"Tensors do not fit the adapter {adapter_name!r}; nothing was changed.\n{report}", report)
     for key in (key for key, *_ in report.shape):
         tensors.pop(key)
+    report.live.update({p.key: prefix + p.live for p in places(root, adapter_name)} if report.missing else {})
     report.dtype.extend(assign(root, targets, {**tensors, **frozen}))
     if prompt is not None:
         prompt.take(tensors)
