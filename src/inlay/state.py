@@ -10,6 +10,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -487,12 +488,39 @@ def load_peft_weights(
     return tensors
 
 
+class Given(AbstractContextManager["Given"]):
+    """Tensors that are in memory already, in the place of an open file.
+
+    Args:
+        tensors (`Mapping[str, Tensor]`): By the names that files have; they stay the caller's.
+
+    Raises:
+        LoadError: It holds something else.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, t in tensors.items():
+            if not isinstance(t, Tensor) or t.is_meta:
+                what = "a tensor on the meta device" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+                raise LoadError(f"The state dict must hold tensors with values, and has {what} as {key!r}.")
+        self.header = {key: files.TensorInfo(t.dtype, tuple(t.shape)) for key, t in tensors.items()}
+        self.metadata: dict[str, str] = {}
+        self._tensors = dict(tensors)
+
+    def read(self) -> dict[str, Tensor]:
+        """Copies of them: what is loaded is nobody else's parameter."""
+        return {key: t.detach().clone() for key, t in self._tensors.items()}
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
 class Source(NamedTuple):
-    """An adapter on disk, opened and not yet read."""
+    """An adapter on disk, opened and not yet read; or what was read of one."""
 
     directory: Path
     config: PeftConfig
-    weights: files.Weights
+    weights: files.Weights | Given
 
 
 def open_source(directory: Path, config: PeftConfig | None = None) -> Source:
