@@ -308,9 +308,8 @@ class AdapterMixin(_Module):
         with _changing(self):
             verbs = self._verbs()
             verbs.check_deletable(names)
-            for name in sorted(
-                names, key=verbs.active_adapters.__contains__
-            ):  # so that each is followed by one to stay
+            resting_first = sorted(names, key=verbs.active_adapters.__contains__)  # none becomes active to be deleted
+            for name in resting_first:
                 verbs.delete_adapter(name)
             if not self.peft_config:
                 verbs.unload()
