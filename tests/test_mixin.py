@@ -531,3 +531,74 @@ def test_threads_load_choose_and_delete(net: Perceptron, x: Tensor) -> None:
         for loaded in (name, f"{name}-again"):
             net.set_adapter(loaded)
             close(net(x), wanted)
+
+
+# ---------------------------------------------------------------- accelerate's layouts
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one device": {"device_map": "cpu"},
+    "in memory and on the disk": {
+        "device_map": {"lin0": "disk", "lin1": "cpu", "head": "disk"},
+        "offload_folder": "folder",
+    },
+    "chosen": {"device_map": "auto", "max_memory": {"cpu": 10**6}},
+    "in order": {"device_map": "sequential"},
+    "by memory": {"max_memory": {"cpu": 10**6}},
+}
+
+
+@pytest.mark.parametrize("before", [{}, LAYOUTS["in memory and on the disk"]], ids=["plain", "offloaded before"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_loaded_with_a_device_map(
+    net: Perceptron, x: Tensor, before: Any, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    base = net(x)
+    made = copy.deepcopy(net)
+    made.add_adapter(lora(modules_to_save=["head"]))
+    disturb(made)
+    made.save_adapter("saved")
+    wanted = made(x)
+    if before:
+        accelerate.dispatch_model(net, before["device_map"], offload_dir=before["offload_folder"])
+    net.load_adapter("saved", **LAYOUTS[layout])
+    close(net(x), wanted)
+    on_disk = "disk" in str(LAYOUTS[layout].get("device_map"))
+    assert any(p.is_meta for p in net.parameters()) == on_disk
+    same_state(net.get_adapter_state_dict(), made.get_adapter_state_dict())
+    net.disable_adapters()
+    close(net(x), base)
+    net.delete_adapter("default")
+    close(net(x), base)
+
+
+@pytest.mark.parametrize(
+    ("layout", "match"),
+    [
+        ({"device_map": "fast"}, "fast"),
+        ({"device_map": {"lin0": "cpu"}}, "device_map"),
+        ({"device_map": {"": "disk"}}, "offload_folder"),
+        ({"device_map": 1.5}, "1.5"),
+    ],
+)
+def test_device_map_that_cannot_be(net: Perceptron, layout: Any, match: str) -> None:
+    pytest.importorskip("accelerate")
+    with raises_and_leaves(net, ConfigError, match):
+        net.load_adapter(peft_config=lora("lin0"), adapter_state_dict=_tensors(), **layout)
+
+
+def test_adapter_goes_where_its_layout_fails(net: Perceptron, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = pytest.importorskip("inlay.integrations.layout")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(layout, "dispatch_model", full)
+    for name in ("first", "second"):
+        with raises_and_leaves(net, torch.OutOfMemoryError, "no room"):
+            net.load_adapter(
+                adapter_name="b", peft_config=lora("lin0"), adapter_state_dict=_tensors(), device_map="cpu"
+            )
+        net.add_adapter(lora("lin0"), name)

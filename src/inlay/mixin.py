@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from inlay import sources, state
 from inlay.config import AdapterConfig, PeftConfig
-from inlay.errors import ConfigError, DuplicateAdapterError, UnknownAdapterError
+from inlay.errors import ConfigError, DuplicateAdapterError, PeftWarning, UnknownAdapterError
 from inlay.formats import files
 from inlay.formats.peft import DEFAULT_ADAPTER, PREFIX
 from inlay.inject import with_targets, wrappers
@@ -150,7 +151,9 @@ class AdapterMixin(_Module):
         name = self._free(adapter_name)
         given = {"revision": revision, "token": token, **(adapter_kwargs or {}), **kwargs}
         sources.check_arguments(self.load_adapter, given, sources.LOADING)
-        with _source(peft_model_id, peft_config, adapter_state_dict, given) as source, _changing(self):
+        layout = (device_map, max_memory, offload_folder, offload_index)
+        laid_out = self._laid_out(name, *layout) if any(part is not None for part in layout) else nullcontext()
+        with _source(peft_model_id, peft_config, adapter_state_dict, given) as source, _changing(self), laid_out:
             report = self._load(source, name, is_trainable, strict, key_mapping)
         if not is_trainable:
             self.eval()
@@ -182,6 +185,31 @@ class AdapterMixin(_Module):
         config.inference_mode = not trainable
         self._take_up(name, config, trainable)
         return report
+
+    @contextmanager
+    def _laid_out(
+        self, name: str, device_map: Any, max_memory: Any, offload_folder: Any, offload_index: Any
+    ) -> Iterator[None]:
+        """Has accelerate lay the model out as it is after the ``with``; where it cannot, ``name`` goes again."""
+        from inlay.integrations import layout
+
+        if device_map is None and max_memory is None:
+            device_map = self.__dict__.get("hf_device_map")
+        layout.check(self, device_map, offload_folder, offload_index)
+        active = Tuner.inside(self).active_adapters
+        trained = [(p, p.requires_grad) for p in self.parameters()]
+        yield
+        try:
+            layout.lay_out(self, device_map, max_memory, offload_folder, offload_index)
+        except BaseException:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PeftWarning)  # of another one that is active for a moment
+                self.delete_adapter(name)
+            if active:
+                Tuner.inside(self).set_adapter(active)
+            for parameter, was in trained:
+                parameter.requires_grad_(was)
+            raise
 
     def _free(self, adapter_name: str | None) -> str:
         name = DEFAULT_ADAPTER if adapter_name is None else adapter_name
@@ -313,7 +341,7 @@ class AdapterMixin(_Module):
                 verbs.delete_adapter(name)
             if not self.peft_config:
                 verbs.unload()
-                self._hf_peft_config_loaded = False
+                self.__dict__.pop("_hf_peft_config_loaded", None)
 
 
 @contextmanager

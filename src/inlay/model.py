@@ -64,6 +64,7 @@ from inlay.session import Session
 from inlay.signature import PassesOn
 from inlay.storage import stored_parameters
 from inlay.storage.arena import Arena, bytes_of
+from inlay.storage.placement import HOOK_NAMES
 from inlay.trained import ModulesToSaveWrapper, Tied
 
 
@@ -105,7 +106,7 @@ class Tuner(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model" or "model" not in self.__dict__.get("_modules", {}):
+            if name in HOOK_NAMES or name == "model" or "model" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.model, name)
 
@@ -1225,7 +1226,7 @@ class PeftModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
+            if name in HOOK_NAMES or name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_model, name)
 

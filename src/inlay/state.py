@@ -28,6 +28,7 @@ from inlay.methods._abstract import AbstractAdapter
 from inlay.prompts import AbstractPrompt, AnyConfig
 from inlay.report import BASE_KEY, LoadReport, base_fingerprint
 from inlay.routing import Router
+from inlay.storage.placement import held, replace
 from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper
 
 PROMPT_PREFIX = "base_model."  # what the keys of heads beside a prompt begin with
@@ -225,8 +226,14 @@ def without_foreign(key: str) -> str:
 
 
 def _value(place: Place) -> Tensor:
-    t: Tensor = getattr(place.owner, place.attribute)
-    return t.detach()
+    return _standing(place.owner, place.attribute)
+
+
+def _standing(owner: nn.Module, attribute: str) -> Tensor:
+    """A tensor of the model, without its gradient, from where it is kept if it is offloaded."""
+    t: Tensor = getattr(owner, attribute)
+    kept = held(owner, attribute) if t.is_meta else None
+    return (t if kept is None else kept).detach()
 
 
 def _extras(
@@ -452,6 +459,8 @@ def assign(
                 converted.append((key, t.dtype, old.dtype))
             if old is None or not old.is_meta:
                 getattr(owner, attribute).copy_(t)
+            elif held(owner, attribute) is not None:
+                replace(owner, attribute, t.to(old.dtype))
             else:
                 new = t.to(t.device if device.type == "meta" else device, old.dtype)
                 owner._parameters[attribute] = nn.Parameter(new, requires_grad=old.requires_grad)
