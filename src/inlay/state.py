@@ -28,7 +28,7 @@ from inlay.methods._abstract import AbstractAdapter
 from inlay.prompts import AbstractPrompt, AnyConfig
 from inlay.report import BASE_KEY, LoadReport, base_fingerprint
 from inlay.routing import Router
-from inlay.storage.placement import held, replace
+from inlay.storage.placement import as_parted, held, replace
 from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper
 
 PROMPT_PREFIX = "base_model."  # what the keys of heads beside a prompt begin with
@@ -458,7 +458,8 @@ def assign(
             if old is not None and old.dtype != t.dtype:
                 converted.append((key, t.dtype, old.dtype))
             if old is None or not old.is_meta:
-                getattr(owner, attribute).copy_(t)
+                standing = getattr(owner, attribute)
+                standing.copy_(as_parted(t, standing))
             elif held(owner, attribute) is not None:
                 replace(owner, attribute, t.to(old.dtype))
             else:

@@ -20,6 +20,19 @@ def distributed(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
+def as_parted(t: Tensor, other: Any) -> Tensor:
+    """``t`` in parts on several processes as ``other`` is, or whole where that is; every process has to ask."""
+    if distributed(t) == distributed(other):
+        return t
+    given: Any = t
+    if distributed(t):
+        whole: Tensor = given.full_tensor()
+        return whole
+    module = sys.modules["torch.distributed.tensor"]
+    parts: Tensor = module.distribute_tensor(t.to(other.device), other.device_mesh, other.placements)
+    return parts
+
+
 def at_hand(W: Tensor, layer: nn.Module, parameter: str, beside: Tensor) -> Tensor:
     """``layer``'s ``parameter`` as it can be computed with together with ``beside``; ``W`` is how it stands there."""
     if (device := runs_on(layer)) is not None:
