@@ -49,7 +49,7 @@ def lay_out(
         offload_index (`dict`, *optional*): What lies on the disk already.
     """
     if offload_index is None:
-        placement.bring_back(model)
+        placement.bring_back(model, torch.device("cpu"))
     remove_hook_from_submodules(model)
     whole = getattr(model, "_no_split_modules", None)
     if device_map in (None, *_STRATEGIES):

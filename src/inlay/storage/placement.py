@@ -96,22 +96,29 @@ def hooked(layer: nn.Module) -> bool:
     return "_hf_hook" in layer.__dict__
 
 
-def without_hooks(layer: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a hooked layer's ``__dict__`` is with all its parameters at hand; ``own`` stand in for some."""
-    device = runs_on(layer)
-    parameters = {k: brought(layer, k) if p is not None and p.is_meta else p for k, p in layer._parameters.items()}
-    parameters.update({k: t if device is None else t.to(device) for k, t in own.items()})
+def without_hooks(layer: nn.Module, own: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Any]:
+    """What a hooked layer's ``__dict__`` is with all its parameters at hand, or on ``device``.
+
+    ``own`` stand in for some of them.
+    """
+    parameters: dict[str, Tensor | None] = {**layer._parameters, **own}
+    device = device or runs_on(layer)
+    for key, p in parameters.items():
+        kept = held(layer, key) if p is not None and p.is_meta else p
+        if kept is not None:
+            parameters[key] = kept if device is None else kept.to(device)
     rest = {k: v for k, v in layer.__dict__.items() if k not in HOOK_NAMES and k != "forward"}
     return {**rest, "_parameters": parameters}
 
 
-def bring_back(module: nn.Module) -> None:
-    """Gives an offloaded module all its tensors, and takes the hooks that offload them off."""
+def bring_back(module: nn.Module, device: torch.device | None = None) -> None:
+    """Gives an offloaded module all its tensors, where it runs or on ``device``, and takes the hooks off."""
     for layer in [m for m in module.modules() if _offloading(m) is not None]:
-        requires_grad = {k: p.requires_grad for k, p in layer._parameters.items() if p is not None}
-        layer.__dict__ = without_hooks(layer, {})
-        for key, wanted in requires_grad.items():
-            layer._parameters[key] = nn.Parameter(layer._parameters[key].detach().clone(), wanted)  # type: ignore[union-attr]
+        trained = {key for key, p in layer._parameters.items() if p is not None and p.requires_grad}
+        layer.__dict__ = without_hooks(layer, {}, device)
+        for key, p in layer._parameters.items():
+            if p is not None:
+                layer._parameters[key] = nn.Parameter(p.detach().clone(), key in trained)
 
 
 def copied(module: nn.Module) -> nn.Module:
