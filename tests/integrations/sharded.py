@@ -30,7 +30,6 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "LoRA": lambda: inlay.LoraConfig(r=2, init_lora_weights=False, **TARGETS),
     "DoRA": lambda: inlay.LoraConfig(r=2, init_lora_weights=False, use_dora=True, **TARGETS),
     "LoHa": lambda: inlay.LoHaConfig(r=2, init_weights=False, **TARGETS),
-    "OFT": lambda: inlay.OFTConfig(oft_block_size=5, init_weights=False, **TARGETS),
     "a head": lambda: inlay.LoraConfig(r=2, init_lora_weights=False, modules_to_save=["head"], **TARGETS),
 }
 
