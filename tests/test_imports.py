@@ -93,6 +93,7 @@ EXCUSED: set[tuple[str, str]] = {
     ("inlay.config", "methods"),  # inside `from_dict`: the file's peft_type picks the config's class
     ("inlay.sources", "integrations"),  # inside `locate`, `base_file`: the hub's client, where the id is no directory
     ("inlay.model", "integrations"),  # inside `push_to_hub` and `_present_names`
+    ("inlay.mixin", "integrations"),  # inside `load_adapter`, where it is given a device map
 }
 
 #: modules that work on strings alone

@@ -28,7 +28,6 @@ from inlay.errors import (
     LoadError,
     MergeError,
     NonFiniteError,
-    NotMergeableError,
     PlanError,
     UnknownArchitectureError,
     UnsupportedLayerError,
@@ -306,40 +305,6 @@ def test_a_tied_head_of_bart_merged_and_saved(tmp_path: Path) -> None:
         merged.save_pretrained(tmp_path)
         again = BartForConditionalGeneration.from_pretrained(tmp_path).eval()
         close(again(**batch).logits, wanted)
-
-
-@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.4}], ids=str)
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_offloaded_layers_run_and_do_not_merge(
-    tiny: Tiny, tokens_BT: Tensor, tmp_path: Path, fields: dict[str, Any], where: str
-) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model = inlay.get_peft_model(tiny("llama"), config("q_proj", "down_proj", **fields))
-    disturb(model)
-    torch.manual_seed(0)
-    trained = model.train()(tokens_BT).logits.detach()
-    model.eval()
-    with torch.no_grad():
-        wanted = model(tokens_BT).logits
-        with model.disable_adapter():
-            plain = model(tokens_BT).logits
-        apart(wanted, plain)
-        if where == "cpu":
-            accelerate.cpu_offload(model.base_model.model, torch.device("cpu"))
-        else:
-            accelerate.disk_offload(model.base_model.model, str(tmp_path), torch.device("cpu"))
-        assert any(p.is_meta for p in model.parameters())
-        for _ in range(2):
-            close(model(tokens_BT).logits, wanted)
-        torch.manual_seed(0)
-        close(model.train()(tokens_BT).logits, trained)
-        model.eval()
-        with pytest.raises(NotMergeableError, match="offloaded"):
-            model.merge_adapter()
-        assert not any(layer.merged for _, layer in model.base_model.layers())
-        close(model(tokens_BT).logits, wanted)
-        with model.disable_adapter():
-            close(model(tokens_BT).logits, plain)
 
 
 # ---------------------------------------------------------------- models of other shapes

@@ -58,6 +58,7 @@ PUBLIC_NAMES = [
     "hotswap_adapter_from_state_dict",
     "prepare_model_for_compiled_hotswap",
     # models that stay the user's own
+    "AdapterMixin",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",

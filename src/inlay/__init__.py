@@ -44,6 +44,7 @@ _HOME = {
     "LoraConfig": "methods.lora",
     "LoraRuntimeConfig": "methods._low_rank",
     "OFTConfig": "methods.oft",
+    "AdapterMixin": "mixin",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "model",
     "PeftMixedModel": "model",
     "PeftModel": "model",
@@ -138,6 +139,7 @@ if TYPE_CHECKING:  # the same names for type checkers; "as" makes them exported
     from inlay.methods.lokr import LoKrConfig as LoKrConfig
     from inlay.methods.lora import LoraConfig as LoraConfig
     from inlay.methods.oft import OFTConfig as OFTConfig
+    from inlay.mixin import AdapterMixin as AdapterMixin
     from inlay.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from inlay.model import PeftMixedModel as PeftMixedModel
     from inlay.model import PeftModel as PeftModel

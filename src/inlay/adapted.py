@@ -37,7 +37,7 @@ from inlay.methods._abstract import AbstractAdapter, Params, Slot, as_dtype
 from inlay.ops.rows import rows as rows_product
 from inlay.routing import Router, Rows
 from inlay.storage import Rounding, Storage, facts, storage_of
-from inlay.storage.placement import at_hand, distributed
+from inlay.storage.placement import HOOK_NAMES, at_hand, brought, distributed, held, hooked, without_hooks
 
 _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -72,7 +72,6 @@ class Leaf(_Light):
     """One adapter's tensors of one slot: ``layer.lora_A.default``, with ``weight`` and perhaps ``bias``."""
 
     def forward(self, x: Tensor | str, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        # Offloading libraries hang their hooks on forward: asking by name here is how an offloaded tensor comes back.
         W: Tensor = getattr(self, x if isinstance(x, str) else "weight")
         if isinstance(x, str):
             return W
@@ -365,7 +364,7 @@ class Adapted(_Light):
                 owner = owner._modules[name]
             t = owner._parameters.get(leaf or name)
             if t is None or t.is_meta:
-                t = getattr(owner, leaf or name) if t is None else owner(leaf or name)
+                t = getattr(owner, leaf or name) if t is None else brought(owner, leaf or name)
             if leaf == "weight" and len(owner.__dict__) > _BARE and has_hooks(owner):
                 t = Hooked.make(t, owner)
             p[key] = t
@@ -375,6 +374,10 @@ class Adapted(_Light):
         """The layer with its pristine weight, while another stands in its place."""
         self._stored(self.kind.weight_name)
         storage = self.storage
+        if hooked(self.base_layer):
+            other = copy.copy(self.base_layer)
+            other.__dict__ = without_hooks(self.base_layer, self._kept)
+            return other
         return replica(self.base_layer, self._kept, None if storage.in_place else storage.settle)
 
     def part(self, name: str) -> nn.Module:
@@ -478,7 +481,7 @@ class Adapted(_Light):
     def _pristine(self, parameter: str) -> Tensor:
         """A pristine parameter, dense, where the adapters' tensors are."""
         W = self._storage(parameter).dense(self.base_layer, self._stored(parameter))
-        if not W.is_meta and type(W) in (Tensor, nn.Parameter):
+        if not W.is_meta and not self._kept and type(W) in (Tensor, nn.Parameter):
             return W
         return at_hand(W, self.get_base_layer(), parameter, self._beside(W))
 
@@ -735,8 +738,9 @@ class Adapted(_Light):
         if why := self.kind.unmergeable(base):
             raise NotMergeableError(f"{self.path}: {why}")
         W: Tensor = getattr(base, self.kind.weight_name)
-        if W.is_meta:
-            raise NotMergeableError(f"{self.path}: its weight is on the meta device (offloaded): bring it back first.")
+        if W.is_meta and (self.tied or held(self.get_base_layer(), self.kind.weight_name) is None):
+            what = "is offloaded, and another layer's too" if self.tied else "is on the meta device"
+            raise NotMergeableError(f"{self.path}: its weight {what}: bring it back first.")
         if distributed(W) and not distributed(self._beside(W)):
             raise NotMergeableError(
                 f"{self.path}: its weight is a DTensor, and the adapter's tensors are none: merge, then distribute."
@@ -774,7 +778,7 @@ class Adapted(_Light):
     def _add_products(self, new: tuple[str, ...], keep_base: bool, aside: Callable[[Tensor], Tensor]) -> bool:
         """Adds products into the weight where it stands; False, and nothing done, where merging is more than that."""
         storage, base, name = self.storage, self.base_layer, self.kind.weight_name
-        if self.tied or not storage.in_place or (self._merged and self._kept):
+        if self.tied or not storage.in_place or self.weight.is_meta or (self._merged and self._kept):
             return False
         factors = []
         for n in new:
@@ -791,7 +795,7 @@ class Adapted(_Light):
         return True
 
     def _replace(self, parameter: str, value: Tensor, keep_base: bool, aside: Callable[[Tensor], Tensor]) -> None:
-        base, storage = self.base_layer, self._storage(parameter)
+        base, storage = self.get_base_layer(), self._storage(parameter)
         if keep_base and parameter not in self._kept:
             keep = storage.stored(base, parameter) if self.tied else storage.keep(base, parameter, aside)
             self._kept[parameter] = keep
@@ -835,7 +839,7 @@ class Adapted(_Light):
                 if self.tied:
                     self._put(parameter, kept)
                 else:
-                    self._storage(parameter).restore(self.base_layer, kept, parameter)
+                    self._storage(parameter).restore(self.get_base_layer(), kept, parameter)
         self.forget()
 
     def check_unmerge(self) -> list[tuple[Tensor, Tensor, Any]]:
@@ -977,7 +981,7 @@ class Adapted(_Light):
             last = () if methods else self.__dict__.get("_last", ())
             if name in last or any(name in m.numbers for m in methods.values()):
                 return _Numbers(methods, name, self._stacks.clear)
-            if name == "base_layer" or "base_layer" not in self.__dict__.get("_modules", {}):
+            if name in HOOK_NAMES or name == "base_layer" or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_layer, name)
 

@@ -25,6 +25,7 @@ from inlay.errors import (
     AdapterNameError,
     ConfigError,
     DuplicateAdapterError,
+    FieldTypeError,
     HotswapError,
     MissingFileError,
     NotMergeableError,
@@ -66,6 +67,7 @@ from inlay.session import Session
 from inlay.signature import PassesOn
 from inlay.storage import stored_parameters
 from inlay.storage.arena import Arena, bytes_of
+from inlay.storage.placement import HOOK_NAMES
 from inlay.trained import Tied
 
 
@@ -90,6 +92,16 @@ class Tuner(nn.Module):
         self._arena = Arena()
         self.enabled = True
 
+    @classmethod
+    def inside(cls, model: nn.Module) -> Tuner:
+        """The verbs for a model with adapters inside and no handle around it, which keeps its own configs."""
+        tuner = cls(model)
+        tuner.peft_config = model.__dict__.get("peft_config") or {}
+        for _, wrapper in wrappers(model):
+            tuner._active, tuner.enabled = tuple(wrapper.active_adapters), not wrapper.disable_adapters
+            break
+        return tuner
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.with_loss(self.model(*args, **kwargs))
 
@@ -97,7 +109,7 @@ class Tuner(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model" or "model" not in self.__dict__.get("_modules", {}):
+            if name in HOOK_NAMES or name == "model" or "model" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.model, name)
 
@@ -161,7 +173,7 @@ class Tuner(nn.Module):
             if name not in self.peft_config:
                 raise UnknownAdapterError(f"There is no adapter {name!r}; there are {list(self.peft_config)}.")
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes adapters the default for all threads.
 
         Args:
@@ -172,7 +184,7 @@ class Tuner(nn.Module):
         Raises:
             UnknownAdapterError: One of them does not exist.
         """
-        names = _names(adapter_name)
+        names = as_names(adapter_name)
         self.check_known(names)
         if any(layer.merged for _, layer in self.layers()):
             warnings.warn(
@@ -230,10 +242,8 @@ class Tuner(nn.Module):
             UnknownAdapterError: No such adapter.
             PlanError: It is merged.
         """
-        self.check_known([adapter_name])
+        self.check_deletable([adapter_name])
         found = self._standing()
-        if any(isinstance(w, Adapted) and adapter_name in w.merged_adapters for w in found):
-            raise PlanError(f"Adapter {adapter_name!r} is merged: unmerge it, then delete it.")
         left = tuple(n for n in self._active if n != adapter_name)
         others = [n for n in [*self.peft_config] if n != adapter_name]
         if not left and others:
@@ -255,6 +265,13 @@ class Tuner(nn.Module):
                 for wrapper in found:
                     wrapper.set_adapter(list(left))
                 self._active = left
+
+    def check_deletable(self, names: Sequence[str]) -> None:
+        """Raises what `delete_adapter` would raise for one of them."""
+        self.check_known(names)
+        merged = {n for _, layer in self.layers() for n in layer.merged_adapters}
+        if found := [n for n in names if n in merged]:
+            raise PlanError(f"Adapter {found[0]!r} is merged: unmerge it, then delete it.")
 
     def _forget_invocation(self, *names: str) -> None:
         for name in names if self.invocations is not None else ():
@@ -509,7 +526,7 @@ class PeftModel(nn.Module):
         if isinstance(config, PromptLearningConfig):
             self._put_before(name, config, activate, not config.inference_mode)
             return
-        with self._with_heads(config), replicated(self.base_model.model, self._ranges(config)):
+        with self._with_heads(config), replicated(self.base_model.model, ranges_left(self.peft_config, config)):
             prepared = prepare(self.base_model.model, config, adapter_name=name)
             for text in prepared.plan.warnings:
                 warnings.warn(text, PeftWarning, stacklevel=5)
@@ -549,11 +566,6 @@ class PeftModel(nn.Module):
             prompts.add(name, prompt, activate, trained)
             tuner._active = (name,) if activate else tuner._active
 
-    def _ranges(self, config: AnyConfig) -> list[tuple[int, int]] | None:
-        """The layers still to be replicated: the first adapter that asks for it does it for all."""
-        done = any(c.layer_replication for c in [*self.peft_config.values()])
-        return None if done else config.layer_replication
-
     @contextmanager
     def _with_heads(self, config: AnyConfig) -> Iterator[None]:
         """Adds the task's heads to what ``config`` trains whole; a failure inside takes them out again."""
@@ -582,12 +594,7 @@ class PeftModel(nn.Module):
                     f"{name!r} is of {config.method} and {one!r} of {standing.method}: a PeftModel holds one method. "
                     "Make the model with get_peft_model(..., mixed=True), or load it by PeftMixedModel."
                 )
-        other = [n for n, c in [*self.peft_config.items()] if n != name and c.bias != "none"]
-        if config.bias != "none" and other:
-            raise ConfigError(
-                f"bias={config.bias!r} trains the model's own biases, which adapters share: one adapter may, and "
-                f"{other[0]!r} does."
-            )
+        check_biases({n: c for n, c in [*self.peft_config.items()] if n != name}, config)
 
     def _prepare_checkpointing(self) -> None:
         model = self.base_model.model
@@ -740,7 +747,7 @@ class PeftModel(nn.Module):
         Raises:
             UnknownAdapterError: One of them does not exist.
         """
-        names = _names(adapter_name)
+        names = as_names(adapter_name)
         self.base_model.check_known(names)
         with self.base_model.router.choose(Route(names)):
             yield
@@ -981,11 +988,7 @@ class PeftModel(nn.Module):
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names)
         initial = path_initial_model_for_weight_conversion
-        if not str(save_directory):  # a Path of it would be the working directory
-            raise MissingFileError("The directory's name is empty: name a directory to save into.")
-        directory = Path(save_directory)
-        if directory.is_file():
-            raise UnwritableError(f"{directory} is a file: name a directory to save into.")
+        directory = folder_to_write(save_directory)
         if not is_main_process:
             return
         text = card.text(directory, self.peft_config[names[0]], self.base_model.model) if names else None
@@ -995,27 +998,10 @@ class PeftModel(nn.Module):
                 self, state_dict, name, save_embedding_layers=save_embedding_layers, initial=start
             )
             config = state.saved_config(self, name, converted=start is not None)
-            self._save_one(adapter_dir(directory, name), name, config, tensors, safe_serialization)
+            model = self.base_model.model
+            write_adapter(adapter_dir(directory, name), model, name, config, tensors, safe_serialization)
         if text is not None:
             files.save_text(directory / card.NAME, text)
-
-    def _save_one(
-        self,
-        directory: Path,
-        name: str,
-        config: AnyConfig,
-        tensors: Mapping[str, Tensor],
-        safe: bool,
-    ) -> None:
-        values = {**config.to_dict(), "inference_mode": True}
-        if values["task_type"] is None:
-            model = self.base_model.model
-            values["auto_mapping"] = {
-                "base_model_class": type(model).__name__,
-                "parent_library": type(model).__module__,
-            }
-        metadata = {BASE_KEY: state.live_fingerprint(self.base_model.model, name)}
-        files.write_pair(directory, values, tensors, metadata, safe_serialization=safe)
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Writes ``README.md`` with the metadata that the hub reads, or updates the one that is there."""
@@ -1173,7 +1159,7 @@ class PeftModel(nn.Module):
         self._check_beside(name, config)
         if isinstance(config, PromptLearningConfig):
             return self._load_before(source, name, config, trainable, strict, activate)
-        with self._with_heads(config), replicated(model, self._ranges(config)):
+        with self._with_heads(config), replicated(model, ranges_left(self.peft_config, config)):
             report, prepared = state.load_into(
                 model,
                 source,
@@ -1243,12 +1229,12 @@ class PeftModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
+            if name in HOOK_NAMES or name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_model, name)
 
 
-def _names(given: str | Iterable[str]) -> tuple[str, ...]:
+def as_names(given: str | Iterable[str]) -> tuple[str, ...]:
     """One name or several, each once."""
     if isinstance(given, str):
         return (given,)
@@ -1420,20 +1406,20 @@ def inject_adapter_in_model(
         `nn.Module`: ``model``.
 
     Raises:
+        ConfigError: It is of a prompt, or an activated adapter's: these need a handle.
         PlanError: The config does not fit the model, which is as it was.
         AdapterNameError: The name cannot be used, or is in use.
     """
     check_adapter_name(adapter_name, FORBIDDEN_NAMES)
-    method_of(peft_config)
-    if peft_config.invocation is not None:
-        raise ConfigError("An activated adapter needs a handle, which finds its invocation: use get_peft_model.")
+    check_injectable(peft_config)
     only = None
     if state_dict is not None:
         if peft_config.target_parameters:
             raise ConfigError("state_dict cannot be given with target_parameters: its keys do not name parameters.")
         prefix = method_of(peft_config).prefix
         only = {key.split(f".{prefix}")[0] for key in state_dict if f".{prefix}" in key}
-    with replicated(model, peft_config.layer_replication):
+    configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or _Configs()
+    with replicated(model, ranges_left(configs, peft_config)):
         prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name)
         for text in prepared.plan.warnings:
             warnings.warn(text, PeftWarning, stacklevel=2)
@@ -1446,10 +1432,67 @@ def inject_adapter_in_model(
         for parameter in trained:  # what was trained before stays so: its owner decides
             parameter.requires_grad_(True)
     with_targets(peft_config, prepared)
-    configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or _Configs()
     configs[adapter_name] = peft_config
     model.peft_config = configs  # type: ignore[assignment]
     return model
+
+
+def check_injectable(config: object) -> AdapterConfig:
+    """The config; raises `ConfigError` for what is none of layers, or of an adapter that only a handle can run."""
+    if isinstance(config, PromptLearningConfig):
+        raise ConfigError(
+            f"{config.method} puts a prompt before the model, which only a handle does: use get_peft_model."
+        )
+    if not isinstance(config, AdapterConfig):
+        raise FieldTypeError(f"A method's config is needed, such as LoraConfig; got {type(config).__name__}.")
+    method_of(config)
+    if config.invocation is not None:
+        raise ConfigError("An activated adapter needs a handle, which finds its invocation: use get_peft_model.")
+    return config
+
+
+def ranges_left(others: Mapping[str, AnyConfig], config: AnyConfig) -> list[tuple[int, int]] | None:
+    """The layers still to be replicated: the first adapter that asks for it does it for all."""
+    done = any(other.layer_replication for other in [*others.values()])
+    return None if done else config.layer_replication
+
+
+def check_biases(others: Mapping[str, AnyConfig], config: AnyConfig) -> None:
+    """Raises `ConfigError` where an adapter would train biases that one of the ``others`` trains."""
+    found = [name for name, other in others.items() if other.bias != "none"]
+    if config.bias != "none" and found:
+        raise ConfigError(
+            f"bias={config.bias!r} trains the model's own biases, which adapters share: one adapter may, and "
+            f"{found[0]!r} does."
+        )
+
+
+def folder_to_write(directory: str | Path) -> Path:
+    """A directory to save into; raises `MissingFileError` or `UnwritableError` for what can be none."""
+    if not str(directory):  # a Path of it would be the working directory
+        raise MissingFileError("The directory's name is empty: name a directory to save into.")
+    if Path(directory).is_file():
+        raise UnwritableError(f"{directory} is a file: name a directory to save into.")
+    return Path(directory)
+
+
+def write_adapter(
+    directory: Path,
+    model: nn.Module,
+    name: str,
+    config: AnyConfig,
+    tensors: Mapping[str, Tensor],
+    safe_serialization: bool = True,
+) -> None:
+    """Writes the two files of an adapter that stands in ``model``."""
+    values = {**config.to_dict(), "inference_mode": True}
+    if values["task_type"] is None:
+        values["auto_mapping"] = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
+    metadata = {BASE_KEY: state.live_fingerprint(model, name)}
+    files.write_pair(directory, values, tensors, metadata, safe_serialization=safe_serialization)
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:

@@ -10,6 +10,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from inlay.methods._abstract import AbstractAdapter
 from inlay.prompts import AbstractPrompt, AnyConfig
 from inlay.report import BASE_KEY, LoadReport, base_fingerprint
 from inlay.routing import Router
+from inlay.storage.placement import as_parted, held, replace
 from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper
 
 PROMPT_PREFIX = "base_model."  # what the keys of heads beside a prompt begin with
@@ -224,8 +226,14 @@ def without_foreign(key: str) -> str:
 
 
 def _value(place: Place) -> Tensor:
-    t: Tensor = getattr(place.owner, place.attribute)
-    return t.detach()
+    return _standing(place.owner, place.attribute)
+
+
+def _standing(owner: nn.Module, attribute: str) -> Tensor:
+    """A tensor of the model, without its gradient, from where it is kept if it is offloaded."""
+    t: Tensor = getattr(owner, attribute)
+    kept = held(owner, attribute) if t.is_meta else None
+    return (t if kept is None else kept).detach()
 
 
 def _extras(
@@ -482,7 +490,10 @@ def assign(
             if old is not None and old.dtype != t.dtype:
                 converted.append((key, t.dtype, old.dtype))
             if old is None or not old.is_meta:
-                getattr(owner, attribute).copy_(t)
+                standing = getattr(owner, attribute)
+                standing.copy_(as_parted(t, standing))
+            elif held(owner, attribute) is not None:
+                replace(owner, attribute, t.to(old.dtype))
             else:
                 new = t.to(t.device if device.type == "meta" else device, old.dtype)
                 owner._parameters[attribute] = nn.Parameter(new, requires_grad=old.requires_grad)
@@ -519,12 +530,39 @@ def load_peft_weights(
     return tensors
 
 
+class Given(AbstractContextManager["Given"]):
+    """Tensors that are in memory already, in the place of an open file.
+
+    Args:
+        tensors (`Mapping[str, Tensor]`): By the names that files have; they stay the caller's.
+
+    Raises:
+        LoadError: It holds something else.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, t in tensors.items():
+            if not isinstance(t, Tensor) or t.is_meta:
+                what = "a tensor on the meta device" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+                raise LoadError(f"The state dict must hold tensors with values, and has {what} as {key!r}.")
+        self.header = {key: files.TensorInfo(t.dtype, tuple(t.shape)) for key, t in tensors.items()}
+        self.metadata: dict[str, str] = {}
+        self._tensors = dict(tensors)
+
+    def read(self) -> dict[str, Tensor]:
+        """Copies of them: what is loaded is nobody else's parameter."""
+        return {key: t.detach().clone() for key, t in self._tensors.items()}
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
 class Source(NamedTuple):
-    """An adapter on disk, opened and not yet read."""
+    """An adapter on disk, opened and not yet read; or what was read of one."""
 
     directory: Path
     config: PeftConfig
-    weights: files.Weights
+    weights: files.Weights | Given
 
 
 def open_source(directory: Path, config: PeftConfig | None = None) -> Source:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from inlay.layers import LayerKind, kind_of
 from inlay.methods._abstract import AbstractAdapter, Slot
 from inlay.routing import Route, Router, Rows
 from inlay.storage import stored_parameters
+from inlay.storage.placement import HOOK_NAMES, copied
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
@@ -72,7 +72,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def add(self, name: str) -> None:
         """Makes the adapter's copy, equal to the module."""
-        own = copy.deepcopy(self.original_module)
+        own = copied(self.original_module)
         own.requires_grad_(False)
         self.modules_to_save[name] = own
         self._refresh()
@@ -177,7 +177,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "modules_to_save" not in self.__dict__.get("_modules", {}):
+            if name in HOOK_NAMES or "modules_to_save" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.copy_for(self._serving()[0]), name)
 
@@ -209,7 +209,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "token_adapter" not in self.__dict__.get("_modules", {}):
+            if name in HOOK_NAMES or "token_adapter" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.token_adapter, name)
 

@@ -21,6 +21,7 @@ import pickletools
 import secrets
 import stat
 import struct
+import sys
 import time
 import weakref
 import zipfile
@@ -526,6 +527,11 @@ def write_pair(
         ConfigError: The config holds what JSON does not have.
     """
     for key, tensor in tensors.items():
+        if _is_distributed(tensor):
+            raise UnwritableError(
+                f"tensor '{key}' is in parts on several processes: gather it on all of them, as "
+                "get_model_state_dict(..., full_state_dict=True) does, and save what that gives (state_dict=...)."
+            )
         if tensor.is_meta or tensor.layout is not torch.strided or tensor.dtype not in _DTYPE_NAMES:
             what = "on the meta device" if tensor.is_meta else f"{tensor.layout} of {tensor.dtype}"
             raise UnwritableError(f"tensor '{key}' is {what}: it has no values that the file could hold.")
@@ -536,6 +542,11 @@ def write_pair(
     if model_card is not None:
         contents["README.md"] = model_card.encode()
     _write_files(Path(directory), contents)
+
+
+def _is_distributed(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def reseal(directory: str | Path) -> None:

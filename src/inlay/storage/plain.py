@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from inlay.storage import placement
 from inlay.storage._abstract import Storage
 
 
@@ -38,15 +39,22 @@ class Plain(Storage):
         return stored
 
     def write(self, layer: nn.Module, W: Tensor, parameter: str = "weight") -> None:
+        stored = self.stored(layer, parameter)
+        if stored.is_meta:
+            placement.replace(layer, parameter, W)
+            return
         with torch.no_grad():
-            self.stored(layer, parameter).copy_(W)
+            stored.copy_(W)
 
     def keep(self, layer: nn.Module, parameter: str, copy: Callable[[Tensor], Tensor]) -> Tensor:
-        return copy(self.stored(layer, parameter).detach())
+        stored = self.stored(layer, parameter)
+        kept = placement.held(layer, parameter) if stored.is_meta else None
+        return copy((stored if kept is None else kept).detach())
 
     def restore(self, layer: nn.Module, kept: Tensor, parameter: str = "weight") -> None:
         self.write(layer, kept, parameter)
 
     def facts(self, layer: nn.Module, parameter: str = "weight") -> tuple[torch.dtype, torch.device]:
         W: Tensor = getattr(layer, parameter)
-        return (W.dtype if W.is_floating_point() else torch.get_default_dtype()), W.device
+        device = placement.runs_on(layer) if W.is_meta else None
+        return (W.dtype if W.is_floating_point() else torch.get_default_dtype()), device or W.device
