@@ -1439,13 +1439,10 @@ def inject_adapter_in_model(
 
 def check_injectable(config: object) -> AdapterConfig:
     """The config; raises `ConfigError` for what is none of layers, or of an adapter that only a handle can run."""
-    if isinstance(config, PromptLearningConfig):
-        raise ConfigError(
-            f"{config.method} puts a prompt before the model, which only a handle does: use get_peft_model."
-        )
-    if not isinstance(config, AdapterConfig):
+    if not isinstance(config, AnyConfig):
         raise FieldTypeError(f"A method's config is needed, such as LoraConfig; got {type(config).__name__}.")
-    method_of(config)
+    method_of(config)  # type: ignore[arg-type]  # raises for a prompt's
+    assert isinstance(config, AdapterConfig)
     if config.invocation is not None:
         raise ConfigError("An activated adapter needs a handle, which finds its invocation: use get_peft_model.")
     return config
