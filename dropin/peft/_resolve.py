@@ -15,6 +15,7 @@ HOMES = {
     "BaseTuner": "model",
     "BaseTunerLayer": "adapted",
     "ModulesToSaveWrapper": "trained",
+    "TrainableTokensLayer": "trained",
     "TrainableTokensWrapper": "trained",
     "factorization": "methods.lokr",
     # configs
@@ -36,14 +37,25 @@ HOMES = {
     "update_forward_signature": "helpers",
     "update_generate_signature": "helpers",
     "update_signature": "helpers",
+    "cast_mixed_precision_params": "helpers",
+    "id_tensor_storage": "helpers",
+    "infer_device": "integrations.environment",
+    "shift_tokens_right": "prompts._placed",
+    "transpose": "helpers",
+    "_find_minimal_target_modules": "functional",
+    "_freeze_adapter": "functional",
     "_get_submodules": "functional",
+    "_maybe_include_all_linear_layers": "functional",
     "get_pattern_key": "functional",
 }
 #: where inlay's own name is another one
 OTHER_NAMES = {
     "BaseTuner": "Tuner",
     "BaseTunerLayer": "Adapted",
+    "_find_minimal_target_modules": "find_minimal_target_modules",
+    "_freeze_adapter": "freeze_adapter",
     "_get_submodules": "get_submodules",
+    "_maybe_include_all_linear_layers": "spell_out_all_linear",
     "factorization": "split",
 }
 

@@ -36,7 +36,14 @@ from inlay.parametrized import ParameterKind
 from inlay.prompts import AnyConfig
 from inlay.routing import Router
 from inlay.storage import facts, storage_of
-from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper, trainable_kind
+from inlay.trained import (
+    ModulesToSaveWrapper,
+    Tied,
+    TiedTokensLayer,
+    TrainableTokensLayer,
+    TrainableTokensWrapper,
+    trainable_kind,
+)
 
 # An adapter's name becomes an attribute of every slot, so it may not be one already.
 FORBIDDEN_NAMES = frozenset(dir(Group())) | frozenset(dir(nn.ModuleDict())) | {"base_layer", "__base__"}
@@ -722,16 +729,16 @@ def _place_saved(found: Survey, path: str, router: Router, done: _Done) -> Modul
 
 
 def _place_tokens(works: list[TokenWork], found: Survey, router: Router, done: _Done) -> None:
-    placed: dict[str, Adapted] = {}
+    placed: dict[str, TrainableTokensLayer | TiedTokensLayer] = {}
     for work in works:
         module = getattr(work.parent, work.attribute)
         if isinstance(module, TrainableTokensWrapper):
             layer = module.token_adapter
         else:
             if work.source is None:
-                layer = Adapted(module, work.kind, router, work.path, tied=True)
+                layer = TrainableTokensLayer(module, work.kind, router, work.path, tied=True)
             else:
-                layer = Tied(module, work.kind, router, work.path, placed[work.source])
+                layer = TiedTokensLayer(module, work.kind, router, work.path, placed[work.source])
             done.replace_everywhere(found, work.parent, work.attribute, TrainableTokensWrapper(layer))
         placed[work.path] = layer
         _add(layer, work.adapter, done)
@@ -828,7 +835,9 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
 def _replacement(module: nn.Module, merge: bool, adapter_names: list[str] | None) -> nn.Module:
     if isinstance(module, ModulesToSaveWrapper):
-        return module.copy_for(adapter_names or module._active) if merge else module.original_module
+        names = adapter_names or module._active
+        # Of several copies that are asked for, the active one: only one can stand in the module's place.
+        return module.copy_for([n for n in module._active if n in names] or names) if merge else module.original_module
     return _unwrapped(module)
 
 

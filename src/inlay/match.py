@@ -28,6 +28,8 @@ _MAX_HINTS = 5
 _MAX_CANDIDATES = 1_000
 # Lists at least this long are written to files as the shortest suffixes that say the same.
 _SHRINK_FROM = 20
+# The value of target_modules that stands for every linear layer but the output head.
+SHORTHAND = "all-linear"
 # Heads that a task's handle asks to save on the chance that the model has them.
 _USUAL_HEADS = frozenset({"classifier", "score", "qa_outputs"})
 _REGEX_CHARACTERS = re.compile(r"[\\*+?()\[\]|^$]")
@@ -157,7 +159,7 @@ def check_layers(targets: Iterable[str] | str | None, layers: object, pattern: o
 
 
 def _is_all_linear(entries: Iterable[str] | str | None) -> bool:
-    return isinstance(entries, str) and entries.lower() == "all-linear"
+    return isinstance(entries, str) and entries.lower() == SHORTHAND
 
 
 def _ancestors(name: str) -> Iterator[str]:
@@ -561,17 +563,21 @@ def shrink(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
     if len(names) < _SHRINK_FROM:
         return list(names)
     wanted = frozenset(names)
-    selected: list[str] = []
-    taken: set[str] = set()
-    for name in all_names:
-        ends = tuple(suffixes(name))
-        if wanted.isdisjoint(ends):
-            taken.update(ends)
-        else:
-            selected.append(name)
-    # The entry that selected a name is no end of any other's, so every name has a free end. The shortest free ends
-    # are needed: none is an end of another one, and a longer one would cover no more.
-    return sorted({min((end for end in suffixes(name) if end not in taken), key=len) for name in selected})
+    selected = [name for name in all_names if not wanted.isdisjoint(suffixes(name))]
+    return shortest(selected, set(all_names).difference(selected))
+
+
+def shortest(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The shortest suffixes that select these names and none of the others, of which none ends as a whole name does.
+
+    Example:
+        >>> shortest(["0.q", "1.q", "1.k"], ["0.k", "1"])
+        ['1.k', 'q']
+    """
+    taken = {end for name in others for end in suffixes(name)}
+    # Every name has a free end, itself if no other. The shortest free ends are needed: none is an end of another
+    # one, and a longer one would cover no more.
+    return sorted({min((end for end in suffixes(name) if end not in taken), key=len, default=name) for name in names})
 
 
 def default_targets(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay import card, slots, sources, state, status
-from inlay.adapted import Adapted
+from inlay.adapted import Adapted, merged_already
 from inlay.config import AdapterConfig, PeftConfig, TaskType
 from inlay.errors import (
     AdapterNameError,
@@ -72,6 +72,9 @@ class Tuner(nn.Module):
     Args:
         model (`nn.Module`): The user's model; it is changed in place.
     """
+
+    # Whether adapters have tensors that all layers share and no layer holds.
+    uses_shared_state: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -156,7 +159,7 @@ class Tuner(nn.Module):
         """Raises `UnknownAdapterError` for a name that is no adapter."""
         for name in names:
             if name not in self.peft_config:
-                raise UnknownAdapterError(f"There is no adapter {name!r}; there are {list(self.peft_config)}.")
+                raise UnknownAdapterError(f"Adapter {name} does not exist: there are {list(self.peft_config)}.")
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes adapters the default for all threads.
@@ -233,7 +236,9 @@ class Tuner(nn.Module):
         self.check_known([adapter_name])
         found = self._standing()
         if any(isinstance(w, Adapted) and adapter_name in w.merged_adapters for w in found):
-            raise PlanError(f"Adapter {adapter_name!r} is merged: unmerge it, then delete it.")
+            raise PlanError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
         left = tuple(n for n in self._active if n != adapter_name)
         others = [n for n in [*self.peft_config] if n != adapter_name]
         if not left and others:
@@ -344,8 +349,7 @@ class Tuner(nn.Module):
             changing = [(layer, new) for layer in layers if (new := layer.check_merge(adapter_names, safe_merge))]
             merged = {n for layer in layers for n in layer._merged}
             if not changing or not merged.isdisjoint(adapter_names or self._active):
-                what = "" if changing else "nothing to merge: "
-                warnings.warn(f"{what}already merged are {sorted(merged)}.", PeftWarning, stacklevel=2)
+                warnings.warn(merged_already(adapter_names or self._active, merged), PeftWarning, stacklevel=2)
             copied = [layer for layer, _ in changing if keep_base and not layer._merged and not layer.tied]
             aside = self._arena.copier(sum(bytes_of(layer.weight) for layer in copied))
             for layer, new in changing:
@@ -433,7 +437,16 @@ class Tuner(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """Names of the adapted layers, bare parameters' modules aside."""
-        return [name for name, layer in self.layers() if layer.kind.name != "Parameter"]
+        return [name for name, layer in self._targeted() if layer.kind.name != "Parameter"]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Names of the adapted bare parameters."""
+        found = [(n, w) for n, w in self._targeted() if w.kind.name == "Parameter"]
+        return [f"{name}.{layer.kind.weight_name}" for name, layer in found]
+
+    def _targeted(self) -> Iterator[tuple[str, Adapted]]:
+        return ((name, layer) for name, layer in self.layers() if type(layer) is Adapted and ".base_layer" not in name)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -707,7 +720,11 @@ class PeftModel(nn.Module):
             raise RowsError(
                 f"adapter_names must hold one name per row, got the str {names!r}: write [{names!r}] * batch."
             )
-        self.base_model.check_known([n for n in names if n != BASE])
+        if unknown := sorted({n for n in names if n != BASE and n not in self.peft_config}):
+            raise UnknownAdapterError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are "
+                f"{list(self.peft_config)}."
+            )
         batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if batch is not None and batch != len(names):
             raise RowsError(
@@ -825,7 +842,9 @@ class PeftModel(nn.Module):
             PlanError: The config does not fit the model.
         """
         if adapter_name in self.peft_config:
-            raise DuplicateAdapterError(f"Adapter {adapter_name!r} exists already: choose another name, or delete it.")
+            raise DuplicateAdapterError(
+                f"Adapter with name {adapter_name!r} already exists: choose another name, or delete it."
+            )
         self._inject(
             adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, activate=not self.peft_config
         )
@@ -885,6 +904,10 @@ class PeftModel(nn.Module):
     def get_model_status(self) -> status.TunerModelStatus:
         """The status of the model as a whole."""
         return status.get_model_status(self)
+
+    def supports_lora_conversion(self, adapter_name: str = DEFAULT_ADAPTER) -> bool:
+        """Whether an adapter can be turned into a LoRA: none can, yet."""
+        return False
 
     def print_trainable_parameters(self) -> None:
         """Prints them."""
@@ -1095,6 +1118,8 @@ class PeftModel(nn.Module):
                 **kwargs,
             )
         handle._prepare_checkpointing()
+        if not is_trainable:
+            handle.eval()
         return handle
 
     def load_adapter(
@@ -1353,7 +1378,7 @@ def get_peft_model(
             f"peft_config must be a method's config, such as LoraConfig, got {type(peft_config).__name__}."
         )
     old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path")
-    if old is not None and new is not None and old != new:
+    if old is not None and old != new:
         warnings.warn(f"The config names its base model {old!r}; it is {new!r} now.", PeftWarning, stacklevel=2)
     beside = any(True for _ in wrappers(model))
     if revision is not None:
@@ -1365,7 +1390,7 @@ def get_peft_model(
     if mixed:
         cls = PeftMixedModel
     handle = cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-    peft_config.base_model_name_or_path = new or old
+    peft_config.base_model_name_or_path = new
     if beside:
         warnings.warn(
             "The model has adapters already: this one is put beside them, in a handle that does not list them. Call "

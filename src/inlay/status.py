@@ -26,7 +26,7 @@ class TunerLayerStatus:
 
     Args:
         name (`str`): The layer's name in the user's model.
-        module_type (`str`): Its class, frozen layer's.
+        module_type (`str`): Method and kind of layer, as in ``lora.Linear``.
         enabled (`bool`): Whether adapters run by default.
         active_adapters, merged_adapters, available_adapters (`list[str]`): Adapters by state.
         requires_grad (`dict[str, bool or "irregular"]`): By adapter, whether its tensors are trained.
@@ -106,17 +106,17 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 def _layer(name: str, wrapper: Adapted | ModulesToSaveWrapper) -> TunerLayerStatus:
     tensors: dict[str, list[torch.Tensor]]
     if isinstance(wrapper, Adapted):
-        frozen, merged, storage = wrapper.get_base_layer(), wrapper.merged_adapters, wrapper.storage.name
+        merged, storage = wrapper.merged_adapters, wrapper.storage.name
         tensors = {
             n: [t for key, t in wrapper.params(n).items() if method.slots[key].trainable]
             for n, method in wrapper.methods.items()
         }
     else:
-        frozen, merged, storage = wrapper.original_module, [], "plain"
+        merged, storage = [], "plain"
         tensors = {n: list(copy.parameters()) for n, copy in wrapper.modules_to_save.items()}
     return TunerLayerStatus(
         name=name,
-        module_type=type(frozen).__name__ if isinstance(wrapper, Adapted) else type(wrapper).__name__,
+        module_type=wrapper._get_name(),
         enabled=not wrapper.disable_adapters,
         active_adapters=wrapper.active_adapters,
         merged_adapters=merged,

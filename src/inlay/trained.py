@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
     """What is trained beside the layers' adapters."""
 
     original_module: Any
+
+    @property
+    def _adapters(self) -> set[str]:
+        raise NotImplementedError
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Rest of a tensor's name in a file -> the rest of its live name, for the adapter's tensors in this module."""
@@ -93,7 +97,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         mine = [n for n in names if n in self.modules_to_save]
         if len(mine) > 1:
             raise UnsupportedLayerError(
-                f"{self.path}: several adapters {mine} hold a copy of it; activate one of them."
+                f"{self.path}: several adapters {mine} hold a copy of it. Only one adapter can be set at a time for "
+                f"{type(self).__name__}: activate one of them."
             )
         return mine[0] if mine else None
 
@@ -163,6 +168,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             self.set_adapter([n for n in new_active_adapters if n in self.modules_to_save][:1])
 
     @property
+    def _adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
+    @property
     def active_adapters(self) -> list[str]:
         """The default adapters."""
         return list(self._active)
@@ -174,8 +183,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the original module runs for all threads."""
-        return not self._enabled
+        """Whether the original module runs, for all threads or the caller."""
+        return not self._enabled or self.router.off
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -190,7 +199,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """An embedding some of whose rows are trained; the layer with its adapter is at ``token_adapter``."""
 
-    def __init__(self, token_adapter: Adapted) -> None:
+    def __init__(self, token_adapter: TrainableTokensLayer | TiedTokensLayer) -> None:
         super().__init__()
         self.token_adapter = token_adapter
         self.training = token_adapter.training
@@ -206,6 +215,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return {name: f"{name}.{adapter_name}"}
 
     @property
+    def _adapters(self) -> set[str]:
+        return set(self.token_adapter.methods)
+
+    @property
     def original_module(self) -> nn.Module:
         """The embedding itself."""
         return self.token_adapter.get_base_layer()
@@ -217,6 +230,31 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             if "token_adapter" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.token_adapter, name)
+
+
+class _Originals(Mapping[str, Tensor]):
+    def __init__(self, layer: Adapted) -> None:
+        self._layer = layer
+
+    def __getitem__(self, name: str) -> Tensor:
+        method: Any = self._layer.methods[name]
+        rows: Tensor = method.rows(self._layer.matrix())
+        return rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer.methods)
+
+    def __len__(self) -> int:
+        return len(self._layer.methods)
+
+
+class TrainableTokensLayer(Adapted):
+    """An embedding, and for each adapter the rows that it trains in the place of some of the embedding's."""
+
+    @property
+    def trainable_tokens_original(self) -> Mapping[str, Tensor]:
+        """By adapter, what these rows are without it."""
+        return _Originals(self)
 
 
 class Tied(Adapted):
@@ -263,6 +301,12 @@ class Tied(Adapted):
             p = self.methods[name].tied(source.methods[name].saved(source.methods[name].own(source.params(name))))
             for key, slot in self.methods[name].slots.items():
                 yield slot.saved_name(), p[key].detach()
+
+
+class TiedTokensLayer(Tied):
+    """A head that is tied to such an embedding."""
+
+    trainable_tokens_original = TrainableTokensLayer.trainable_tokens_original
 
 
 def trainable_kind(module: nn.Module, path: str) -> LayerKind:

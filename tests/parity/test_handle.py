@@ -202,22 +202,72 @@ def test_counts(name: str) -> None:
     assert lines[0] == lines[1]
 
 
-def _no_types(status: Any) -> dict[str, Any]:
-    """A status as a dict; class names of wrappers are each library's own."""
-    return {k: v for k, v in dataclasses.asdict(status).items() if k not in ("module_type", "adapter_model_type")}
-
-
 @pytest.mark.parametrize("name", COUNTED)
 def test_statuses(name: str) -> None:
     pair = pair_of(CASES[name])
     for act in (lambda m: None, lambda m: m.merge_adapter(), lambda m: m.base_model.disable_adapter_layers()):
         pair.each(act)
-        theirs = {s.name: _no_types(s) for s in peft.get_layer_status(pair.theirs)}
-        ours = {s.name: _no_types(s) for s in inlay.get_layer_status(pair.ours)}
+        theirs = {s.name: dataclasses.asdict(s) for s in peft.get_layer_status(pair.theirs)}
+        ours = {s.name: dataclasses.asdict(s) for s in inlay.get_layer_status(pair.ours)}
         assert not differences(ours, theirs)
         assert not differences(
-            _no_types(inlay.get_model_status(pair.ours)), _no_types(peft.get_model_status(pair.theirs))
+            dataclasses.asdict(inlay.get_model_status(pair.ours)),
+            dataclasses.asdict(peft.get_model_status(pair.theirs)),
         )
+
+
+@pytest.mark.parametrize("name", [*COUNTED, "attention", "llama-tokens"])
+def test_names_of_targets(name: str) -> None:
+    pair = pair_of(CASES[name])
+    theirs, ours = pair.each(lambda m: (m.targeted_module_names, m.targeted_parameter_names))
+    assert ours == theirs
+
+
+def test_off_for_the_caller() -> None:
+    pair = pair_of(CASES["linear-modules-to-save"])
+
+    def off(model: Any) -> list[Any]:
+        seen = []
+        layers = [m for m in model.modules() if hasattr(m, "disable_adapters")]
+        with model.disable_adapter():
+            seen.append([m.disable_adapters for m in layers])
+            with model.disable_adapter():
+                seen.append(model.has_active_enabled_adapter)
+            seen.append([m.disable_adapters for m in layers])
+        return [*seen, [m.disable_adapters for m in layers], model.has_active_enabled_adapter]
+
+    theirs, ours = pair.each(off)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_loaded_adapter_that_is_not_trained_is_in_eval(tmp_path: Path, trained: bool) -> None:
+    for library in (peft, inlay):
+        saved = library.get_peft_model(nn.Sequential(nn.Linear(4, 4)), library.LoraConfig(target_modules=["0"]))
+        saved.save_pretrained(tmp_path)
+        loaded = library.PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path, is_trainable=trained)
+        assert loaded.training is loaded.base_model.model[0].training is trained
+
+
+@pytest.mark.parametrize(("active", "bias"), [("one", 1.0), ("two", 2.0)])
+def test_of_several_copies_the_active_one_stays(active: str, bias: float) -> None:
+    for library in (peft, inlay):
+        base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        config = {"target_modules": ["0"], "modules_to_save": ["1"]}
+        model = library.get_peft_model(base, library.LoraConfig(**config), "one")
+        model.add_adapter("two", library.LoraConfig(**config))
+        for name, value in (("one", 1.0), ("two", 2.0)):
+            base[1].modules_to_save[name].bias.data.fill_(value)
+        model.set_adapter(active)
+        assert model.merge_and_unload(adapter_names=["one", "two"])[1].bias[0] == bias
+
+
+def test_the_base_is_the_model_that_is_given() -> None:
+    for library in (peft, inlay):
+        config = library.LoraConfig(target_modules=["0"], base_model_name_or_path="some/other")
+        with pytest.warns(UserWarning, match="some/other"):
+            library.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+        assert config.base_model_name_or_path is None
 
 
 def test_statuses_are_methods_too() -> None:
@@ -240,7 +290,10 @@ def test_a_status_that_layers_do_not_share() -> None:
     pair = make_pair("linears", BOTH, more={"other": LIN0})
     pair.each(lambda m: m.base_model.model.lin0.set_adapter("other"))
     pair.each(lambda m: m.base_model.model.lin1.enable_adapters(False))
-    theirs, ours = _no_types(peft.get_model_status(pair.theirs)), _no_types(inlay.get_model_status(pair.ours))
+    theirs, ours = (
+        dataclasses.asdict(peft.get_model_status(pair.theirs)),
+        dataclasses.asdict(inlay.get_model_status(pair.ours)),
+    )
     assert not differences(ours, theirs)
     assert ours["enabled"] == "irregular"
 
