@@ -132,17 +132,20 @@ class Group(_Light):
 
 
 class _Numbers(MutableMapping[str, Any]):
-    """``layer.scaling``: one number of every adapter on a layer, read and written where the adapter keeps it."""
+    """``layer.scaling``: one number of every adapter on a layer as it is now; what is set reaches the adapter."""
 
     def __init__(self, methods: Mapping[str, AbstractAdapter], field: str, changed: Callable[[], None]) -> None:
         self._holders = {name: m for name, m in methods.items() if field in m.numbers}
+        self._values = {name: getattr(m, field) for name, m in self._holders.items()}
         self._field, self._changed = field, changed
 
     def __getitem__(self, name: str) -> Any:
-        return getattr(self._holders[name], self._field)
+        return self._values[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._holders[name].put(self._field, value)
+        holder = self._holders[name]
+        holder.put(self._field, value)
+        self._values[name] = getattr(holder, self._field)
         self._changed()
 
     def __delitem__(self, name: str) -> None:

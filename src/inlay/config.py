@@ -282,9 +282,15 @@ class PeftConfig:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
-        """Reads a config file as a dict, without making a config of it."""
-        path = Path(path_json_file)
-        return dict(files.read_json(path))
+        """Reads a config file as a dict, without making a config of it or taking how it is run from there."""
+        values = files.read_json(Path(path_json_file))
+        if values.pop("runtime_config", None) is not None:
+            warnings.warn(
+                f"{path_json_file} has a `runtime_config`, which was dropped: it is set where an adapter is run.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        return values
 
     @classmethod
     def from_pretrained(
@@ -305,6 +311,11 @@ class PeftConfig:
         hub, own = sources.split_hub_arguments(kwargs)
         directory = sources.locate(pretrained_model_name_or_path, subfolder=subfolder, weights=False, **hub)
         values = files.read_config(directory)
+        known = {f.name for f in fields(cls)}
+        if "peft_type" not in values and (cls is PeftConfig or not known.issuperset(values)):
+            raise WrongMethodError(
+                f"{directory / CONFIG_NAME} has no 'peft_type': it is not the config of an adapter."
+            )
         return cls.from_dict({**values, **own}, where=str(directory / CONFIG_NAME))
 
     @classmethod

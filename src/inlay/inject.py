@@ -397,6 +397,22 @@ def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Itera
     )
 
 
+def told_by_config(prepared: Prepared) -> Iterator[str]:
+    """What to warn of where other layers were asked for than the config names."""
+    found, config = prepared.survey, prepared.config
+    try:
+        plan = match.plan(found.facts, found.parameters, _targeting(found, config, method_of(config), None))
+    except PlanError:
+        return
+    asked, named = {t.name for t in prepared.plan.targets}, {t.name for t in plan.targets}
+    for what, names in (("PEFT config", named - asked), ("state_dict", asked - named)):
+        if names:
+            yield (
+                f"The config and the state_dict name different layers, and those of the state_dict are adapted. The "
+                f"{what} contained these additional target modules: {sorted(names)}. "
+            )
+
+
 def _defaults(found: Survey, method: Method) -> Any:
     return match.default_targets(found.model_type, method.default_targets, found.facts, method.kinds)
 

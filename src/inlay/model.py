@@ -50,6 +50,7 @@ from inlay.inject import (
     prepare_saved,
     remove,
     tell_rounding,
+    told_by_config,
     with_targets,
     wrappers,
 )
@@ -609,9 +610,19 @@ class PeftModel(nn.Module):
         if checkpointing is None:
             checkpointing = getattr(model, "is_gradient_checkpointing", False)
         if checkpointing and not getattr(model, "is_loaded_in_8bit", False):
-            enable = getattr(model, "enable_input_require_grads", None)
-            if callable(enable):
-                enable()
+            self.prepare_model_for_gradient_checkpointing(model)
+
+    @staticmethod
+    def prepare_model_for_gradient_checkpointing(model: nn.Module) -> nn.Module:
+        """Has the embeddings' output want a gradient, without which reentrant checkpoints pass none on.
+
+        Args:
+            model (`nn.Module`): A transformers model or a handle around one; any other stays as it is.
+        """
+        enable = getattr(model, "enable_input_require_grads", None)
+        if callable(enable):
+            enable()
+        return model
 
     # ------------------------------------------------------------------ calls
 
@@ -1377,7 +1388,7 @@ def get_peft_model(
         raise ConfigError(
             f"peft_config must be a method's config, such as LoraConfig, got {type(peft_config).__name__}."
         )
-    old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path")
+    old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
         warnings.warn(f"The config names its base model {old!r}; it is {new!r} now.", PeftWarning, stacklevel=2)
     beside = any(True for _ in wrappers(model))
@@ -1436,7 +1447,8 @@ def inject_adapter_in_model(
         only = {key.split(f".{prefix}")[0] for key in state_dict if f".{prefix}" in key}
     with replicated(model, peft_config.layer_replication):
         prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name)
-        for text in prepared.plan.warnings:
+        disagreement = () if state_dict is None else told_by_config(prepared)
+        for text in (*prepared.plan.warnings, *disagreement):
             warnings.warn(text, PeftWarning, stacklevel=2)
         trainable = not peft_config.inference_mode
         trained = [p for _, w in wrappers(model) for p in w.parameters() if p.requires_grad]

@@ -173,13 +173,13 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The default adapters."""
-        return list(self._active)
+        """Those of the default adapters that have a copy."""
+        return [name for name in self._active if name in self.modules_to_save]
 
     @property
     def active_adapter(self) -> list[str]:
         """The same under its older name."""
-        return list(self._active)
+        return self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
@@ -217,6 +217,11 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     @property
     def _adapters(self) -> set[str]:
         return set(self.token_adapter.methods)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Those of the default adapters that train tokens."""
+        return [name for name in self.token_adapter.active_adapters if name in self._adapters]
 
     @property
     def original_module(self) -> nn.Module:

@@ -270,6 +270,57 @@ def test_the_base_is_the_model_that_is_given() -> None:
         assert config.base_model_name_or_path is None
 
 
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["1"]}, {"trainable_token_indices": {"0": [0, 2]}}], ids=str)
+def test_wrappers_name_the_active_adapters_that_they_have(fields: dict[str, Any]) -> None:
+    for library in (peft, inlay):
+        base = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        model = library.get_peft_model(base, library.LoraConfig(target_modules=["2"]))
+        model.add_adapter("other", library.LoraConfig(target_modules=["2"], **fields))
+        wrapper = base[1 if "modules_to_save" in fields else 0]
+        assert wrapper.active_adapters == []
+        model.set_adapter("other")
+        assert wrapper.active_adapters == ["other"]
+        assert wrapper._adapters == {"other"}
+        model.set_adapter("default")
+        assert wrapper.active_adapters == []
+
+
+def test_a_bias_that_has_no_place() -> None:
+    for library in (peft, inlay):
+        config = library.LoraConfig(target_modules=["0"], lora_bias=True)
+        with pytest.warns(library.PeftWarning, match="lora_bias=True.* Linear has no bias"):
+            model = library.get_peft_model(nn.Sequential(nn.Linear(4, 4, bias=False)), config)
+        with pytest.raises(RuntimeError):
+            model.merge_adapter()
+
+
+@pytest.mark.parametrize(
+    ("given", "named", "found"),
+    [(["0"], ["0", "1"], r"PEFT config contained .*\['1'\]"), (["0", "1"], ["0"], r"state_dict contained .*\['1'\]")],
+)
+def test_a_state_dict_that_names_other_layers_than_the_config(given: list[str], named: list[str], found: str) -> None:
+    for library in (peft, inlay):
+
+        def injected(targets: list[str], library: Any = library, **kwargs: Any) -> nn.Module:
+            config = library.LoraConfig(target_modules=targets)
+            return library.inject_adapter_in_model(config, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), **kwargs)
+
+        tensors = library.get_peft_model_state_dict(injected(given))
+        with pytest.warns(RuntimeWarning, match=found):
+            model = injected(named, state_dict=tensors)
+        assert library.get_peft_model_state_dict(model).keys() == tensors.keys()
+        injected(given, state_dict=tensors)  # says nothing
+
+
+def test_gradients_for_reentrant_checkpoints() -> None:
+    for library in (peft, inlay):
+        handle = library.get_peft_model(base("llama"), library.LoraConfig(target_modules=["q_proj"]))
+        embedding, ids_BL = handle.get_input_embeddings(), torch.tensor([[1, 2]])
+        assert not embedding(ids_BL).requires_grad
+        handle.prepare_model_for_gradient_checkpointing(handle)
+        assert embedding(ids_BL).requires_grad
+
+
 def test_statuses_are_methods_too() -> None:
     pair = pair_of(CASES["linear"])
     theirs, ours = pair.each(lambda m: m.get_model_status())

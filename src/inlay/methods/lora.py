@@ -10,6 +10,7 @@ and B mixes channels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from inlay import inits
 from inlay.config import ALPHAS, LATER, RANKS, RUNTIME_ONLY, AdapterConfig, TaskType, within
-from inlay.errors import ConfigError, NotMergeableError, UnsupportedLayerError
+from inlay.errors import ConfigError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
 from inlay.methods._abstract import Layer, Params, Slot
 from inlay.methods._low_rank import AbstractLowRank
@@ -151,6 +152,9 @@ class LoraAdapter(AbstractLowRank):
             self.slots["magnitude"] = Slot(kind.channel_shape(base), "lora_magnitude_vector", "weight", saved_leaf="")
         if self.lora_bias and kind.indexed:
             raise UnsupportedLayerError("lora_bias is not defined on an embedding.")
+        if self.lora_bias and not kind.by_weight and getattr(base, kind.bias_name, None) is None:
+            told = f"`lora_bias=True` was passed but the targeted layer of type {type(base).__name__} has no bias"
+            warnings.warn(f"{told} to merge it into.", PeftWarning, stacklevel=2)
         self.prepare_start(config, kind, base, values)
 
     def natural_scaling(self) -> float:
