@@ -237,7 +237,11 @@ def _extras(
         for name, parameter in biases(root, config, paths):
             yield name, name, parameter.detach()
     wanted = _embeddings_to_save(root, config, adapter_name) if embeddings == "auto" else ("",) if embeddings else ()
-    for name, parameter in embedding_weights(root) if wanted else ():
+    tables = dict(embedding_weights(root)) if wanted else {}
+    if embeddings is True and not tables:
+        told = "save_embedding_layers=True has no effect: the model's get_input_embeddings() tells of no table."
+        warnings.warn(told, PeftWarning, stacklevel=3)
+    for name, parameter in tables.items():
         if name.startswith(tuple(wanted)):
             yield name, name, parameter.detach()
 

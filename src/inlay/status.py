@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -50,7 +50,8 @@ class TunerModelStatus:
     """A whole model; a field is ``"irregular"`` where its layers differ.
 
     Args:
-        base_model_type, adapter_model_type (`str`): Classes.
+        base_model_type, adapter_model_type (`str`): Classes, for a handle; ``"other"`` and ``"None"`` for a model
+            with adapters inside.
         peft_types (`dict[str, str]`): Method by adapter.
         trainable_params, total_params (`int`): Numbers of parameters.
         num_adapter_layers (`int`): How many layers have adapters.
@@ -137,12 +138,12 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         UnsupportedLayerError: No layer is adapted, as by a prompt.
     """
     layers = get_layer_status(model)
-    root, _ = root_of(model)
+    root, prefix = root_of(model)
     names = sorted({n for layer in layers for n in layer.available_adapters})
-    configs = getattr(model, "peft_config", {})
+    configs: dict[str, Any] = getattr(model, "peft_config", {}) if prefix else {}
     sizes = [(storage.numel(p), p.requires_grad) for p, storage in stored_parameters(root)]
     return TunerModelStatus(
-        base_model_type=type(root).__name__,
+        base_model_type=type(root).__name__ if prefix else "other",
         adapter_model_type=next((type(c).__name__.replace("Config", "Model") for c in configs.values()), "None"),
         peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()},
         trainable_params=sum(n for n, trained in sizes if trained),

@@ -329,6 +329,20 @@ def test_statuses_are_methods_too() -> None:
     assert pair.ours.get_layer_status() == inlay.get_layer_status(pair.ours)
 
 
+def test_the_status_of_a_model_inside_a_handle() -> None:
+    pair = pair_of(CASES["linear"])
+    inside = pair.theirs.get_base_model(), pair.ours.get_base_model()
+    theirs, ours = (lib.get_model_status(model) for lib, model in zip((peft, inlay), inside, strict=True))
+    assert dataclasses.asdict(ours) == dataclasses.asdict(theirs)
+
+
+def test_embeddings_asked_for_in_a_model_that_tells_of_none() -> None:
+    pair = pair_of(CASES["linear"])
+    for lib, handle in ((peft, pair.theirs), (inlay, pair.ours)):
+        with pytest.warns(UserWarning, match="embedding"):
+            lib.get_peft_model_state_dict(handle, save_embedding_layers=True)
+
+
 def test_fields_of_statuses() -> None:
     for name in ("TunerLayerStatus", "TunerModelStatus"):
         theirs = getattr(peft.peft_model, name)
