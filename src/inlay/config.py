@@ -192,7 +192,8 @@ class PeftConfig:
                 self.task_type = TaskType(self.task_type)
             except ValueError as error:
                 valid = ", ".join(t.value for t in TaskType)
-                raise ConfigError(f"task_type {self.task_type!r} is not one of {valid}.") from error
+                told = f"Invalid task type: {self.task_type!r}. Must be one of the following task types: {valid}."
+                raise ConfigError(told) from error
         if self.peft_type is not None:
             try:
                 self.peft_type = PeftType(self.peft_type)
@@ -272,8 +273,8 @@ class PeftConfig:
         extra = sorted(set(values) - set(known))
         if extra:
             warnings.warn(
-                f"{where} has fields that {config_cls.__name__} does not know, which were dropped: {extra}. "
-                "A newer library may have written them; check that the adapter does not depend on them.",
+                f"Unexpected keyword arguments {extra} for class {config_cls.__name__}, these are ignored. A newer "
+                f"library may have written {where}; check that the adapter does not depend on them.",
                 PeftWarning,
                 stacklevel=3,
             )
@@ -314,7 +315,8 @@ class PeftConfig:
         known = {f.name for f in fields(cls)}
         if "peft_type" not in values and (cls is PeftConfig or not known.issuperset(values)):
             raise WrongMethodError(
-                f"{directory / CONFIG_NAME} has no 'peft_type': it is not the config of an adapter."
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
+                f"{directory / CONFIG_NAME} is not the config of an adapter."
             )
         return cls.from_dict({**values, **own}, where=str(directory / CONFIG_NAME))
 

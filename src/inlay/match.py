@@ -148,11 +148,11 @@ def check_layers(targets: Iterable[str] | str | None, layers: object, pattern: o
         for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
             if value is not None:
                 raise ConfigError(
-                    f"{name} needs a list of target_modules, got the regular expression {targets!r}; put the layer "
-                    "indices into the expression instead."
+                    f"`{name}` cannot be used when `target_modules` is a str: put the layer indices into the regular "
+                    f"expression {targets!r} instead."
                 )
     if pattern and layers is None:
-        raise ConfigError("layers_pattern is set and layers_to_transform is not: say which layers.")
+        raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
 
 # ------------------------------------------------------------------------------------------------- matching one name
@@ -448,7 +448,7 @@ class _Planner:
         missing = self._unmatched(self.targets, f"of {len(self.modules)} modules")
         missing += self._unmatched(self.parameters, f"of {len(self.given)} parameters")
         if not self.chosen and not self.chosen_parameters and not self.asked.optional:
-            raise NoMatchingPeftModuleError(" ".join([self._why_nothing(), *missing]))
+            raise NoMatchingPeftModuleError(" ".join([self._lead(missing), self._why_nothing(), *missing]))
         targets = tuple(
             Target(name, entry, self._overrides(module.names), self._reason(module, entry))
             for name, (module, entry) in self.chosen.items()
@@ -484,6 +484,17 @@ class _Planner:
             named = ", ".join(repr(e) for e, _ in rest[:10]) + (", ..." if len(rest) > 10 else "")
             texts.append(f"{len(rest)} more entries of {matcher.field} matched nothing: {named}.")
         return texts
+
+    def _lead(self, missing: list[str]) -> str:
+        """How PEFT's complaint begins, which callers look for."""
+        if not self.asked.target_modules:
+            told = "No `target_modules` passed but also no `target_parameters` found."
+            return f"{told} Please check the values for these arguments:"
+        if not self.left_out:
+            names = ", ".join(map(repr, self.targets.unmatched()[:_MAX_HINTS]))
+            return f"Target modules {names} not found in the base model:"
+        only_excluded = [*self.left_out] == ["exclude_modules"] and not missing
+        return "All modules were excluded:" if only_excluded else "No modules were targeted for adaptation:"
 
     def _why_nothing(self) -> str:
         if not self.left_out:

@@ -739,7 +739,8 @@ class PeftModel(nn.Module):
         batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if batch is not None and batch != len(names):
             raise RowsError(
-                f"adapter_names has {len(names)} names for a batch of {batch} rows: give one name per row."
+                "Length of `adapter_names` should be the same as the number of inputs, got "
+                f"{len(names)} names for a batch of {batch} rows."
             )
         product = 1
         for n in repeats:

@@ -99,7 +99,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     out = [_layer(f"{'model.' if prefix else ''}{path}", w) for path, w in wrappers(root)]
     if not any(isinstance(w, Adapted) for _, w in wrappers(root)):
         raise UnsupportedLayerError(
-            "No layer of the model is adapted (a prompt adapts none), so there is no status: add an adapter first."
+            "No adapter layers found in the model (a prompt adapts none), so there is no status: add an adapter first."
         )
     return out
 

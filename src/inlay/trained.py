@@ -62,8 +62,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, Adapted)
         if isinstance(module, containers):
             raise UnsupportedLayerError(
-                f"modules_to_save cannot hold {path} ({type(module).__name__}): name modules that have a forward and "
-                "no adapter, such as a head."
+                f"modules_to_save cannot be applied to modules of type {type(module).__name__}, as {path} is: name "
+                "modules that have a forward and no adapter, such as a head."
             )
         packed = [storage.name for _, storage in stored_parameters(module) if not storage.in_place]
         if packed:

@@ -124,7 +124,8 @@ class AbstractLowRank(AbstractDelta):
                 "stacks of experts."
             )
         if name == "orthogonal" and (self.start_rank or self.r) % 2:
-            raise UnsupportedLayerError(f"init_lora_weights='orthogonal' needs an even r, got {self.r}.")
+            told = f"Orthogonal initialization requires the LoRA rank to be even, got {self.r} instead."
+            raise UnsupportedLayerError(told)
         self.converts = name in ("pissa", "olora")
         # PEFT starts a table as ever, whatever is asked for.
         if kind.indexed or "tied" in values or (start := inits.computed(self.init, config.loftq_config)) is None:

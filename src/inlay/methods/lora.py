@@ -151,7 +151,7 @@ class LoraAdapter(AbstractLowRank):
         if self.use_dora:
             self.slots["magnitude"] = Slot(kind.channel_shape(base), "lora_magnitude_vector", "weight", saved_leaf="")
         if self.lora_bias and kind.indexed:
-            raise UnsupportedLayerError("lora_bias is not defined on an embedding.")
+            raise UnsupportedLayerError("lora_bias=True is not supported for Embedding.")
         if self.lora_bias and not kind.by_weight and getattr(base, kind.bias_name, None) is None:
             told = f"`lora_bias=True` was passed but the targeted layer of type {type(base).__name__} has no bias"
             warnings.warn(f"{told} to merge it into.", PeftWarning, stacklevel=2)
@@ -176,4 +176,5 @@ class LoraAdapter(AbstractLowRank):
     def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
         super().check_mergeable(kind, base)
         if self.lora_bias and getattr(base, kind.bias_name, None) is None:
-            raise NotMergeableError("lora_bias needs a layer with a bias to merge into: leave it unmerged.")
+            told = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
+            raise NotMergeableError(f"{told} to merge into: leave it unmerged.")
