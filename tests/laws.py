@@ -638,7 +638,7 @@ def saved_and_loaded_is_the_same(case: Case) -> None:
     x, model = case.inputs(), case.adapted()
     with tempfile.TemporaryDirectory() as folder:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The embeddings are adapted")
+            warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
             model.save_pretrained(folder, selected_adapters=["a"])
         again = inlay.PeftModel.from_pretrained(case.base(), f"{folder}/a", adapter_name="a")
     assert again.load_report.ok

@@ -116,7 +116,7 @@ def label(value: Any) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
-@pytest.mark.filterwarnings("ignore:The embeddings are adapted")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 @pytest.mark.parametrize(("name", "fields"), PLANS, ids=label)
 def test_counts_and_bytes_are_those_of_the_real_thing(
@@ -291,7 +291,7 @@ def inputs_for(name: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[
     return (x,), {}, {"batch": 3} if name == "mlp" else {"example": x}
 
 
-@pytest.mark.filterwarnings("ignore:The embeddings are adapted")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 @pytest.mark.parametrize(("name", "fields"), ALL_CASES, ids=label)
 def test_activations_are_what_a_run_keeps(tiny: Tiny, name: str, fields: dict[str, Any], dtype: torch.dtype) -> None:
@@ -425,7 +425,7 @@ def test_without_sizes_nothing_is_traced(llama: nn.Module) -> None:
 TRAINERS = {"adamw": "adamw_torch", "adam": "adamw_torch", "sgd_momentum": "sgd", "lion": "lion_32bit"}
 
 
-@pytest.mark.filterwarnings("ignore:The embeddings are adapted")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.bnb if "lion" in n or "8bit" in n else ()) for n in OPTIMIZERS]

@@ -13,7 +13,7 @@ from torch import nn
 
 import inlay
 from inlay.errors import ConfigError, MissingMethodError
-from inlay.helpers import update_forward_signature, update_generate_signature, update_signature
+from inlay.helpers import rescale_adapter_scale, update_forward_signature, update_generate_signature, update_signature
 
 
 def handle_of(model: nn.Module, target: str) -> Any:
@@ -66,3 +66,14 @@ def test_what_cannot_be_is_refused() -> None:
         update_signature(handle, "other")
     update_forward_signature(handle)
     assert list(inspect.signature(handle.forward).parameters) == ["input"]
+
+
+def test_scales_that_were_read_stay_as_they_were(llama: nn.Module) -> None:
+    handle = handle_of(llama, "q_proj")
+    layer = next(m for m in handle.modules() if "q_proj" in getattr(m, "path", ""))
+    before = layer.scaling
+    with rescale_adapter_scale(handle, 0.5):
+        assert before != layer.scaling == {"default": 0.5}
+    assert before == layer.scaling == {"default": 1.0}
+    before["default"] = 3.0
+    assert layer.scaling == {"default": 3.0}

@@ -970,7 +970,7 @@ def untouched_by(model: inlay.PeftModel, call: Callable[[], object], error: type
 
 def test_other_bad_calls(saved: Callable[..., Path]) -> None:
     model, folder = adapted(), saved()
-    with pytest.raises(UnknownAdapterError, match="'other'"):
+    with pytest.raises(UnknownAdapterError, match="other"):
         hotswap_adapter(model, folder, "other")
     with pytest.raises(UnknownArgumentError, match="'subfoldr'; closest: subfolder"):
         hotswap_adapter(model, folder, "default", subfoldr="x")

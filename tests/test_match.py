@@ -500,14 +500,14 @@ def test_a_kind_that_cannot_be_adapted_may_be_excluded() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target_modules": ".*", "layers_to_transform": 1}, "layers_to_transform needs a list of target_modules"),
+        ({"target_modules": ".*", "layers_to_transform": 1}, "`layers_to_transform` cannot be used when"),
         (
             {"target_modules": ".*", "layers_pattern": "h", "layers_to_transform": None},
-            "layers_pattern needs a list of target_modules",
+            "`layers_pattern` cannot be used when",
         ),
         (
             {"target_modules": ["q_proj"], "layers_pattern": "h"},
-            "layers_pattern is set and layers_to_transform is not",
+            "`layers_to_transform` must also be specified",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-from inlay.adapted import Adapted
+from inlay.adapted import Adapted, Group
 from inlay.methods import METHODS
 from inlay.model import Tuner, get_peft_model
 from peft import _pending
@@ -87,6 +87,8 @@ def find(module: str, name: str) -> type | None:
         return model(MODELS[name], name)
     if name in BASES:
         return layer(BASES[name], name)
+    if name == "BufferDict":
+        return described(name, Group, lambda group: True)
     if name == "LycorisLayer":
         return described(name, Adapted, lambda w: holds(w, "LOHA", "LOKR"))
     if name == "MixedModel":

@@ -15,6 +15,7 @@ HOMES = {
     "BaseTuner": "model",
     "BaseTunerLayer": "adapted",
     "ModulesToSaveWrapper": "trained",
+    "TrainableTokensLayer": "trained",
     "TrainableTokensWrapper": "trained",
     "factorization": "methods.lokr",
     # configs
@@ -45,7 +46,15 @@ HOMES = {
     "convert_peft_adapter_state_dict_for_transformers": "integrations.conversion",
     "convert_peft_config_for_transformers": "integrations.conversion",
     "get_model_conversion_mapping": "integrations.conversion",
+    "cast_mixed_precision_params": "helpers",
+    "id_tensor_storage": "helpers",
+    "infer_device": "integrations.environment",
+    "shift_tokens_right": "prompts._placed",
+    "transpose": "helpers",
+    "_find_minimal_target_modules": "functional",
+    "_freeze_adapter": "functional",
     "_get_submodules": "functional",
+    "_maybe_include_all_linear_layers": "functional",
     "get_pattern_key": "functional",
 }
 #: where inlay's own name is another one
@@ -54,7 +63,10 @@ OTHER_NAMES = {
     "BaseTunerLayer": "Adapted",
     "_block_diag_3d": "block_diag_3d",
     "_convert_peft_config_moe": "convert_peft_config_for_transformers",
+    "_find_minimal_target_modules": "find_minimal_target_modules",
+    "_freeze_adapter": "freeze_adapter",
     "_get_submodules": "get_submodules",
+    "_maybe_include_all_linear_layers": "spell_out_all_linear",
     "factorization": "split",
 }
 

@@ -53,7 +53,8 @@ SURFACE: dict[str, str] = {
         "is_aqlm_available is_bnb_4bit_available is_bnb_available is_diffusers_available is_eetq_available "
         "is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_te_available "
         "is_te_pytorch_available is_torch_tpu_available is_torchao_available is_torchao_ge_v0_18_0 "
-        "is_xpu_available"
+        "is_transformers_ge_v5 is_transformers_ge_v5_13_0 is_transformers_ge_v5_17_0 is_transformers_ge_v5_1_0 "
+        "is_transformers_ge_v5_4_0 is_transformers_ge_v5_6_0 is_transformers_le_4_53 is_xpu_available"
     ),
     "peft.mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING "
@@ -346,7 +347,9 @@ SURFACE: dict[str, str] = {
     "peft.tuners.tuners_utils": (
         "BasePromptEncoder BaseTuner BaseTunerLayer DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES "
         "INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION PEFT_TYPE_TO_PREFIX_MAPPING "
-        "SEQ_CLS_HEAD_NAMES UPCAST_DTYPES _ExcludedModule _maybe_include_all_linear_layers cast_adapter_dtype "
+        "SEQ_CLS_HEAD_NAMES UPCAST_DTYPES _ExcludedModule _filter_state_dict_by_key_prefixes "
+        "_find_minimal_target_modules _get_tuner_state_dict_key_prefixes _maybe_include_all_linear_layers "
+        "cast_adapter_dtype "
         "check_adapters_to_merge check_target_module_exists clone_module delete_adapter "
         "find_parameter_name_by_module get_device_map inspect_matched_modules onload_layer replicate_layers "
         "set_adapter set_requires_grad"
@@ -478,7 +481,8 @@ SURFACE: dict[str, str] = {
         "TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING "
         "TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING "
         "TRANSFORMERS_MODELS_TO_WAVEFT_TARGET_MODULES_MAPPING TrainableTokensWrapper WEIGHTS_NAME _freeze_adapter "
-        "_get_batch_size _get_input_embeddings_name _get_submodules _is_valid_match "
+        "_get_batch_size _get_input_embeddings_name _get_module_names_tied_with_embedding _get_no_split_modules "
+        "_get_submodules _is_valid_match "
         "_prepare_prompt_learning_config _set_adapter _set_trainable bloom_model_postprocess_past_key_value "
         "cast_mixed_precision_params fsdp_auto_wrap_policy get_gptqmodel_quant_linear get_pattern_key "
         "get_quantization_config id_tensor_storage infer_device prepare_model_for_kbit_training "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 
 from inlay.config import CONFIG_NAME, PeftType
 from inlay.formats import files
+from inlay.integrations.environment import has_device, installed, is_version
 from inlay.methods import METHODS
 from inlay.prompts import PROMPTS
 from inlay.state import EMBEDDING_NAMES
@@ -49,6 +52,23 @@ CONFIGS = Rows(lambda key, row: row.config, METHODS, PROMPTS)
 PREFIXES = Rows(lambda key, row: getattr(row, "prefix", f"{key.lower()}_"), METHODS, PROMPTS)
 TUNERS = Rows(lambda key, row: getattr(row, "encoder", None) or _classes.tuner(key), METHODS, PROMPTS)
 
+#: ``is_<name>_available`` asks for a library of this name
+LIBRARIES = {
+    "aqlm": "aqlm",
+    "bnb": "bitsandbytes",
+    "bnb_4bit": "bitsandbytes",
+    "diffusers": "diffusers",
+    "eetq": "eetq",
+    "gptqmodel": "gptqmodel",
+    "hqq": "hqq",
+    "inc": "neural_compressor",
+    "optimum": "optimum",
+    "te": "transformer_engine",
+    "te_pytorch": "transformer_engine",
+    "torch_tpu": "torch_xla",
+    "torchao": "torchao",
+}
+
 NAMES: dict[str, Any] = {
     "ALLOWED_COMPUTE_DTYPES": (torch.float16, torch.bfloat16, torch.float32),
     "COMPATIBLE_TUNER_TYPES": tuple(PeftType(key) for key in MIXABLE),
@@ -71,6 +91,9 @@ NAMES: dict[str, Any] = {
     "SEQ_CLS_HEAD_NAMES": ["score", "classifier"],
     "TOKENIZER_CONFIG_NAME": "tokenizer_config.json",
     "UPCAST_DTYPES": ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    "is_torchao_ge_v0_18_0": partial(is_version, "torchao", "0.18.0"),
+    "is_xpu_available": lambda check_device=False: has_device("xpu"),
+    "torch_load": torch.load,
     "VARIANT_KWARG_KEYS": [],  # an activated adapter's offsets do not travel through the layers' arguments
     "WEIGHTS_NAME": files.PICKLE_NAME,
 }
@@ -83,4 +106,9 @@ def find(name: str) -> Any:
     if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING"):
         key = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_TARGET_MODULES_MAPPING")
         return METHODS[key].default_targets if key in METHODS else None
+    if found := re.fullmatch(r"is_(\w+)_available", name):
+        return partial(installed, LIBRARIES[found[1]])
+    if found := re.fullmatch(r"is_transformers_(ge|le)_v?(\w+)", name):
+        version = found[2].replace("_", ".")
+        return is_version("transformers", **{"at_least" if found[1] == "ge" else "at_most": version})
     return None

@@ -33,12 +33,15 @@ from inlay.errors import (
 )
 from inlay.hooked import Hooked, has_hooks
 from inlay.layers import LayerKind
+from inlay.methods import METHODS
 from inlay.methods._abstract import AbstractAdapter, Params, Slot, as_dtype
 from inlay.ops.rows import rows as rows_product
 from inlay.routing import Router, Rows
 from inlay.storage import Rounding, Storage, facts, storage_of
 from inlay.storage.placement import HOOK_NAMES, at_hand, brought, distributed, held, hooked, without_hooks
 
+# Kinds that PEFT's classes have another name for.
+_PRINTED = {"Conv1D": "Linear", "Parameter": "ParamWrapper"}
 _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -128,17 +131,20 @@ class Group(_Light):
 
 
 class _Numbers(MutableMapping[str, Any]):
-    """``layer.scaling``: one number of every adapter on a layer, read and written where the adapter keeps it."""
+    """``layer.scaling``: one number of every adapter on a layer as it is now; what is set reaches the adapter."""
 
     def __init__(self, methods: Mapping[str, AbstractAdapter], field: str, changed: Callable[[], None]) -> None:
         self._holders = {name: m for name, m in methods.items() if field in m.numbers}
+        self._values = {name: getattr(m, field) for name, m in self._holders.items()}
         self._field, self._changed = field, changed
 
     def __getitem__(self, name: str) -> Any:
-        return getattr(self._holders[name], self._field)
+        return self._values[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._holders[name].put(self._field, value)
+        holder = self._holders[name]
+        holder.put(self._field, value)
+        self._values[name] = getattr(holder, self._field)
         self._changed()
 
     def __delitem__(self, name: str) -> None:
@@ -717,7 +723,7 @@ class Adapted(_Light):
         wanted = self._active if adapter_names is None else adapter_names
         if any(n in self._merged for n in wanted):
             # The path stays out of it: a thousand layers that are called in turn warn once.
-            warnings.warn(f"already merged are {list(self._merged)}.", PeftWarning, stacklevel=2)
+            warnings.warn(merged_already(wanted, self._merged), PeftWarning, stacklevel=2)
         self.write(self.check_merge(wanted, safe_merge), keep_base, aside)
 
     def check_merge(self, adapter_names: Iterable[str] | None, safe_merge: bool = False) -> tuple[str, ...]:
@@ -749,8 +755,10 @@ class Adapted(_Light):
             with torch.no_grad():
                 finite = [bool(t.isfinite().all()) for t in self._merged_with(new) if t is not None]
             if not all(finite):
+                what = "weights" if not finite[0] else "bias"
                 raise NonFiniteMergeError(
-                    f"{self.path}: merging {list(new)} would write NaN or infinity; nothing was written."
+                    f"NaNs detected in the merged {what}. The adapter {', '.join(new)} seems to be broken: NaN or "
+                    f"infinity would stand in {self.path}; nothing was written."
                 )
         return new
 
@@ -884,8 +892,11 @@ class Adapted(_Light):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether `enable_adapters` has switched all adapters off."""
-        return not self._enabled
+        """Whether all adapters are off, by `enable_adapters` or, for the caller alone, by ``disable_adapter``."""
+        return not self._enabled or self.router.off
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return list(self.methods)
 
     @property
     def merged(self) -> bool:
@@ -935,6 +946,11 @@ class Adapted(_Light):
     def other_param_names(self) -> tuple[str, ...]:
         """The numbers that adapters have here, such as ``scaling``: attributes that read like dicts."""
         return tuple(dict.fromkeys(name for method in self.methods.values() for name in method.numbers))
+
+    @property
+    def parameter_name(self) -> str:
+        """The name of the adapted parameter in its module."""
+        return self.kind.weight_name
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer, through nested wrappers."""
@@ -1001,10 +1017,24 @@ class Adapted(_Light):
         self.storage.settle(self.base_layer)
         return self
 
+    def _get_name(self) -> str:
+        """What it is printed as: the first adapter's method and the kind of layer, as in ``lora.Linear``."""
+        adapter = type(next(iter(self.methods.values()), None))
+        method = next((key.lower() for key, row in METHODS.items() if row.adapter is adapter), None)
+        kind = _PRINTED.get(self.kind.name, self.kind.name)
+        return type(self).__name__ if method is None else f"{method}.{kind}"
+
     def extra_repr(self) -> str:
-        return f"adapters={list(self.methods)}, active={list(self._active)}" + (
+        bare = f"parameter_name={self.kind.weight_name!r}, " if self.kind.name == "Parameter" else ""
+        return f"{bare}adapters={list(self.methods)}, active={list(self._active)}" + (
             f", merged={list(self._merged)}" if self._merged else ""
         )
+
+
+def merged_already(wanted: Iterable[str], merged: Iterable[str]) -> str:
+    """What to warn of when adapters that are merged are to be merged again."""
+    standing = f"merged are {sorted(merged)}."
+    return standing if set(wanted) - set(merged) else f"All adapters are already merged, nothing to do: {standing}"
 
 
 def _input_of(layer: nn.Module, kwargs: Mapping[str, Any]) -> str:

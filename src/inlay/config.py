@@ -192,7 +192,8 @@ class PeftConfig:
                 self.task_type = TaskType(self.task_type)
             except ValueError as error:
                 valid = ", ".join(t.value for t in TaskType)
-                raise ConfigError(f"task_type {self.task_type!r} is not one of {valid}.") from error
+                told = f"Invalid task type: {self.task_type!r}. Must be one of the following task types: {valid}."
+                raise ConfigError(told) from error
         if self.peft_type is not None:
             try:
                 self.peft_type = PeftType(self.peft_type)
@@ -272,8 +273,8 @@ class PeftConfig:
         extra = sorted(set(values) - set(known))
         if extra:
             warnings.warn(
-                f"{where} has fields that {config_cls.__name__} does not know, which were dropped: {extra}. "
-                "A newer library may have written them; check that the adapter does not depend on them.",
+                f"Unexpected keyword arguments {extra} for class {config_cls.__name__}, these are ignored. A newer "
+                f"library may have written {where}; check that the adapter does not depend on them.",
                 PeftWarning,
                 stacklevel=3,
             )
@@ -282,9 +283,15 @@ class PeftConfig:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
-        """Reads a config file as a dict, without making a config of it."""
-        path = Path(path_json_file)
-        return dict(files.read_json(path))
+        """Reads a config file as a dict, without making a config of it or taking how it is run from there."""
+        values = files.read_json(Path(path_json_file))
+        if values.pop("runtime_config", None) is not None:
+            warnings.warn(
+                f"{path_json_file} has a `runtime_config`, which was dropped: it is set where an adapter is run.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        return values
 
     @classmethod
     def from_pretrained(
@@ -305,7 +312,14 @@ class PeftConfig:
         """
         hub, own = sources.split_hub_arguments(kwargs)
         directory = sources.locate(pretrained_model_name_or_path, subfolder=subfolder, weights=False, **hub)
-        made = cls.from_dict(files.read_config(directory), where=str(directory / CONFIG_NAME))
+        values = files.read_config(directory)
+        known = {f.name for f in fields(cls)}
+        if "peft_type" not in values and (cls is PeftConfig or not known.issuperset(values)):
+            raise WrongMethodError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
+                f"{directory / CONFIG_NAME} is not the config of an adapter."
+            )
+        made = cls.from_dict(values, where=str(directory / CONFIG_NAME))
         known = {f.name for f in fields(made)}
         if settings.strict_load:
             sources.check_arguments(cls.from_pretrained, own, sources.LOADING | known)

@@ -47,7 +47,7 @@ subclass of what the PEFT library raises in the same place, so an existing ``exc
     ├── NoGradientError (TypeError)               a step of training was to be followed up before it was made
     ├── NotBuiltError (NotImplementedError)       a name of PEFT's for which there is nothing here yet
     └── MissingMethodError (AttributeError)       the model has no method of this name
-    PeftWarning (UserWarning)
+    PeftWarning (UserWarning, RuntimeWarning)
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class PeftError(Exception):
         return str(self.args[0]) if self.args else ""
 
 
-class PeftWarning(UserWarning):
-    """Base of every warning of this library."""
+class PeftWarning(UserWarning, RuntimeWarning):
+    """Base of every warning of this library; PEFT gives some as the one and some as the other."""
 
 
 class ConfigError(PeftError, ValueError):

@@ -5,7 +5,7 @@ What `inject_adapter_in_model` has put into a model is listed in no handle: thes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig
-from inlay.errors import LoadError
-from inlay.inject import NARROW, own_modules, unmerge_first, wrappers
-from inlay.match import names_module
+from inlay.errors import ConfigError, LoadError
+from inlay.inject import NARROW, own_modules, prepare, unmerge_first, wrappers
+from inlay.match import SHORTHAND, names_module, shortest
 from inlay.model import Tuner, inject_adapter_in_model
 from inlay.patterns import KeyTable
 from inlay.state import get_peft_model_state_dict, root_of, set_peft_model_state_dict
@@ -217,6 +217,53 @@ def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
     return found[0] if found else key_to_match
 
 
+def freeze_adapter(model: nn.Module, adapter_name: str) -> None:
+    """`set_requires_grad` with ``requires_grad=False``."""
+    set_requires_grad(model, adapter_name, False)
+
+
+def spell_out_all_linear(peft_config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+    """Names the layers that ``target_modules="all-linear"`` stands for in a model; other targets stay as they are.
+
+    Args:
+        peft_config (`AdapterConfig`): The config; it is changed in place, and returned.
+        model (`nn.Module`): The model, which is only read.
+    """
+    targets = peft_config.target_modules
+    if isinstance(targets, str) and targets.lower() == SHORTHAND:
+        found = prepare(model, peft_config)
+        selected = {target.name for target in found.plan.targets}
+        peft_config.target_modules = find_minimal_target_modules(
+            selected, {fact.name for fact in found.survey.facts} - selected
+        )
+    return peft_config
+
+
+def find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
+    """The shortest suffixes that select some names and none of some others.
+
+    Args:
+        target_modules (`Collection[str]`): Names of modules to be adapted.
+        other_module_names (`Collection[str]`): Those of all others.
+
+    Raises:
+        ConfigError: There are no targets, one is empty, or one is among the others.
+
+    Example:
+        >>> find_minimal_target_modules(["0.q", "1.q", "1.k"], ["0.k", "1"]) == {"q", "1.k"}
+        True
+    """
+    if isinstance(target_modules, str) or not target_modules:
+        raise ConfigError(
+            f"target_modules should be a list or set of strings that is not empty, got {target_modules!r}."
+        )
+    if "" in target_modules:
+        raise ConfigError("target_modules should not contain an empty string, which is the model itself.")
+    if both := sorted(set(target_modules) & set(other_module_names)):
+        raise ConfigError(f"target_modules and other_module_names contain common elements: {both}.")
+    return set(shortest(target_modules, other_module_names))
+
+
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
     """(parent, module, last part of the name) of the module ``key``.
 
@@ -236,6 +283,8 @@ __all__ = [
     "cast_adapter_dtype",
     "check_target_module_exists",
     "delete_adapter",
+    "find_minimal_target_modules",
+    "freeze_adapter",
     "get_base_model_state_dict",
     "get_pattern_key",
     "get_peft_model_state_dict",
@@ -246,4 +295,5 @@ __all__ = [
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "set_requires_grad",
+    "spell_out_all_linear",
 ]

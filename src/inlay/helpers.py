@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from inlay.adapted import Adapted
 from inlay.config import PeftConfig
@@ -159,3 +160,39 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
     except (FileError, ConfigError, OSError):
         return False
     return True
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """A weight with its outputs first.
+
+    Args:
+        weight (`Tensor`): The weight as a layer has it; a `Parameter` stays one.
+        fan_in_fan_out (`bool`): Whether its inputs come first.
+    """
+    if not fan_in_fan_out:
+        return weight
+    return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
+
+
+def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """(device, address, bytes) of what a tensor is stored in: the same for all views of one.
+
+    Example:
+        >>> t = torch.zeros(3, 4)
+        >>> id_tensor_storage(t) == id_tensor_storage(t[1:])
+        True
+    """
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Turns what is frozen into ``dtype`` and what is trained into fp32, as training in mixed precision wants it.
+
+    Args:
+        model (`nn.Module`): The model; it is changed in place.
+        dtype (`torch.dtype`): A 16-bit float.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)

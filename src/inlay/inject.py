@@ -37,7 +37,14 @@ from inlay.prompts import AnyConfig
 from inlay.prompts._abstract import PromptLearningConfig
 from inlay.routing import Router
 from inlay.storage import facts, storage_of
-from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper, trainable_kind
+from inlay.trained import (
+    ModulesToSaveWrapper,
+    Tied,
+    TiedTokensLayer,
+    TrainableTokensLayer,
+    TrainableTokensWrapper,
+    trainable_kind,
+)
 
 # An adapter's name becomes an attribute of every slot, so it may not be one already.
 FORBIDDEN_NAMES = frozenset(dir(Group())) | frozenset(dir(nn.ModuleDict())) | {"base_layer", "__base__"}
@@ -408,6 +415,22 @@ def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Itera
     )
 
 
+def told_by_config(prepared: Prepared) -> Iterator[str]:
+    """What to warn of where other layers were asked for than the config names."""
+    found, config = prepared.survey, prepared.config
+    try:
+        plan = match.plan(found.facts, found.parameters, _targeting(found, config, method_of(config), None))
+    except PlanError:
+        return
+    asked, named = {t.name for t in prepared.plan.targets}, {t.name for t in plan.targets}
+    for what, names in (("PEFT config", named - asked), ("state_dict", asked - named)):
+        if names:
+            yield (
+                f"The config and the state_dict name different layers, and those of the state_dict are adapted. The "
+                f"{what} contained these additional target modules: {sorted(names)}. "
+            )
+
+
 def _defaults(found: Survey, method: Method) -> Any:
     return match.default_targets(found.model_type, method.default_targets, found.facts, method.kinds)
 
@@ -740,16 +763,16 @@ def _place_saved(found: Survey, path: str, router: Router, done: _Done) -> Modul
 
 
 def _place_tokens(works: list[TokenWork], found: Survey, router: Router, done: _Done) -> None:
-    placed: dict[str, Adapted] = {}
+    placed: dict[str, TrainableTokensLayer | TiedTokensLayer] = {}
     for work in works:
         module = getattr(work.parent, work.attribute)
         if isinstance(module, TrainableTokensWrapper):
             layer = module.token_adapter
         else:
             if work.source is None:
-                layer = Adapted(module, work.kind, router, work.path, tied=True)
+                layer = TrainableTokensLayer(module, work.kind, router, work.path, tied=True)
             else:
-                layer = Tied(module, work.kind, router, work.path, placed[work.source])
+                layer = TiedTokensLayer(module, work.kind, router, work.path, placed[work.source])
             done.replace_everywhere(found, work.parent, work.attribute, TrainableTokensWrapper(layer))
         placed[work.path] = layer
         _add(layer, work.adapter, done)
@@ -858,7 +881,9 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
 def _replacement(module: nn.Module, merge: bool, adapter_names: list[str] | None) -> nn.Module:
     if isinstance(module, ModulesToSaveWrapper):
-        return module.copy_for(adapter_names or module._active) if merge else module.original_module
+        names = adapter_names or module._active
+        # Of several copies that are asked for, the active one: only one can stand in the module's place.
+        return module.copy_for([n for n in module._active if n in names] or names) if merge else module.original_module
     return _unwrapped(module)
 
 

@@ -28,6 +28,8 @@ _MAX_HINTS = 5
 _MAX_CANDIDATES = 1_000
 # Lists at least this long are written to files as the shortest suffixes that say the same.
 _SHRINK_FROM = 20
+# The value of target_modules that stands for every linear layer but the output head.
+SHORTHAND = "all-linear"
 # Heads that a task's handle asks to save on the chance that the model has them.
 _USUAL_HEADS = frozenset({"classifier", "score", "qa_outputs"})
 _REGEX_CHARACTERS = re.compile(r"[\\*+?()\[\]|^$]")
@@ -146,18 +148,18 @@ def check_layers(targets: Iterable[str] | str | None, layers: object, pattern: o
         for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
             if value is not None:
                 raise ConfigError(
-                    f"{name} needs a list of target_modules, got the regular expression {targets!r}; put the layer "
-                    "indices into the expression instead."
+                    f"`{name}` cannot be used when `target_modules` is a str: put the layer indices into the regular "
+                    f"expression {targets!r} instead."
                 )
     if pattern and layers is None:
-        raise ConfigError("layers_pattern is set and layers_to_transform is not: say which layers.")
+        raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
 
 # ------------------------------------------------------------------------------------------------- matching one name
 
 
 def _is_all_linear(entries: Iterable[str] | str | None) -> bool:
-    return isinstance(entries, str) and entries.lower() == "all-linear"
+    return isinstance(entries, str) and entries.lower() == SHORTHAND
 
 
 def _ancestors(name: str) -> Iterator[str]:
@@ -446,7 +448,7 @@ class _Planner:
         missing = self._unmatched(self.targets, f"of {len(self.modules)} modules")
         missing += self._unmatched(self.parameters, f"of {len(self.given)} parameters")
         if not self.chosen and not self.chosen_parameters and not self.asked.optional:
-            raise NoMatchingPeftModuleError(" ".join([self._why_nothing(), *missing]))
+            raise NoMatchingPeftModuleError(" ".join([self._lead(missing), self._why_nothing(), *missing]))
         targets = tuple(
             Target(name, entry, self._overrides(module.names), self._reason(module, entry))
             for name, (module, entry) in self.chosen.items()
@@ -482,6 +484,17 @@ class _Planner:
             named = ", ".join(repr(e) for e, _ in rest[:10]) + (", ..." if len(rest) > 10 else "")
             texts.append(f"{len(rest)} more entries of {matcher.field} matched nothing: {named}.")
         return texts
+
+    def _lead(self, missing: list[str]) -> str:
+        """How PEFT's complaint begins, which callers look for."""
+        if not self.asked.target_modules:
+            told = "No `target_modules` passed but also no `target_parameters` found."
+            return f"{told} Please check the values for these arguments:"
+        if not self.left_out:
+            names = ", ".join(map(repr, self.targets.unmatched()[:_MAX_HINTS]))
+            return f"Target modules {names} not found in the base model:"
+        only_excluded = [*self.left_out] == ["exclude_modules"] and not missing
+        return "All modules were excluded:" if only_excluded else "No modules were targeted for adaptation:"
 
     def _why_nothing(self) -> str:
         if not self.left_out:
@@ -561,17 +574,21 @@ def shrink(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
     if len(names) < _SHRINK_FROM:
         return list(names)
     wanted = frozenset(names)
-    selected: list[str] = []
-    taken: set[str] = set()
-    for name in all_names:
-        ends = tuple(suffixes(name))
-        if wanted.isdisjoint(ends):
-            taken.update(ends)
-        else:
-            selected.append(name)
-    # The entry that selected a name is no end of any other's, so every name has a free end. The shortest free ends
-    # are needed: none is an end of another one, and a longer one would cover no more.
-    return sorted({min((end for end in suffixes(name) if end not in taken), key=len) for name in selected})
+    selected = [name for name in all_names if not wanted.isdisjoint(suffixes(name))]
+    return shortest(selected, set(all_names).difference(selected))
+
+
+def shortest(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The shortest suffixes that select these names and none of the others, of which none ends as a whole name does.
+
+    Example:
+        >>> shortest(["0.q", "1.q", "1.k"], ["0.k", "1"])
+        ['1.k', 'q']
+    """
+    taken = {end for name in others for end in suffixes(name)}
+    # Every name has a free end, itself if no other. The shortest free ends are needed: none is an end of another
+    # one, and a longer one would cover no more.
+    return sorted({min((end for end in suffixes(name) if end not in taken), key=len, default=name) for name in names})
 
 
 def default_targets(

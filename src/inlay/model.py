@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay import card, slots, sources, state, status
-from inlay.adapted import Adapted
+from inlay.adapted import Adapted, merged_already
 from inlay.config import AdapterConfig, PeftConfig, TaskType
 from inlay.errors import (
     AdapterNameError,
@@ -53,6 +53,7 @@ from inlay.inject import (
     prepare_saved,
     remove,
     tell_rounding,
+    told_by_config,
     unmerge_first,
     with_targets,
     wrappers,
@@ -77,6 +78,9 @@ class Tuner(nn.Module):
     Args:
         model (`nn.Module`): The user's model; it is changed in place.
     """
+
+    # Whether adapters have tensors that all layers share and no layer holds.
+    uses_shared_state: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -171,7 +175,7 @@ class Tuner(nn.Module):
         """Raises `UnknownAdapterError` for a name that is no adapter."""
         for name in names:
             if name not in self.peft_config:
-                raise UnknownAdapterError(f"There is no adapter {name!r}; there are {list(self.peft_config)}.")
+                raise UnknownAdapterError(f"Adapter {name} does not exist: there are {list(self.peft_config)}.")
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes adapters the default for all threads.
@@ -271,7 +275,7 @@ class Tuner(nn.Module):
         self.check_known(names)
         merged = {n for _, layer in self.layers() for n in layer.merged_adapters}
         if found := [n for n in names if n in merged]:
-            raise PlanError(f"Adapter {found[0]!r} is merged: unmerge it, then delete it.")
+            raise PlanError(f"Cannot delete adapter(s) {found} while they are merged. Please unmerge them first.")
 
     def _forget_invocation(self, *names: str) -> None:
         for name in names if self.invocations is not None else ():
@@ -361,8 +365,7 @@ class Tuner(nn.Module):
             changing = [(layer, new) for layer in layers if (new := layer.check_merge(adapter_names, safe_merge))]
             merged = {n for layer in layers for n in layer._merged}
             if not changing or not merged.isdisjoint(adapter_names or self._active):
-                what = "" if changing else "nothing to merge: "
-                warnings.warn(f"{what}already merged are {sorted(merged)}.", PeftWarning, stacklevel=2)
+                warnings.warn(merged_already(adapter_names or self._active, merged), PeftWarning, stacklevel=2)
             copied = [layer for layer, _ in changing if keep_base and not layer._merged and not layer.tied]
             aside = self._arena.copier(sum(bytes_of(layer.weight) for layer in copied))
             for layer, new in changing:
@@ -450,7 +453,16 @@ class Tuner(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """Names of the adapted layers, bare parameters' modules aside."""
-        return [name for name, layer in self.layers() if layer.kind.name != "Parameter"]
+        return [name for name, layer in self._targeted() if layer.kind.name != "Parameter"]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Names of the adapted bare parameters."""
+        found = [(n, w) for n, w in self._targeted() if w.kind.name == "Parameter"]
+        return [f"{name}.{layer.kind.weight_name}" for name, layer in found]
+
+    def _targeted(self) -> Iterator[tuple[str, Adapted]]:
+        return ((name, layer) for name, layer in self.layers() if type(layer) is Adapted and ".base_layer" not in name)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -603,9 +615,19 @@ class PeftModel(nn.Module):
         if checkpointing is None:
             checkpointing = getattr(model, "is_gradient_checkpointing", False)
         if checkpointing and not getattr(model, "is_loaded_in_8bit", False):
-            enable = getattr(model, "enable_input_require_grads", None)
-            if callable(enable):
-                enable()
+            self.prepare_model_for_gradient_checkpointing(model)
+
+    @staticmethod
+    def prepare_model_for_gradient_checkpointing(model: nn.Module) -> nn.Module:
+        """Has the embeddings' output want a gradient, without which reentrant checkpoints pass none on.
+
+        Args:
+            model (`nn.Module`): A transformers model or a handle around one; any other stays as it is.
+        """
+        enable = getattr(model, "enable_input_require_grads", None)
+        if callable(enable):
+            enable()
+        return model
 
     # ------------------------------------------------------------------ calls
 
@@ -716,11 +738,16 @@ class PeftModel(nn.Module):
             )
         if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
             raise RowsError(f"adapter_names must hold one name per row, got {names!r}.")
-        self.base_model.check_known([n for n in names if n != BASE])
+        if unknown := sorted({n for n in names if n != BASE and n not in self.peft_config}):
+            raise UnknownAdapterError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are "
+                f"{list(self.peft_config)}."
+            )
         batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if batch is not None and batch != len(names):
             raise RowsError(
-                f"adapter_names has {len(names)} names for a batch of {batch} rows: give one name per row."
+                "Length of `adapter_names` should be the same as the number of inputs, got "
+                f"{len(names)} names for a batch of {batch} rows."
             )
         product = 1
         for n in repeats:
@@ -834,7 +861,9 @@ class PeftModel(nn.Module):
             PlanError: The config does not fit the model.
         """
         if adapter_name in self.peft_config:
-            raise DuplicateAdapterError(f"Adapter {adapter_name!r} exists already: choose another name, or delete it.")
+            raise DuplicateAdapterError(
+                f"Adapter with name {adapter_name!r} already exists: choose another name, or delete it."
+            )
         self._inject(
             adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, activate=not self.peft_config
         )
@@ -894,6 +923,10 @@ class PeftModel(nn.Module):
     def get_model_status(self) -> status.TunerModelStatus:
         """The status of the model as a whole."""
         return status.get_model_status(self)
+
+    def supports_lora_conversion(self, adapter_name: str = DEFAULT_ADAPTER) -> bool:
+        """Whether an adapter can be turned into a LoRA: none can, yet."""
+        return False
 
     def print_trainable_parameters(self) -> None:
         """Prints them."""
@@ -1083,6 +1116,8 @@ class PeftModel(nn.Module):
                 **kwargs,
             )
         handle._prepare_checkpointing()
+        if not is_trainable:
+            handle.eval()
         return handle
 
     def load_adapter(
@@ -1351,8 +1386,8 @@ def get_peft_model(
         raise ConfigError(
             f"peft_config must be a method's config, such as LoraConfig, got {type(peft_config).__name__}."
         )
-    old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path")
-    if old is not None and new is not None and old != new:
+    old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
+    if old is not None and old != new:
         warnings.warn(f"The config names its base model {old!r}; it is {new!r} now.", PeftWarning, stacklevel=2)
     beside = any(True for _ in wrappers(model))
     if revision is not None:
@@ -1364,7 +1399,7 @@ def get_peft_model(
     if mixed:
         cls = PeftMixedModel
     handle = cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-    peft_config.base_model_name_or_path = new or old
+    peft_config.base_model_name_or_path = new
     if beside:
         warnings.warn(
             "The model has adapters already: this one is put beside them, in a handle that does not list them. Call "
@@ -1421,7 +1456,8 @@ def inject_adapter_in_model(
     configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or _Configs()
     with replicated(model, ranges_left(configs, peft_config)):
         prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name)
-        for text in prepared.plan.warnings:
+        disagreement = () if state_dict is None else told_by_config(prepared)
+        for text in (*prepared.plan.warnings, *disagreement):
             warnings.warn(text, PeftWarning, stacklevel=2)
         trainable = not peft_config.inference_mode
         trained = [p for _, w in wrappers(model) for p in w.parameters() if p.requires_grad]

@@ -72,7 +72,7 @@ class LoadReport:
         findings = [
             ("made for another base model", self.base),
             ("config contradicts the weights", self.config),
-            (f"{_tensors(shapes)} of another shape", shapes),
+            (f"{_tensors(shapes)} of another shape (size mismatch)", shapes),
             (f"{_tensors(self.missing)} missing from the file", [*map(repr, self.missing)]),
             (f"{_tensors(self.unexpected)} in the file that nothing takes", [*map(repr, self.unexpected)]),
             (f"{_tensors(self.non_finite)} with NaN or infinity", [*map(repr, self.non_finite)]),

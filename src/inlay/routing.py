@@ -255,6 +255,12 @@ class Router:
             self._routed.everywhere()
         return None if isinstance(route, Defaults) and not route.changed else route
 
+    @property
+    def off(self) -> bool:
+        """Whether the calling thread has chosen to run no adapter."""
+        choice = self._choice()
+        return type(choice) is Route and choice.rows is None and not choice.names
+
     def _choice(self) -> Route | None:
         if torch.compiler.is_compiling():
             return self._local.route

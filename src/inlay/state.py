@@ -245,7 +245,11 @@ def _extras(
         for name, parameter in biases(root, config, paths):
             yield name, name, parameter.detach()
     wanted = _embeddings_to_save(root, config, adapter_name) if embeddings == "auto" else ("",) if embeddings else ()
-    for name, parameter in embedding_weights(root) if wanted else ():
+    tables = dict(embedding_weights(root)) if wanted else {}
+    if embeddings is True and not tables:
+        told = "Could not identify embedding layer(s) because the model is not a 🤗 transformers model."
+        warnings.warn(told, PeftWarning, stacklevel=3)
+    for name, parameter in tables.items():
         if name.startswith(tuple(wanted)):
             yield name, name, parameter.detach()
 
@@ -287,9 +291,12 @@ def _embeddings_to_save(root: nn.Module, config: AnyConfig, adapter_name: str) -
     now = getattr(getattr(root, "config", None), "vocab_size", None)
     resized = original is not None and now is not None and original != now
     if adapted or resized:
-        why = f"have been resized from {original} to {now} rows" if resized else "are adapted"
+        why = "embedding layers found in `target_modules`"
+        if resized:
+            why = f"the embedding layer has been resized from {original} to {now} rows"
         warnings.warn(
-            f"The embeddings {why}, so their own weights are saved too; save_embedding_layers=False leaves them out.",
+            f"Setting `save_embedding_layers` to `True` as {why}. Their own weights are saved too, which "
+            "save_embedding_layers=False leaves out.",
             PeftWarning,
             stacklevel=5,
         )

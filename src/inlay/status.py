@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class TunerLayerStatus:
 
     Args:
         name (`str`): The layer's name in the user's model.
-        module_type (`str`): Its class, frozen layer's.
+        module_type (`str`): Method and kind of layer, as in ``lora.Linear``.
         enabled (`bool`): Whether adapters run by default.
         active_adapters, merged_adapters, available_adapters (`list[str]`): Adapters by state.
         requires_grad (`dict[str, bool or "irregular"]`): By adapter, whether its tensors are trained.
@@ -50,7 +50,8 @@ class TunerModelStatus:
     """A whole model; a field is ``"irregular"`` where its layers differ.
 
     Args:
-        base_model_type, adapter_model_type (`str`): Classes.
+        base_model_type, adapter_model_type (`str`): Classes, for a handle; ``"other"`` and ``"None"`` for a model
+            with adapters inside.
         peft_types (`dict[str, str]`): Method by adapter.
         trainable_params, total_params (`int`): Numbers of parameters.
         num_adapter_layers (`int`): How many layers have adapters.
@@ -98,7 +99,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     out = [_layer(f"{'model.' if prefix else ''}{path}", w) for path, w in wrappers(root)]
     if not any(isinstance(w, Adapted) for _, w in wrappers(root)):
         raise UnsupportedLayerError(
-            "No layer of the model is adapted (a prompt adapts none), so there is no status: add an adapter first."
+            "No adapter layers found in the model (a prompt adapts none), so there is no status: add an adapter first."
         )
     return out
 
@@ -106,17 +107,17 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 def _layer(name: str, wrapper: Adapted | ModulesToSaveWrapper) -> TunerLayerStatus:
     tensors: dict[str, list[torch.Tensor]]
     if isinstance(wrapper, Adapted):
-        frozen, merged, storage = wrapper.get_base_layer(), wrapper.merged_adapters, wrapper.storage.name
+        merged, storage = wrapper.merged_adapters, wrapper.storage.name
         tensors = {
             n: [t for key, t in wrapper.params(n).items() if method.slots[key].trainable]
             for n, method in wrapper.methods.items()
         }
     else:
-        frozen, merged, storage = wrapper.original_module, [], "plain"
+        merged, storage = [], "plain"
         tensors = {n: list(copy.parameters()) for n, copy in wrapper.modules_to_save.items()}
     return TunerLayerStatus(
         name=name,
-        module_type=type(frozen).__name__ if isinstance(wrapper, Adapted) else type(wrapper).__name__,
+        module_type=wrapper._get_name(),
         enabled=not wrapper.disable_adapters,
         active_adapters=wrapper.active_adapters,
         merged_adapters=merged,
@@ -137,12 +138,12 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         UnsupportedLayerError: No layer is adapted, as by a prompt.
     """
     layers = get_layer_status(model)
-    root, _ = root_of(model)
+    root, prefix = root_of(model)
     names = sorted({n for layer in layers for n in layer.available_adapters})
-    configs = getattr(model, "peft_config", {})
+    configs: dict[str, Any] = getattr(model, "peft_config", {}) if prefix else {}
     sizes = [(storage.numel(p), p.requires_grad) for p, storage in stored_parameters(root)]
     return TunerModelStatus(
-        base_model_type=type(root).__name__,
+        base_model_type=type(root).__name__ if prefix else "other",
         adapter_model_type=next((type(c).__name__.replace("Config", "Model") for c in configs.values()), "None"),
         peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()},
         trainable_params=sum(n for n, trained in sizes if trained),

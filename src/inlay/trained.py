@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
     """What is trained beside the layers' adapters."""
 
     original_module: Any
+
+    @property
+    def _adapters(self) -> set[str]:
+        raise NotImplementedError
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Rest of a tensor's name in a file -> the rest of its live name, for the adapter's tensors in this module."""
@@ -60,8 +64,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, Adapted)
         if isinstance(module, containers):
             raise UnsupportedLayerError(
-                f"modules_to_save cannot hold {path} ({type(module).__name__}): name modules that have a forward and "
-                "no adapter, such as a head."
+                f"modules_to_save cannot be applied to modules of type {type(module).__name__}, as {path} is: name "
+                "modules that have a forward and no adapter, such as a head."
             )
         packed = [storage.name for _, storage in stored_parameters(module) if not storage.in_place]
         if packed:
@@ -159,19 +163,23 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             self.set_adapter(new_active_adapters)
 
     @property
+    def _adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
+    @property
     def active_adapters(self) -> list[str]:
-        """The default adapters."""
-        return list(self._active)
+        """Those of the default adapters that have a copy."""
+        return [name for name in self._active if name in self.modules_to_save]
 
     @property
     def active_adapter(self) -> list[str]:
         """The same under its older name."""
-        return list(self._active)
+        return self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the original module runs for all threads."""
-        return not self._enabled
+        """Whether the original module runs, for all threads or the caller."""
+        return not self._enabled or self.router.off
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -185,7 +193,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """An embedding some of whose rows are trained; the layer with its adapter is at ``token_adapter``."""
 
-    def __init__(self, token_adapter: Adapted) -> None:
+    def __init__(self, token_adapter: TrainableTokensLayer | TiedTokensLayer) -> None:
         super().__init__()
         self.token_adapter = token_adapter
         self.training = token_adapter.training
@@ -201,6 +209,15 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return {name: f"{name}.{adapter_name}"}
 
     @property
+    def _adapters(self) -> set[str]:
+        return set(self.token_adapter.methods)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Those of the default adapters that train tokens."""
+        return [name for name in self.token_adapter.active_adapters if name in self._adapters]
+
+    @property
     def original_module(self) -> nn.Module:
         """The embedding itself."""
         return self.token_adapter.get_base_layer()
@@ -212,6 +229,31 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             if name in HOOK_NAMES or "token_adapter" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.token_adapter, name)
+
+
+class _Originals(Mapping[str, Tensor]):
+    def __init__(self, layer: Adapted) -> None:
+        self._layer = layer
+
+    def __getitem__(self, name: str) -> Tensor:
+        method: Any = self._layer.methods[name]
+        rows: Tensor = method.rows(self._layer.matrix())
+        return rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer.methods)
+
+    def __len__(self) -> int:
+        return len(self._layer.methods)
+
+
+class TrainableTokensLayer(Adapted):
+    """An embedding, and for each adapter the rows that it trains in the place of some of the embedding's."""
+
+    @property
+    def trainable_tokens_original(self) -> Mapping[str, Tensor]:
+        """By adapter, what these rows are without it."""
+        return _Originals(self)
 
 
 class Tied(Adapted):
@@ -258,6 +300,12 @@ class Tied(Adapted):
             p = self.methods[name].tied(source.methods[name].saved(source.methods[name].own(source.params(name))))
             for key, slot in self.methods[name].slots.items():
                 yield slot.saved_name(), p[key].detach()
+
+
+class TiedTokensLayer(Tied):
+    """A head that is tied to such an embedding."""
+
+    trainable_tokens_original = TrainableTokensLayer.trainable_tokens_original
 
 
 def trainable_kind(module: nn.Module, path: str) -> LayerKind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 import inspect
@@ -61,9 +62,21 @@ def test_what_is_not_built_can_be_named_and_says_so_when_used() -> None:
     assert not isinstance(nn.Linear(2, 2), VeraLayer)
     assert peft.PeftType.VERA == "VERA"
     assert targets == {}
-    for use in (VeraConfig, VeraModel, convert_to_lora):
+    for use in (VeraModel, convert_to_lora):
         with pytest.raises(NotBuiltError, match="not in inlay yet"):
             use(r=4)
+
+
+def test_a_config_that_is_not_built_can_stand_in_a_table() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    config = peft.VeraConfig(r=4, target_modules=["0"])
+    assert (config.r, config.target_modules) == (4, ["0"])
+    assert config == config != peft.VeraConfig(r=4, target_modules=["0"])
+    assert "VeraConfig" in repr(copy.deepcopy(config))
+    for use in (peft.get_peft_model, lambda model, config: peft.inject_adapter_in_model(config, model)):
+        with pytest.raises(NotBuiltError, match=r"VeraConfig is not in inlay yet"):
+            use(model, config)
+    assert type(model[0]) is nn.Linear
 
 
 def test_an_unknown_name_is_an_error_and_an_unknown_module_too() -> None:

@@ -208,3 +208,13 @@ def test_enums() -> None:
 @pytest.mark.parametrize("name", ["is_prompt_learning", "is_adaption_prompt"])
 def test_what_callers_ask_a_config(name: str) -> None:
     assert getattr(inlay.LoraConfig(), name) == getattr(peft.LoraConfig(), name)
+
+
+def test_files_that_are_no_config_and_what_is_not_read_of_one(tmp_path: Path) -> None:
+    for library in (peft, inlay):
+        (tmp_path / "adapter_config.json").write_text('{"foo": "bar"}')
+        with pytest.raises(TypeError, match="peft_type"):
+            library.LoraConfig.from_pretrained(tmp_path)
+        (tmp_path / "adapter_config.json").write_text('{"r": 4, "runtime_config": {}}')
+        with pytest.warns(UserWarning, match="`runtime_config`"):
+            assert library.LoraConfig.from_json_file(tmp_path / "adapter_config.json") == {"r": 4}

@@ -202,22 +202,123 @@ def test_counts(name: str) -> None:
     assert lines[0] == lines[1]
 
 
-def _no_types(status: Any) -> dict[str, Any]:
-    """A status as a dict; class names of wrappers are each library's own."""
-    return {k: v for k, v in dataclasses.asdict(status).items() if k not in ("module_type", "adapter_model_type")}
-
-
 @pytest.mark.parametrize("name", COUNTED)
 def test_statuses(name: str) -> None:
     pair = pair_of(CASES[name])
     for act in (lambda m: None, lambda m: m.merge_adapter(), lambda m: m.base_model.disable_adapter_layers()):
         pair.each(act)
-        theirs = {s.name: _no_types(s) for s in peft.get_layer_status(pair.theirs)}
-        ours = {s.name: _no_types(s) for s in inlay.get_layer_status(pair.ours)}
+        theirs = {s.name: dataclasses.asdict(s) for s in peft.get_layer_status(pair.theirs)}
+        ours = {s.name: dataclasses.asdict(s) for s in inlay.get_layer_status(pair.ours)}
         assert not differences(ours, theirs)
         assert not differences(
-            _no_types(inlay.get_model_status(pair.ours)), _no_types(peft.get_model_status(pair.theirs))
+            dataclasses.asdict(inlay.get_model_status(pair.ours)),
+            dataclasses.asdict(peft.get_model_status(pair.theirs)),
         )
+
+
+@pytest.mark.parametrize("name", [*COUNTED, "attention", "llama-tokens"])
+def test_names_of_targets(name: str) -> None:
+    pair = pair_of(CASES[name])
+    theirs, ours = pair.each(lambda m: (m.targeted_module_names, m.targeted_parameter_names))
+    assert ours == theirs
+
+
+def test_off_for_the_caller() -> None:
+    pair = pair_of(CASES["linear-modules-to-save"])
+
+    def off(model: Any) -> list[Any]:
+        seen = []
+        layers = [m for m in model.modules() if hasattr(m, "disable_adapters")]
+        with model.disable_adapter():
+            seen.append([m.disable_adapters for m in layers])
+            with model.disable_adapter():
+                seen.append(model.has_active_enabled_adapter)
+            seen.append([m.disable_adapters for m in layers])
+        return [*seen, [m.disable_adapters for m in layers], model.has_active_enabled_adapter]
+
+    theirs, ours = pair.each(off)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_loaded_adapter_that_is_not_trained_is_in_eval(tmp_path: Path, trained: bool) -> None:
+    for library in (peft, inlay):
+        saved = library.get_peft_model(nn.Sequential(nn.Linear(4, 4)), library.LoraConfig(target_modules=["0"]))
+        saved.save_pretrained(tmp_path)
+        loaded = library.PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path, is_trainable=trained)
+        assert loaded.training is loaded.base_model.model[0].training is trained
+
+
+@pytest.mark.parametrize(("active", "bias"), [("one", 1.0), ("two", 2.0)])
+def test_of_several_copies_the_active_one_stays(active: str, bias: float) -> None:
+    for library in (peft, inlay):
+        base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        config = {"target_modules": ["0"], "modules_to_save": ["1"]}
+        model = library.get_peft_model(base, library.LoraConfig(**config), "one")
+        model.add_adapter("two", library.LoraConfig(**config))
+        for name, value in (("one", 1.0), ("two", 2.0)):
+            base[1].modules_to_save[name].bias.data.fill_(value)
+        model.set_adapter(active)
+        assert model.merge_and_unload(adapter_names=["one", "two"])[1].bias[0] == bias
+
+
+def test_the_base_is_the_model_that_is_given() -> None:
+    for library in (peft, inlay):
+        config = library.LoraConfig(target_modules=["0"], base_model_name_or_path="some/other")
+        with pytest.warns(UserWarning, match="some/other"):
+            library.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+        assert config.base_model_name_or_path is None
+
+
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["1"]}, {"trainable_token_indices": {"0": [0, 2]}}], ids=str)
+def test_wrappers_name_the_active_adapters_that_they_have(fields: dict[str, Any]) -> None:
+    for library in (peft, inlay):
+        base = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        model = library.get_peft_model(base, library.LoraConfig(target_modules=["2"]))
+        model.add_adapter("other", library.LoraConfig(target_modules=["2"], **fields))
+        wrapper = base[1 if "modules_to_save" in fields else 0]
+        assert wrapper.active_adapters == []
+        model.set_adapter("other")
+        assert wrapper.active_adapters == ["other"]
+        assert wrapper._adapters == {"other"}
+        model.set_adapter("default")
+        assert wrapper.active_adapters == []
+
+
+def test_a_bias_that_has_no_place() -> None:
+    for library in (peft, inlay):
+        config = library.LoraConfig(target_modules=["0"], lora_bias=True)
+        with pytest.warns(library.PeftWarning, match="lora_bias=True.* Linear has no bias"):
+            model = library.get_peft_model(nn.Sequential(nn.Linear(4, 4, bias=False)), config)
+        with pytest.raises(RuntimeError):
+            model.merge_adapter()
+
+
+@pytest.mark.parametrize(
+    ("given", "named", "found"),
+    [(["0"], ["0", "1"], r"PEFT config contained .*\['1'\]"), (["0", "1"], ["0"], r"state_dict contained .*\['1'\]")],
+)
+def test_a_state_dict_that_names_other_layers_than_the_config(given: list[str], named: list[str], found: str) -> None:
+    for library in (peft, inlay):
+
+        def injected(targets: list[str], library: Any = library, **kwargs: Any) -> nn.Module:
+            config = library.LoraConfig(target_modules=targets)
+            return library.inject_adapter_in_model(config, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), **kwargs)
+
+        tensors = library.get_peft_model_state_dict(injected(given))
+        with pytest.warns(RuntimeWarning, match=found):
+            model = injected(named, state_dict=tensors)
+        assert library.get_peft_model_state_dict(model).keys() == tensors.keys()
+        injected(given, state_dict=tensors)  # says nothing
+
+
+def test_gradients_for_reentrant_checkpoints() -> None:
+    for library in (peft, inlay):
+        handle = library.get_peft_model(base("llama"), library.LoraConfig(target_modules=["q_proj"]))
+        embedding, ids_BL = handle.get_input_embeddings(), torch.tensor([[1, 2]])
+        assert not embedding(ids_BL).requires_grad
+        handle.prepare_model_for_gradient_checkpointing(handle)
+        assert embedding(ids_BL).requires_grad
 
 
 def test_statuses_are_methods_too() -> None:
@@ -226,6 +327,20 @@ def test_statuses_are_methods_too() -> None:
     assert ours == inlay.get_model_status(pair.ours)
     assert ours.adapter_model_type == theirs.adapter_model_type
     assert pair.ours.get_layer_status() == inlay.get_layer_status(pair.ours)
+
+
+def test_the_status_of_a_model_inside_a_handle() -> None:
+    pair = pair_of(CASES["linear"])
+    inside = pair.theirs.get_base_model(), pair.ours.get_base_model()
+    theirs, ours = (lib.get_model_status(model) for lib, model in zip((peft, inlay), inside, strict=True))
+    assert dataclasses.asdict(ours) == dataclasses.asdict(theirs)
+
+
+def test_embeddings_asked_for_in_a_model_that_tells_of_none() -> None:
+    pair = pair_of(CASES["linear"])
+    for lib, handle in ((peft, pair.theirs), (inlay, pair.ours)):
+        with pytest.warns(UserWarning, match="embedding"):
+            lib.get_peft_model_state_dict(handle, save_embedding_layers=True)
 
 
 def test_fields_of_statuses() -> None:
@@ -240,7 +355,10 @@ def test_a_status_that_layers_do_not_share() -> None:
     pair = make_pair("linears", BOTH, more={"other": LIN0})
     pair.each(lambda m: m.base_model.model.lin0.set_adapter("other"))
     pair.each(lambda m: m.base_model.model.lin1.enable_adapters(False))
-    theirs, ours = _no_types(peft.get_model_status(pair.theirs)), _no_types(inlay.get_model_status(pair.ours))
+    theirs, ours = (
+        dataclasses.asdict(peft.get_model_status(pair.theirs)),
+        dataclasses.asdict(inlay.get_model_status(pair.ours)),
+    )
     assert not differences(ours, theirs)
     assert ours["enabled"] == "irregular"
 

@@ -473,7 +473,7 @@ FILES: dict[str, tuple[Change, type[Exception], str]] = {
     "of a wider base": (_set(token_dim=4096), PromptError, "token_dim=4096"),
     "of three submodules": (_set(num_transformer_submodules=3), ConfigError, "num_transformer_submodules"),
     "modules in words": (_set(modules_to_save="score"), FieldTypeError, "modules_to_save"),
-    "of no task": (_set(task_type="NONSENSE"), ConfigError, "task_type"),
+    "of no task": (_set(task_type="NONSENSE"), ConfigError, "task type"),
 }
 
 
@@ -628,7 +628,7 @@ def test_a_layers_file_is_no_prompts(tmp_path: Path) -> None:
     directory = saved(tmp_path, "embeddings")
     model = base(ARCH, TASK)
     rewritten(directory, _set(peft_type="LORA", target_modules=["q_proj"]))
-    with refused(LoadError, "prompt_embeddings", model), pytest.warns(UserWarning, match="does not know"):
+    with refused(LoadError, "prompt_embeddings", model), pytest.warns(UserWarning, match="are ignored"):
         inlay.PeftModel.from_pretrained(model, directory, strict=True)
     rewritten(directory, _set(peft_type=None))
     with refused(WrongMethodError, "peft_type", model):

@@ -11,6 +11,7 @@ anew.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay import inits
-from inlay.errors import ConfigError, LoadError, NotMergeableError, UnsupportedLayerError
+from inlay.errors import ConfigError, LoadError, NotMergeableError, PeftWarning, UnsupportedLayerError
 from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractDelta, Layer, Params, Slot, as_dtype
 from inlay.ops.dora import dora, weight_norm
@@ -124,12 +125,16 @@ class AbstractLowRank(AbstractDelta):
             why = "is adapted through its weight" if kind.by_weight else "is grouped, so B A is no weight of it"
             raise UnsupportedLayerError(f"use_dora must be off: this {kind.name} {why}.")
         if "bias" in self.slots and kind.indexed:
-            raise UnsupportedLayerError("lora_bias is not defined on an embedding.")
+            raise UnsupportedLayerError("lora_bias=True is not supported for Embedding.")
+        if "bias" in self.slots and not kind.by_weight and getattr(base, kind.bias_name, None) is None:
+            told = f"`lora_bias=True` was passed but the targeted layer of type {type(base).__name__} has no bias"
+            warnings.warn(f"{told} to merge it into.", PeftWarning, stacklevel=2)
         super().check(kind, base)
 
     def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
         if "bias" in self.slots and getattr(base, kind.bias_name, None) is None:
-            raise NotMergeableError("lora_bias needs a layer with a bias to merge into: leave it unmerged.")
+            told = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
+            raise NotMergeableError(f"{told} to merge into: leave it unmerged.")
         first = next(iter(self.rank_dims), None)
         if first is not None and prod(self.slots[first].shape[1:]) > kind.shape(base)[1]:
             raise NotMergeableError(
@@ -148,7 +153,8 @@ class AbstractLowRank(AbstractDelta):
                 "stacks of experts."
             )
         if name == "orthogonal" and (self.start_rank or self.r) % 2:
-            raise UnsupportedLayerError(f"init_lora_weights='orthogonal' needs an even r, got {self.r}.")
+            told = f"Orthogonal initialization requires the LoRA rank to be even, got {self.r} instead."
+            raise UnsupportedLayerError(told)
         self.converts = name in ("pissa", "olora")
         # PEFT starts a table as ever, whatever is asked for.
         if kind.indexed or "tied" in values or (start := inits.computed(self.init, config.loftq_config)) is None:

@@ -40,10 +40,14 @@ class TrainableTokensAdapter(AbstractAdapter):
     def _index(self, like: Tensor) -> Tensor:
         return torch.tensor(self.tokens, device=like.device)
 
+    def rows(self, W_OI: Tensor) -> Tensor:
+        """The trained tokens' rows of a table or head."""
+        table_VD = W_OI.t() if self.indexed else W_OI
+        return table_VD[self._index(table_VD)]
+
     def initialise(self, p: Params, layer: Layer) -> None:
-        table_VD = layer.matrix().t() if layer.kind.indexed else layer.matrix()
         with torch.no_grad():
-            p["delta"].copy_(table_VD[self._index(table_VD)])
+            p["delta"].copy_(self.rows(layer.matrix()))
 
     def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
         delta = p["delta"]

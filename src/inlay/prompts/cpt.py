@@ -62,7 +62,7 @@ class CPTConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task_type != TaskType.CAUSAL_LM:
-            raise ConfigError(f"CPTConfig is for task_type='CAUSAL_LM' only, got {self.task_type!r}.")
+            raise ConfigError(f"CPTConfig only supports task_type = CAUSAL_LM. It is {self.task_type!r}.")
         ids = self.cpt_token_ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
         mask = self.cpt_mask = [1] * len(ids) if self.cpt_mask is None else self.cpt_mask
         types = self.cpt_tokens_type_mask = self.cpt_tokens_type_mask or [1] * len(ids)

@@ -62,7 +62,7 @@ class PromptTuningConfig(PromptLearningConfig):
         if kind == "TEXT" and missing:
             raise ConfigError(f"prompt_tuning_init='TEXT' needs {' and '.join(missing)}.")
         if self.tokenizer_kwargs and kind != "TEXT":
-            raise ConfigError(f"tokenizer_kwargs is for prompt_tuning_init='TEXT', which is {kind!r} here.")
+            raise ConfigError(f"tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'. It is {kind!r}.")
 
 
 class PromptEmbedding(AbstractPrompt):
