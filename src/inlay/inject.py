@@ -882,8 +882,8 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 def _replacement(module: nn.Module, merge: bool, adapter_names: list[str] | None) -> nn.Module:
     if isinstance(module, ModulesToSaveWrapper):
         names = adapter_names or module._active
-        # Of several copies that are asked for, the active one: only one can stand in the module's place.
-        return module.copy_for([n for n in module._active if n in names] or names) if merge else module.original_module
+        # Of several copies that are asked for, an active one: only one can stand in the module's place.
+        return module.copy_for([n for n in names if n in module._active] or names) if merge else module.original_module
     return _unwrapped(module)
 
 
