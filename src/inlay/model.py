@@ -1441,7 +1441,8 @@ def check_injectable(config: object) -> AdapterConfig:
     """The config; raises `ConfigError` for what is none of layers, or of an adapter that only a handle can run."""
     if isinstance(config, PromptLearningConfig):
         raise ConfigError(
-            f"{config.method} puts a prompt before the model, which only a handle does: use get_peft_model."
+            f"{config.method} ({type(config).__name__}) puts a prompt before the model, which only a handle does: use "
+            "get_peft_model."
         )
     if not isinstance(config, AdapterConfig):
         raise FieldTypeError(f"A method's config is needed, such as LoraConfig; got {type(config).__name__}.")
