@@ -34,7 +34,6 @@ from inlay.methods._abstract import AbstractAdapter
 from inlay.methods.trainable_tokens import TrainableTokensAdapter
 from inlay.parametrized import ParameterKind
 from inlay.prompts import AnyConfig
-from inlay.prompts._abstract import PromptLearningConfig
 from inlay.routing import Router
 from inlay.storage import facts, storage_of
 from inlay.trained import (
@@ -272,11 +271,6 @@ class Prepared:
 
 def method_of(config: AdapterConfig) -> Method:
     """The row of `METHODS` for a config."""
-    if isinstance(config, PromptLearningConfig):
-        raise ConfigError(
-            f"{type(config).__name__}: a model without a handle does not support prompt learning, whose prompts stand "
-            "before the model and in no layer. Use get_peft_model."
-        )
     if not isinstance(config, AdapterConfig) or config.peft_type is None:
         raise ConfigError(f"{type(config).__name__} names no method: use a method's own config, such as LoraConfig.")
     return METHODS[PeftType(config.peft_type).value]
