@@ -122,6 +122,11 @@ def low_rank(
     return out
 
 
+def _on_cpu(t: Tensor) -> bool:
+    """Whether copies are cheap beside launches; what is counted on the meta device is counted as a CPU's."""
+    return t.is_cpu or t.is_meta
+
+
 def autocasts(t: Tensor) -> bool:
     """True where autocast is on for the tensor's device."""
     device = t.device.type
@@ -139,7 +144,7 @@ def compute_dtype(x_BI: Tensor, down_RI: Tensor) -> torch.dtype:
     if autocasts(x_BI):
         return down_RI.dtype if down_RI.dtype == torch.float64 else torch.get_autocast_dtype(x_BI.device.type)
     if given == torch.bfloat16 and down_RI.dtype == torch.float32:
-        return given if x_BI.numel() > down_RI.numel() or not x_BI.is_cpu else down_RI.dtype
+        return given if x_BI.numel() > down_RI.numel() or not _on_cpu(x_BI) else down_RI.dtype
     return down_RI.dtype
 
 
@@ -208,7 +213,7 @@ class _LowRank(torch.autograd.Function):
             mid_TR, up = mid_TR * ctx.factor, up_OR
         else:  # cast and scaled in one pass
             up = torch.mul(up_OR, ctx.factor, out=up_OR.new_empty(up_OR.shape, dtype=dtype))
-        narrow = (down, up) if not exact and dtype != down_RI.dtype and not x_BI.is_cpu else (None, None)
+        narrow = (down, up) if not exact and dtype != down_RI.dtype and not _on_cpu(x_BI) else (None, None)
         ctx.save_for_backward(x_BI, down_RI, up_OR, bias_O, packed, mid_TR if exact else None, *narrow)
         h_TO, up_RO = h_BO.reshape(-1, h_BO.shape[-1]), up.t()
         if in_place:
@@ -275,7 +280,7 @@ def _factor_gradients(
     """Gradients of down, up and the middle in the factors' dtype, to which x and g are widened a slice at a time."""
     dtype, tokens = down_RI.dtype, x_TI.shape[0]
     down_IR, up_OR = (down_RI.t() * factor).contiguous(), up_OR * factor
-    if torch.is_grad_enabled() or tokens <= _SLICE or x_TI.dtype == g_TO.dtype == dtype or not x_TI.is_cpu:
+    if torch.is_grad_enabled() or tokens <= _SLICE or x_TI.dtype == g_TO.dtype == dtype or not _on_cpu(x_TI):
         x_TI, g_TO = x_TI.to(dtype), g_TO.to(dtype)
         mid_TR, dmid_TR = torch.mm(x_TI, down_IR), torch.mm(g_TO, up_OR)
         return torch.mm(dmid_TR.t(), x_TI), torch.mm(mid_TR.t(), g_TO).t(), dmid_TR
