@@ -240,6 +240,17 @@ def test_several_run_together_and_each_alone(net: Perceptron, x: Tensor) -> None
     assert (net.active_adapters(), trained(net)) == ([], set())
 
 
+@torch.no_grad()
+def test_of_several_heads_the_first_one_named_serves(net: Perceptron, x: Tensor) -> None:
+    for name in "ab":
+        net.add_adapter(lora("lin0", modules_to_save=["head"]), name)
+        net.head.modules_to_save[name].bias.fill_(1000.0 if name == "a" else 2000.0)
+    net.set_adapter(["b", "a"])
+    assert float(net(x).min()) > 1500
+    net.set_adapter(["a", "b"])
+    assert float(net(x).max()) < 1500
+
+
 def _ia3() -> inlay.IA3Config:
     return inlay.IA3Config(target_modules=["lin1"], feedforward_modules=[], init_ia3_weights=False)
 
