@@ -240,6 +240,17 @@ def test_several_run_together_and_each_alone(net: Perceptron, x: Tensor) -> None
     assert (net.active_adapters(), trained(net)) == ([], set())
 
 
+@torch.no_grad()
+def test_of_several_heads_the_first_one_named_serves(net: Perceptron, x: Tensor) -> None:
+    for name in "ab":
+        net.add_adapter(lora("lin0", modules_to_save=["head"]), name)
+        net.head.modules_to_save[name].bias.fill_(1000.0 if name == "a" else 2000.0)
+    net.set_adapter(["b", "a"])
+    assert float(net(x).min()) > 1500
+    net.set_adapter(["a", "b"])
+    assert float(net(x).max()) < 1500
+
+
 def _ia3() -> inlay.IA3Config:
     return inlay.IA3Config(target_modules=["lin1"], feedforward_modules=[], init_ia3_weights=False)
 
@@ -399,14 +410,22 @@ REFUSED_BESIDE: dict[str, tuple[Act, type[BaseException], str]] = {
         ConfigError,
         "biases",
     ),
-    "an unknown one": (lambda net: net.set_adapter("b"), ValueError, "Adapter b "),
-    "one of several unknown": (lambda net: net.set_adapter(["first", "b"]), UnknownAdapterError, "Adapter b "),
+    "an unknown one": (lambda net: net.set_adapter("b"), ValueError, "Adapter b does not exist"),
+    "one of several unknown": (
+        lambda net: net.set_adapter(["first", "b"]),
+        UnknownAdapterError,
+        "Adapter b does not exist",
+    ),
     "no name at all": (lambda net: net.set_adapter(None), AdapterNameError, "None"),
     "deleting no name at all": (lambda net: net.delete_adapter(None), AdapterNameError, "None"),
-    "deleting an unknown one": (lambda net: net.delete_adapter("b"), ValueError, "Adapter b "),
-    "deleting one of several": (lambda net: net.delete_adapter(["first", "b"]), UnknownAdapterError, "Adapter b "),
-    "tensors of an unknown one": (lambda net: net.get_adapter_state_dict("b"), KeyError, "Adapter b "),
-    "saving an unknown one": (lambda net: net.save_adapter("x", "b"), UnknownAdapterError, "Adapter b "),
+    "deleting an unknown one": (lambda net: net.delete_adapter("b"), ValueError, "Adapter b does not exist"),
+    "deleting one of several": (
+        lambda net: net.delete_adapter(["first", "b"]),
+        UnknownAdapterError,
+        "Adapter b does not exist",
+    ),
+    "tensors of an unknown one": (lambda net: net.get_adapter_state_dict("b"), KeyError, "Adapter b does not exist"),
+    "saving an unknown one": (lambda net: net.save_adapter("x", "b"), UnknownAdapterError, "Adapter b does not exist"),
     "saving nowhere": (lambda net: net.save_adapter(""), FileError, "empty"),
     "saving into a file": (lambda net: net.save_adapter("file"), UnwritableError, "file"),
 }

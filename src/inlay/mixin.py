@@ -256,11 +256,11 @@ class AdapterMixin(_Module):
         """Makes adapters the ones that run and are trained; the others rest, frozen.
 
         Args:
-            adapter_name (`str` or `list[str]`): Which; several run together, in this order.
+            adapter_name (`str` or `list[str]`): Which; several run together, in this order. Where several have a copy
+                of one module, such as a head, the first one's serves.
 
         Raises:
             UnknownAdapterError: There is none, or none of this name.
-            UnsupportedLayerError: Several of them have a copy of one module, such as a head.
         """
         with _changing(self):
             self._verbs().set_adapter(adapter_name)

@@ -1475,10 +1475,14 @@ def inject_adapter_in_model(
 
 def check_injectable(config: object) -> AdapterConfig:
     """The config; raises `ConfigError` for what is none of layers, or of an adapter that only a handle can run."""
-    if not isinstance(config, AnyConfig):
+    if isinstance(config, PromptLearningConfig):
+        raise ConfigError(
+            f"{type(config).__name__}: a model without a handle does not support prompt learning, whose prompts stand "
+            f"before the model and in no layer. Use get_peft_model for {config.method}."
+        )
+    if not isinstance(config, AdapterConfig):
         raise FieldTypeError(f"A method's config is needed, such as LoraConfig; got {type(config).__name__}.")
-    method_of(config)  # type: ignore[arg-type]  # raises for a prompt's
-    assert isinstance(config, AdapterConfig)
+    method_of(config)
     if config.invocation is not None:
         raise ConfigError("An activated adapter needs a handle, which finds its invocation: use get_peft_model.")
     return config
