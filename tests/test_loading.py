@@ -339,6 +339,17 @@ def test_a_report_comes_back(saved: Path, model: inlay.PeftModel, tiny: Any) -> 
         same_bits(fresh(x), model(x))
 
 
+def test_what_is_missing_has_the_name_that_it_has_in_the_model(model: inlay.PeftModel) -> None:
+    tensors = inlay.get_peft_model_state_dict(model)
+    key = next(iter(tensors))
+    del tensors[key]
+    live = key.replace(".weight", ".default.weight")
+    assert live in dict(model.named_parameters())
+    missing, unexpected = report = inlay.set_peft_model_state_dict(model, tensors)
+    assert (missing, unexpected, report.missing_keys) == ([live], [], [live])
+    assert report.missing == [key.removeprefix("base_model.model.")]
+
+
 def test_loading_activates_and_freezes_as_asked(saved: Path, model: inlay.PeftModel, tiny: Any) -> None:
     model.load_adapter(saved, "other")
     assert model.active_adapters == ["default"]
