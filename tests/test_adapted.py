@@ -17,6 +17,7 @@ from laws import bits, close, differs, disturb, same_bits, same_state
 from torch import Tensor, nn
 
 import inlay
+from inlay import functional
 from inlay.adapted import Adapted
 from inlay.errors import (
     AdapterNameError,
@@ -433,6 +434,108 @@ def test_scales(mlp: nn.Module, x: Tensor, dora: bool, training: bool) -> None:
     for w in layers:
         w.set_scale("nobody", 3.0)
     check(4.0)
+
+
+# ---------------------------------------------------------------- layer by layer, as diffusers calls them
+
+
+@pytest.fixture
+def owned(mlp: nn.Module) -> Any:
+    """A model without a handle, with two adapters, both active."""
+    for name in "ab":
+        config = inlay.LoraConfig(r=4, target_modules=["lin0", "lin1"], init_lora_weights=False)
+        inlay.inject_adapter_in_model(config, mlp, name)
+    functional.set_adapter(mlp, ["a", "b"])
+    return mlp.eval()
+
+
+def layers_of(model: nn.Module) -> list[Adapted]:
+    return [w for _, w in wrappers(model) if isinstance(w, Adapted)]
+
+
+def scaled(model: Any, x: Tensor, **scales: float) -> Tensor:
+    """The output with these scales and no adapter else."""
+    model = copy.deepcopy(model)
+    for layer in layers_of(model):
+        layer.set_adapter(list(scales))
+        for name, scale in scales.items():
+            layer.set_scale(name, scale)
+    out: Tensor = model(x)
+    return out
+
+
+@torch.no_grad()
+def test_what_is_merged_keeps_the_scale_that_it_had(owned: Any, x: Tensor) -> None:
+    plain, expected = scaled(owned, x), scaled(owned, x, a=0.5, b=0.25)
+    for name in "ab":
+        for layer in layers_of(owned):
+            layer.scale_layer(0.5)  # of both: which adapters are merged makes no difference to it
+            layer.merge(adapter_names=[name])
+    close(owned(x), expected)
+    for layer in layers_of(owned):
+        layer.set_scale("a", 3.0)
+        layer.unmerge()
+    functional.set_adapter(owned, [])
+    same_bits(owned(x), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merged", [["a"], ["a", "b"]], ids=str)
+def test_a_merged_adapter_that_a_layer_deletes_stays_in_its_weight(owned: Any, x: Tensor, merged: list[str]) -> None:
+    a, both = scaled(owned, x, a=0.5), scaled(owned, x, a=0.5, b=0.5)
+    for layer in layers_of(owned):
+        layer.scale_layer(0.5)
+        layer.merge(adapter_names=merged)
+        layer.scale_layer(2.0)
+        layer.delete_adapter("a")
+        if merged == ["a"]:
+            layer.set_scale("b", 0.5)
+        assert layer.merged_adapters == merged[1:]
+    close(owned(x), both)
+    for layer in layers_of(owned):
+        if layer.merged:
+            layer.unmerge()
+    functional.set_adapter(owned, [])
+    close(owned(x), a)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("verb", ["set_adapter", "inject"])
+def test_other_adapters_are_set_after_unmerging(owned: Any, x: Tensor, verb: str) -> None:
+    plain = scaled(owned, x)
+    for layer in layers_of(owned):
+        layer.merge()
+    verbs: dict[str, Callable[[], Any]] = {
+        "set_adapter": lambda: functional.set_adapter(owned, []),
+        "inject": lambda: inlay.inject_adapter_in_model(inlay.LoraConfig(target_modules=["head"]), owned, "c"),
+    }
+    with pytest.warns(PeftWarning, match="unmerged first"):
+        verbs[verb]()
+    assert not any(layer.merged for layer in layers_of(owned))
+    same_bits(owned(x), plain)
+
+
+def test_layers_without_adapters_tell_what_there_was(owned: Any) -> None:
+    layer = owned.lin0
+    for name in "ab":
+        layer.delete_adapter(name)
+    assert (len(layer.r), len(layer.scaling), len(layer.lora_A)) == (0, 0, 0)
+    with pytest.raises(AttributeError):
+        _ = layer.hada_w1_a
+    assert not hasattr(nn.Linear(1, 1), "r")
+
+
+def test_an_owner_may_take_out_what_never_came_in(owned: Any) -> None:
+    with pytest.raises(PlanError):
+        inlay.inject_adapter_in_model(inlay.LoraConfig(target_modules=["nothing"]), owned, "c")
+    owned.peft_config.pop("c")
+    assert list(owned.peft_config) == ["a", "b"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nothing_is_computed_in_eight_bits(mlp: nn.Module, dtype: torch.dtype) -> None:
+    inlay.inject_adapter_in_model(inlay.LoraConfig(target_modules=["lin0", "lin1"]), mlp.to(dtype))
+    assert {p.dtype for n, p in mlp.named_parameters() if "lora_" in n} == {torch.float32}
 
 
 # ---------------------------------------------------------------- from outside

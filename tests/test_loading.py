@@ -339,6 +339,29 @@ def test_a_report_comes_back(saved: Path, model: inlay.PeftModel, tiny: Any) -> 
         same_bits(fresh(x), model(x))
 
 
+def test_what_is_missing_has_the_name_that_it_has_in_the_model(model: inlay.PeftModel) -> None:
+    tensors = inlay.get_peft_model_state_dict(model)
+    key = next(iter(tensors))
+    del tensors[key]
+    live = key.replace(".weight", ".default.weight")
+    assert live in dict(model.named_parameters())
+    missing, unexpected = report = inlay.set_peft_model_state_dict(model, tensors)
+    assert (missing, unexpected, report.missing_keys) == ([live], [], [live])
+    assert report.missing == [key.removeprefix("base_model.model.")]
+
+
+def test_tensors_of_the_frozen_model_are_left_out_unless_loading_is_lenient(
+    model: inlay.PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {**inlay.get_peft_model_state_dict(model), "base_model.model.head.bias": torch.ones(2)}
+    before = bits(model)
+    assert inlay.set_peft_model_state_dict(model, tensors).unexpected == ["head.bias"]
+    same_state(bits(model), before)
+    monkeypatch.setattr(inlay.settings, "strict_load", False)
+    assert not inlay.set_peft_model_state_dict(model, tensors).unexpected
+    assert torch.equal(model.base_model.model.head.bias, torch.ones(2))
+
+
 def test_loading_activates_and_freezes_as_asked(saved: Path, model: inlay.PeftModel, tiny: Any) -> None:
     model.load_adapter(saved, "other")
     assert model.active_adapters == ["default"]

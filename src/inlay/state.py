@@ -318,7 +318,8 @@ def set_peft_model_state_dict(
 
     Args:
         model (`nn.Module`): A handle, or a model with adapters inside.
-        peft_model_state_dict (`Mapping[str, Tensor]`): By the names that files have.
+        peft_model_state_dict (`Mapping[str, Tensor]`): By the names that files have. Without
+            `inlay.settings.strict_load`, what is named like the frozen model's own tensors is put there.
         adapter_name (`str`, *optional*, defaults to `"default"`): Which adapter.
         ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`): Leave out tensors of another shape.
         low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Accepted; the fast path is the only one.
@@ -337,6 +338,8 @@ def set_peft_model_state_dict(
     prompt = prompt_of(model, adapter_name)
     named = _with_experts(root, _renamed(peft_model_state_dict, key_mapping, prompt))
     tensors, frozen = _restored(root, adapter_name, named)
+    if not settings.strict_load:
+        targets = {**_frozen(root, tensors.keys() - targets.keys()), **targets}
     report = _compared(root, adapter_name, targets, tensors, prompt)
     if report.shape and not ignore_mismatched_sizes:
         raise LoadError(f"Tensors do not fit the adapter {adapter_name!r}; nothing was changed.\n{report}", report)
@@ -347,6 +350,16 @@ def set_peft_model_state_dict(
     if prompt is not None:
         prompt.take(tensors)
     return report
+
+
+def _frozen(root: nn.Module, names: Iterable[str]) -> dict[str, Target]:
+    """Where the frozen model has tensors of these names: PEFT puts a file's there, as SAI's control-LoRAs want."""
+    modules, out = dict(own_modules(root)), dict[str, Target]()
+    for name in names:
+        above, _, attribute = name.rpartition(".")
+        if above in modules and (t := modules[above]._parameters.get(attribute)) is not None:
+            out[name] = (modules[above], attribute, t.device)
+    return out
 
 
 def _compared(

@@ -453,6 +453,20 @@ def test_missing_and_unexpected_keys_are_logged(
     assert ".diff_b" in unexpected
 
 
+def test_tensors_of_the_model_itself_are_put_into_it() -> None:
+    """SAI's control-LoRAs hold norms, biases and convolutions whole."""
+    file, whole = (
+        lora(made("unet"), 5),
+        {"conv_out.weight": torch.randn(4, 8, 3, 3), "conv_norm_out.bias": torch.ones(8)},
+    )
+    model, plain = made("unet"), written(made("unet"), file)
+    model.load_lora_adapter(file | whole, prefix=None)
+    plain.load_state_dict(whole, strict=False)
+    close(output("unet", model), output("unet", plain))
+    with pytest.warns(UserWarning, match="other"), pytest.raises(RuntimeError):
+        model.load_lora_adapter(file | {"conv_out.weight": torch.ones(1)}, prefix=None, adapter_name="other")
+
+
 def test_a_name_that_is_not_there_is_an_error() -> None:
     model, a, b = two("flux")
     with pytest.raises(ValueError, match="could not be found"):
