@@ -481,6 +481,7 @@ def test_entries_that_match_nothing_are_named(llama: nn.Module) -> None:
         ({"target_modules": ["q_proj"], "modules_to_save": ["layers"]}, PlanError, "modules_to_save"),
         ({"target_modules": ["q_proj"], "trainable_token_indices": {"embd": [1]}}, PlanError, "'embd'"),
         ({"target_modules": ["q_proj"], "trainable_token_indices": [999]}, ConfigError, "999"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": []}, ConfigError, "some, different"),
     ],
 )
 def test_what_injection_would_raise_is_shown(

@@ -537,7 +537,7 @@ def _token_works(found: Survey, config: AdapterConfig) -> list[TokenWork]:
         return []
     if not isinstance(wanted, dict):
         wanted = {_embedding_path(found): wanted}
-    works = []
+    asked: dict[str, list[int]] = {}
     for suffix, tokens in wanted.items():
         paths = [f.name for f in found.facts if any(n == suffix or n.endswith(f".{suffix}") for n in f.names)]
         if not paths:
@@ -547,8 +547,12 @@ def _token_works(found: Survey, config: AdapterConfig) -> list[TokenWork]:
                 raise PlanError(
                     f"{path} is in modules_to_save and in trainable_token_indices: it can be in one of them."
                 )
-            works += _token_work(found, config, path, tokens)
-    return works
+            asked[path] = tokens
+    works: dict[str, TokenWork] = {}
+    for path in found.modules:
+        if path in asked and path not in works:
+            works.update((work.path, work) for work in _token_work(found, config, path, asked))
+    return list(works.values())
 
 
 def _check_apart(prepared: Prepared) -> None:
@@ -571,14 +575,16 @@ def _embedding_path(found: Survey) -> str:
     )
 
 
-def _token_work(found: Survey, config: AdapterConfig, path: str, tokens: list[int]) -> list[TokenWork]:
+def _token_work(found: Survey, config: AdapterConfig, path: str, asked: dict[str, list[int]]) -> list[TokenWork]:
+    """The work on one layer, and, where it is an embedding, on those tied to it that ask for no other tokens."""
+    tokens = asked[path]
     layer = _unwrapped(found.modules[path])
     kind = trainable_kind(layer, path)
     parent, attribute = found.parent(path)
     works = [TokenWork(path, parent, attribute, kind, TrainableTokensAdapter(config, kind, layer, {"tokens": tokens}))]
     W = layer._parameters.get("weight")
-    for other in found.owners.get(id(W), ()) if W is not None else ():
-        if other != path:
+    for other in found.owners.get(id(W), ()) if W is not None and kind.indexed else ():
+        if other != path and asked.get(other, tokens) == tokens:
             tied_layer = _unwrapped(found.modules[other])
             tied_kind = trainable_kind(tied_layer, other)
             adapter = TrainableTokensAdapter(config, tied_kind, tied_layer, {"tokens": tokens})

@@ -489,7 +489,7 @@ class _Planner:
         """How PEFT's complaint begins, which callers look for."""
         if not self.asked.target_modules:
             told = "No `target_modules` passed but also no `target_parameters` found."
-            return f"{told} Please check the values for these arguments:"
+            return f"{told} Please check the values for these arguments."
         if not self.left_out:
             names = ", ".join(map(repr, self.targets.unmatched()[:_MAX_HINTS]))
             return f"Target modules {names} not found in the base model:"

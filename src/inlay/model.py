@@ -453,16 +453,18 @@ class Tuner(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """Names of the adapted layers, bare parameters' modules aside."""
-        return [name for name, layer in self._targeted() if layer.kind.name != "Parameter"]
+        found = [(n.replace(".base_layer", ""), w) for n, w in self.layers() if type(w) is Adapted]
+        attentions = {n for n, w in found if w.kind.name == "MultiheadAttention"}
+        return [n for n, w in found if w.kind.name != "Parameter" and n.rpartition(".")[0] not in attentions]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
         """Names of the adapted bare parameters."""
-        found = [(n, w) for n, w in self._targeted() if w.kind.name == "Parameter"]
-        return [f"{name}.{layer.kind.weight_name}" for name, layer in found]
-
-    def _targeted(self) -> Iterator[tuple[str, Adapted]]:
-        return ((name, layer) for name, layer in self.layers() if type(layer) is Adapted and ".base_layer" not in name)
+        names: dict[str, list[str]] = {}
+        for name, layer in self.layers():
+            if layer.kind.name == "Parameter":  # of one module the last stands outside
+                names.setdefault(name.replace(".base_layer", ""), []).insert(0, layer.kind.weight_name)
+        return [f"{name}.{parameter}" for name, parameters in names.items() for parameter in parameters]
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dropin import tiny_transformers as tiny
 #: what each behaviour is tried on, where the way through a folder is tried on all
 FEW = [("llama", adapter) for adapter in tiny.ADAPTERS] + [*tiny.SPECIAL, ("gpt2", "lora"), ("t5", "oft")]
 # PEFT says so too.
-pytestmark = pytest.mark.filterwarnings("ignore:The embeddings are adapted")
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 
 
 def over(cases: list[tuple[str, str]]) -> Any:

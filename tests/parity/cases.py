@@ -114,6 +114,13 @@ CASES: dict[str, Case] = {
     "llama-tied-tokens-kept": Case(
         "tied-llama", {**QV, "trainable_token_indices": [3, 9], "ensure_weight_tying": True}
     ),
+    "llama-tied-tokens-of-both": Case(
+        "tied-llama", {**QV, "trainable_token_indices": {"lm_head": [3, 9], "embed_tokens": [3, 9]}}
+    ),
+    "llama-tied-tokens-of-each": Case(
+        "tied-llama", {**QV, "trainable_token_indices": {"lm_head": [3, 9], "embed_tokens": [4]}}
+    ),
+    "llama-tied-tokens-of-the-head": Case("tied-llama", {**QV, "trainable_token_indices": {"lm_head": [3, 9]}}),
     "llama-tied-saved": Case("tied-llama", {**QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
     "llama-tied-both-saved": Case(
         "tied-llama", {**QV, "modules_to_save": ["lm_head", "embed_tokens"], "ensure_weight_tying": True}

@@ -216,7 +216,9 @@ def test_statuses(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", [*COUNTED, "attention", "llama-tokens"])
+@pytest.mark.parametrize(
+    "name", [*COUNTED, "attention", "llama-tokens", "parameters-two", "parameters-three-and-module"]
+)
 def test_names_of_targets(name: str) -> None:
     pair = pair_of(CASES[name])
     theirs, ours = pair.each(lambda m: (m.targeted_module_names, m.targeted_parameter_names))

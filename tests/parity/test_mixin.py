@@ -67,7 +67,7 @@ def test_what_is_saved_is_loaded_by_peft(method: str, net: str, tmp_path: Path) 
     own.add_adapter(config(method, net, inlay), "style")
     disturb(own)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The embeddings are adapted")
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
         own.save_adapter(tmp_path)
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(plain, tmp_path).eval()  # it would warn of what is missing

@@ -30,9 +30,9 @@ class TrainableTokensAdapter(AbstractAdapter):
         out, inner = kind.shape(base)
         vocabulary, width = (inner, out) if kind.indexed else (out, inner)
         bad = [i for i in self.tokens if not 0 <= i < vocabulary]
-        if bad or len(set(self.tokens)) < len(self.tokens):
+        if bad or not self.tokens or len(set(self.tokens)) < len(self.tokens):
             raise TokenIndexError(
-                f"trainable_token_indices must be different and below the vocabulary of {vocabulary}, got "
+                f"trainable_token_indices must be some, different and below the vocabulary of {vocabulary}, got "
                 f"{bad or self.tokens}."
             )
         self.slots = {"delta": Slot((len(self.tokens), width), "trainable_tokens_delta")}
