@@ -247,7 +247,7 @@ def _extras(
     wanted = _embeddings_to_save(root, config, adapter_name) if embeddings == "auto" else ("",) if embeddings else ()
     tables = dict(embedding_weights(root)) if wanted else {}
     if embeddings is True and not tables:
-        told = "Could not identify embedding layer(s) because the model is not a 🤗 transformers model."
+        told = "Could not identify embedding layer(s): the model's get_input_embeddings() tells of no table."
         warnings.warn(told, PeftWarning, stacklevel=3)
     for name, parameter in tables.items():
         if name.startswith(tuple(wanted)):
