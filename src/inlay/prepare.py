@@ -16,11 +16,12 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Freezes a model, keeps what is not packed in fp32, and switches gradient checkpointing on.
+    """Freezes a model, keeps what is not packed in fp32, and switches a packed one's gradient checkpointing on.
 
     Args:
         model (`nn.Module`): A transformers model, quantised or not; it is changed in place.
-        use_gradient_checkpointing (`bool`, *optional*, defaults to `True`): Recompute activations in backward.
+        use_gradient_checkpointing (`bool`, *optional*, defaults to `True`): Recompute activations in backward, if
+            weights are packed. An ordinary model has ``gradient_checkpointing_enable()`` for that.
         gradient_checkpointing_kwargs (`dict`, *optional*): For `torch.utils.checkpoint.checkpoint`, such as
             ``{"use_reentrant": False}``.
         auto_clear_cache (`bool`, *optional*, defaults to `True`): Give memory that casting freed back to the device.
@@ -34,11 +35,13 @@ def prepare_model_for_kbit_training(
         >>> layer.weight.dtype, layer.weight.requires_grad
         (torch.float32, False)
     """
+    packed = False
     for parameter, storage in stored_parameters(model):
         parameter.requires_grad_(False)
+        packed = packed or not storage.in_place
         if storage.in_place and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.to(torch.float32)
-    if use_gradient_checkpointing:
+    if use_gradient_checkpointing and packed:
         _checkpoint(model, gradient_checkpointing_kwargs)
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -158,6 +158,13 @@ def test_packed_bytes_stored_as_floats_are_not_cast(folder: Path) -> None:
     same_bits(weight.data.view(torch.uint8), before)
 
 
+def test_a_model_that_is_not_packed_keeps_its_activations(llama: nn.Module) -> None:
+    prepared = inlay.prepare_model_for_kbit_training(llama.bfloat16())
+    assert {(p.dtype, p.requires_grad) for p in prepared.parameters()} == {(torch.float32, False)}
+    assert not prepared.is_gradient_checkpointing
+    assert not prepared.get_input_embeddings()(ids_BT).requires_grad
+
+
 # ---------------------------------------------------------------- beside PEFT
 
 
