@@ -190,3 +190,27 @@ def test_mixin_loads_where_other_layers_are_offloaded(tmp_path: Path) -> None:
     )
     model.load_adapter(str(tmp_path / "saved"))
     accelerate_runs.same(model, wanted.eval())
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "fields"),
+    [("lm_head", {"modules_to_save": ["lm_head"]}), ("model.embed_tokens", {"trainable_token_indices": [3]})],
+)
+def test_mixin_does_not_load_what_stands_beside_layers_onto_the_disk(
+    on_disk: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    wanted = tiny.build("llama")
+    wanted.add_adapter(peft.LoraConfig(target_modules=["q_proj"], **fields))
+    wanted.save_pretrained(tmp_path / "saved")
+    model = tiny.build("llama")
+    accelerate.dispatch_model(model, {**dict.fromkeys(MAP, "cpu"), on_disk: "disk"}, offload_dir=str(tmp_path / "off"))
+    with pytest.raises(ValueError, match=f"'{on_disk}' is offloaded"):
+        model.load_adapter(str(tmp_path / "saved"))
+
+
+def test_mixin_does_not_load_where_the_first_parameter_is_offloaded(tmp_path: Path) -> None:
+    plain("lora").save_pretrained(tmp_path / "saved")
+    model = tiny.build("llama")
+    accelerate.cpu_offload(model.model.embed_tokens, CPU)  # transformers takes it for where all of the model is
+    with pytest.raises(ValueError, match=r"'model\.embed_tokens' is offloaded"):
+        model.load_adapter(str(tmp_path / "saved"))
