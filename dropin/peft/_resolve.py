@@ -46,6 +46,7 @@ HOMES = {
     "convert_peft_adapter_state_dict_for_transformers": "integrations.conversion",
     "convert_peft_config_for_transformers": "integrations.conversion",
     "get_model_conversion_mapping": "integrations.conversion",
+    "fsdp_auto_wrap_policy": "integrations.fsdp",
     "cast_mixed_precision_params": "helpers",
     "id_tensor_storage": "helpers",
     "infer_device": "integrations.environment",

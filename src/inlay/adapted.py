@@ -751,6 +751,10 @@ class Adapted(_Light):
             raise NotMergeableError(
                 f"{self.path}: its weight is a DTensor, and the adapter's tensors are none: merge, then distribute."
             )
+        if distributed(W) and (whole := [name for name in new if not self.methods[name].merges_parts]):
+            raise NotMergeableError(
+                f"{self.path}: its weight is a DTensor, and {whole[0]!r} turns it as a whole: merge, then distribute."
+            )
         if safe_merge:
             with torch.no_grad():
                 finite = [bool(t.isfinite().all()) for t in self._merged_with(new) if t is not None]

@@ -403,6 +403,7 @@ class AdapterConfig(PeftConfig):
     bias_only: ClassVar[str] = "adapter_only"
 
     def __post_init__(self) -> None:
+        self.read_by_transformers = False  # its loader has asked for this adapter's keys and will write the tensors
         if self.layer_replication is not None:  # JSON has no tuples
             self.layer_replication = [tuple(pair) for pair in self.layer_replication]  # type: ignore[misc]
         for name in ("target_modules", "exclude_modules", "target_parameters"):

@@ -19,6 +19,7 @@ from inlay.match import SHORTHAND, names_module, shortest
 from inlay.model import Tuner, inject_adapter_in_model
 from inlay.patterns import KeyTable
 from inlay.state import get_peft_model_state_dict, root_of, set_peft_model_state_dict
+from inlay.storage.placement import held, replace
 from inlay.trained import AuxiliaryTrainingWrapper
 
 
@@ -121,7 +122,11 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(functional.get_base_model_state_dict(model))
         ['0.weight', '0.bias']
     """
-    return {name: tensor.detach() for name, tensor in _base_tensors(model).items()}
+    out = {}
+    for name, (tensor, owner, attribute) in _base_places(model).items():
+        kept = held(owner, attribute) if tensor.is_meta else None
+        out[name] = (tensor if kept is None else kept).detach()
+    return out
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
@@ -138,23 +143,26 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     Raises:
         LoadError: A name is missing or unknown and ``strict`` is set, or a shape is another one. Nothing is changed.
     """
-    live = _base_tensors(model)
+    live = _base_places(model)
     missing, unexpected = [n for n in live if n not in state_dict], [k for k in state_dict if k not in live]
-    wrong = [n for n, t in live.items() if n in state_dict and t.shape != state_dict[n].shape]
+    wrong = [n for n, (t, _, _) in live.items() if n in state_dict and t.shape != state_dict[n].shape]
     if wrong or (strict and (missing or unexpected)):
         raise LoadError(
             f"This is no state dict of the base model. Missing keys: {missing}; unexpected keys: {unexpected}; of "
             f"another shape: {wrong}."
         )
     with torch.no_grad():
-        for name, tensor in live.items():
-            if name in state_dict:
+        for name, (tensor, owner, attribute) in live.items():
+            if name in state_dict and tensor.is_meta and held(owner, attribute) is not None:
+                replace(owner, attribute, state_dict[name].to(tensor.dtype))
+            elif name in state_dict:
                 tensor.copy_(state_dict[name])
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 
-def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    tensors: dict[str, Any] = {}
+def _base_places(model: nn.Module) -> dict[str, tuple[Tensor, nn.Module, str]]:
+    """Name without adapters -> the tensor, the module that has it, and its name there."""
+    places: dict[str, tuple[Tensor, nn.Module, str]] = {}
     stack: list[tuple[str, nn.Module]] = [("", root_of(model)[0])]
     while stack:
         name, module = stack.pop()
@@ -164,9 +172,11 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
             stack.append((name, module.original_module))
         else:
             prefix = f"{name}." if name else ""
-            module._save_to_state_dict(tensors, prefix, True)
+            tensors: dict[str, Any] = {}
+            module._save_to_state_dict(tensors, "", True)
+            places.update((prefix + key, (t, module, key)) for key, t in tensors.items())
             stack.extend((prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None)
-    return tensors
+    return places
 
 
 def check_target_module_exists(config: AdapterConfig, key: str) -> bool:

@@ -35,7 +35,7 @@ from inlay.methods.trainable_tokens import TrainableTokensAdapter
 from inlay.parametrized import ParameterKind
 from inlay.prompts import AnyConfig
 from inlay.routing import Router
-from inlay.storage import facts, storage_of
+from inlay.storage import facts, placement, storage_of
 from inlay.trained import (
     ModulesToSaveWrapper,
     Tied,
@@ -340,6 +340,22 @@ def prepare_saved(model: nn.Module, names: Iterable[str], adapter_name: str) -> 
     for path, _ in plan.saved:
         ModulesToSaveWrapper.check(_unwrapped_saved(found.modules[path]), path)
     return Prepared(config, found, plan, [], [path for path, _ in plan.saved], [])
+
+
+def check_at_hand(prepared: Prepared) -> None:
+    """Raises `PlanError` where transformers' loader would put tensors to where a layer is kept, and lose them."""
+    found = prepared.survey
+    paths = [*(work.path for work in prepared.works), *(work.path for work in prepared.tokens), *prepared.saved]
+    layers = {path: _unwrapped(found.modules[path]) for path in paths if path in found.modules}
+    if "hf_device_map" not in found.model.__dict__:  # it asks where the first parameter is, whatever the layer
+        layers |= dict(found.model.named_modules())
+    away = [path for path, layer in layers.items() if placement.runs_on(layer) is not None]
+    if away:
+        raise PlanError(
+            f"{away[0]!r} is offloaded, and transformers' load_adapter would write its adapter's tensors where it is "
+            "kept and not where it runs. Load the adapter first and offload the model then, take "
+            "PeftModel.from_pretrained, or add_adapter and set_peft_model_state_dict."
+        )
 
 
 def _follow_ties(prepared: Prepared) -> None:

@@ -46,6 +46,7 @@ from inlay.inject import (
     Prepared,
     apply,
     biases,
+    check_at_hand,
     method_of,
     model_config,
     own_modules,
@@ -1449,6 +1450,7 @@ def inject_adapter_in_model(
     """
     check_adapter_name(adapter_name, FORBIDDEN_NAMES)
     check_injectable(peft_config)
+    to_be_read, peft_config.read_by_transformers = peft_config.read_by_transformers, False
     only = None
     if state_dict is not None:
         if peft_config.target_parameters:
@@ -1458,6 +1460,8 @@ def inject_adapter_in_model(
     configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or _Configs()
     with replicated(model, ranges_left(configs, peft_config)):
         prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name)
+        if to_be_read:
+            check_at_hand(prepared)
         disagreement = () if state_dict is None else told_by_config(prepared)
         for text in (*prepared.plan.warnings, *disagreement):
             warnings.warn(text, PeftWarning, stacklevel=2)

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import inlay
-from inlay.errors import UnwritableError
+from inlay.errors import NotMergeableError, UnwritableError
 
 TARGETS = {"target_modules": ["lin0", "lin1"]}
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -128,6 +128,25 @@ def refuses_to_save_parts(pair: Pair) -> None:
         pair.parted.save_pretrained(pair.folder)
 
 
+def merges_in_parts(pair: Pair) -> None:
+    pair.parted.merge_adapter()
+    torch.testing.assert_close(pair.parted(pair.x), pair.whole(pair.x))
+    pair.parted.unmerge_adapter()
+    pair.alike()
+
+
+def refuses_to_merge_what_turns_the_whole_weight(pair: Pair) -> None:
+    config = inlay.OFTConfig(oft_block_size=5, r=0, init_weights=False, **TARGETS)
+    parted = inlay.get_peft_model(pair.base, config)
+    for layer in parted.get_base_model().children():
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(parted, mesh=init_device_mesh("cpu", (2,)))
+    wanted = parted(pair.x)
+    with pytest.raises(NotMergeableError, match="turns it as a whole"):
+        parted.merge_adapter()
+    torch.testing.assert_close(parted(pair.x), wanted)
+
+
 CASES = [
     is_the_same_model,
     trains_alike,
@@ -136,6 +155,8 @@ CASES = [
     gives_parts_to_a_whole_model,
     saves_what_is_gathered,
     refuses_to_save_parts,
+    merges_in_parts,
+    refuses_to_merge_what_turns_the_whole_weight,
 ]
 NAMES = [f"{case.__name__}[{config}]" for case in CASES for config in CONFIGS]
 

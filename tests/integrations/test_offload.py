@@ -14,6 +14,7 @@ from own_nets import CELLS, NETS, config_of
 from torch import Tensor, nn
 
 import inlay
+from inlay import functional
 from inlay.errors import NotMergeableError
 from inlay.inject import wrappers
 
@@ -179,6 +180,22 @@ def test_offloaded_twice_and_brought_back(base: nn.Module, x: Tensor, tmp_path: 
     close(model(x), wanted)
     with model.disable_adapter():
         close(model(x), base(x))
+
+
+@pytest.mark.parametrize("when", ["loaded", "after"])
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_base_of_an_offloaded_model_is_read_and_written(
+    base: nn.Module, x: Tensor, tmp_path: Path, way: str, when: str
+) -> None:
+    plain, model = offloaded(base, "a head, too", way, when, tmp_path)
+    same_state(functional.get_base_model_state_dict(model), base.state_dict())
+    other = {name: 0.5 * t + 0.1 for name, t in base.state_dict().items()}
+    for each in (plain, model):
+        functional.set_base_model_state_dict(each, other)
+    same_state(functional.get_base_model_state_dict(model), other)
+    close(model(x), plain(x))
+    close(_base_of(model, x), _base_of(plain, x))
 
 
 def test_tied_weight_that_is_offloaded_does_not_merge(tiny: Callable[[str], nn.Module], tokens_BT: Tensor) -> None:

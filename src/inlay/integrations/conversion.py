@@ -122,6 +122,8 @@ def build_peft_weight_mapping(
         >>> [c.target_patterns[0] for c in build_peft_weight_mapping([WeightRenaming("gamma", "weight")], "a")][-1]
         'weight'
     """
+    if isinstance(peft_config, AdapterConfig):
+        peft_config.read_by_transformers = True
     if not weight_conversions:
         return []
     method = METHODS.get(getattr(getattr(peft_config, "peft_type", None), "value", ""))

@@ -96,6 +96,8 @@ class AbstractAdapter(ABC):
     # The result is a function of the frozen layer's own output: with several adapters each sees that, and the
     # differences add up, so that order does not matter.
     from_base: bool = False
+    # Its merged weight can be computed in parts, as DTensor keeps them.
+    merges_parts: bool = True
     # On a layer tied to an adapted one the very same tensors serve.
     ties_whole: bool = False
     # Shares that `out` drops in training: of the input, of output channels, and of the whole change.

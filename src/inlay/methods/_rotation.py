@@ -19,6 +19,7 @@ class AbstractRotation(AbstractAdapter):
     """Give `turn`; call `lay_out` first of all."""
 
     stacks = True  # all experts see the same turned input
+    merges_parts = False  # a block of the matrix lies across them
 
     def lay_out(self, kind: LayerKind, base: nn.Module) -> int:
         """Sees how the layer is turned, and returns the width of what is: of each group's patch, where that is it."""
