@@ -816,3 +816,29 @@ def test_warnings_are_said_once(model: inlay.PeftModel) -> None:
         model.merge_adapter()
         model.merge_adapter()
     assert len(caught) == 2, [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("config", [inlay.LoraConfig, inlay.AdaLoraConfig])
+def test_the_dropout_is_a_module_whose_rate_counts(mlp: nn.Module, x: Tensor, config: Any) -> None:
+    more = {"total_step": 9} if config is inlay.AdaLoraConfig else {}
+    model = inlay.get_peft_model(mlp, config(target_modules=["lin0", "lin1"], lora_dropout=0.5, **more)).train()
+    disturb(model)
+    layer = model.base_model.model.lin0
+    assert not torch.equal(model(x), model(x))
+    other = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    same_bits(model(x), model(x))
+    assert not torch.equal(other(x), other(x))
+    assert other.base_model.model.lin0.lora_dropout["default"].p == 0.5
+    layer.lora_dropout["default"].p = 0.9
+    assert layer.lora_dropout["default"](torch.ones(100)).eq(0).any()
+    assert layer.lora_dropout["default"].eval()(torch.ones(100)).eq(1).all()
+    assert "lora_dropout" in layer.other_param_names
+    assert "lora_dropout" not in layer.adapter_layer_names
+    assert not [key for key in model.state_dict() if "dropout" in key]
+    model.add_adapter("b", config(target_modules=["lin0"], **{**more, **({"inference_mode": True} if more else {})}))
+    assert {name: rate.p for name, rate in layer.lora_dropout.items()} == {"default": 0.9, "b": 0.0}
+    model.delete_adapter("b")
+    assert list(layer.lora_dropout.keys()) == ["default"]

@@ -7,12 +7,14 @@ which object of inlay's each one is. There is no logic here.
 
 from __future__ import annotations
 
-import inlay.settings
 from peft import _finder
+
+# First: a thread that finds this package half imported finds its modules already.
+__getattr__, __dir__, __all__ = _finder.open_package(__name__)
+
+import inlay.settings  # noqa: E402
 
 __version__ = "0.21.2"
 
 # PEFT warns of what is wrong with a file where inlay raises; scripts that were written for it expect that.
 inlay.settings.strict_load = False
-
-__getattr__, __dir__, __all__ = _finder.open_package(__name__)

@@ -38,12 +38,20 @@ FAMILIES = {
 }
 #: class of one kind of layer -> the kinds of the wrapper's that it stands for, and the storage, if it names one
 LAYERS: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "Linear": (("Linear", "Conv1D"), None),
+    "Linear": (("Linear", "Conv1D"), "plain"),
     "Linear4bit": (("Linear",), "bnb4"),
     "Linear8bitLt": (("Linear",), "bnb8"),
-    "SVDLinear": (("Linear", "Conv1D"), None),
+    "SVDLinear": (("Linear", "Conv1D"), "plain"),
     "SVDLinear4bit": (("Linear",), "bnb4"),
     "SVDLinear8bitLt": (("Linear",), "bnb8"),
+    # ways of packing that no storage reads yet: no layer is one of these
+    "AqlmLoraLinear": (("Linear",), "aqlm"),
+    "AwqLoraLinear": (("Linear",), "awq"),
+    "GPTQLoraLinear": (("Linear",), "gptq"),
+    "LoraParallelLinear": (("Linear",), "megatron"),
+    "SVDQuantLinear": (("Linear",), "gptq"),
+    "TeLinear": (("Linear",), "te"),
+    "TorchaoLoraLinear": (("Linear",), "torchao"),
     "Conv1d": (("Conv1d",), None),
     "Conv2d": (("Conv2d",), None),
     "SVDConv2d": (("Conv2d",), None),
@@ -93,6 +101,8 @@ def find(module: str, name: str) -> type | None:
         return described(name, Adapted, lambda w: holds(w, "LOHA", "LOKR"))
     if name == "MixedModel":
         return described(name, Tuner, lambda t: len({c.method for c in t.peft_config.values()}) > 1)
+    if name == "LycorisTuner":
+        return described(name, Tuner, lambda t: any(c.method in ("LOHA", "LOKR") for c in t.peft_config.values()))
     if package in FAMILIES and name in LAYERS:
         return layer(package, name)
     return None
@@ -147,4 +157,4 @@ def model(package: str, name: str) -> type:
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
         return get_peft_model(model, config, adapter_name, **kwargs).base_model
 
-    return described(name, Tuner, describes, __new__=new)
+    return described(name, Tuner, describes, __new__=new, __module__=f"peft.tuners.{package}.model")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -13,13 +12,17 @@ from typing import Any
 from peft._surface import SURFACE
 
 
-class Finder(MetaPathFinder, Loader):
-    """Finds the modules of the table, and makes them."""
+class Finder:
+    """Finds the modules of the table, and makes them; without `importlib.abc`, which costs more than all the rest."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in SURFACE:
             return None
-        return ModuleSpec(name, self, is_package=any(other.startswith(f"{name}.") for other in SURFACE))
+        package = any(other.startswith(f"{name}.") for other in SURFACE)
+        return ModuleSpec(name, self, is_package=package)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
 
     def exec_module(self, module: ModuleType) -> None:
         names = f"The names of ``{module.__name__}`` in PEFT 0.21.2."
@@ -30,6 +33,7 @@ class Finder(MetaPathFinder, Loader):
 def contents(module: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """What a module of the table has instead of code: ``__getattr__``, ``__dir__`` and ``__all__``."""
     public = sorted(name for name in SURFACE[module].split() if not name.startswith("_"))
+    below = [other.removeprefix(f"{module}.") for other in SURFACE if other.rpartition(".")[0] == module]
 
     def get(name: str) -> Any:
         if name in SURFACE[module].split():
@@ -43,7 +47,7 @@ def contents(module: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]
         setattr(sys.modules[module], name, value)
         return value
 
-    return get, lambda: public, public
+    return get, lambda: sorted({*public, *below, *vars(sys.modules[module])}), public
 
 
 def open_package(module: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:

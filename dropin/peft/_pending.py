@@ -37,7 +37,8 @@ def make(module: str, name: str) -> Any:
     if re.fullmatch(r"[A-Z0-9_]+", name):
         return {}
     if name[0].islower() or name[0] == "_":
-        refuse.__name__, refuse.__module__ = name, module
+        refuse.__name__ = refuse.__qualname__ = name
+        refuse.__module__ = module
         return refuse
     if name.endswith("Config"):
         kept = {"__new__": lambda cls, *args, **kwargs: object.__new__(cls), "__init__": keep, "__module__": module}

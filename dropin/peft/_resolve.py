@@ -7,6 +7,7 @@ from typing import Any
 
 import inlay
 from peft import _classes, _pending, _tables
+from peft._surface import SURFACE
 
 #: name -> the module of inlay's that has it, where it is not in ``inlay`` itself
 HOMES = {
@@ -18,7 +19,10 @@ HOMES = {
     "TrainableTokensLayer": "trained",
     "TrainableTokensWrapper": "trained",
     "factorization": "methods.lokr",
+    "BasePromptEncoder": "prompts._abstract",
     # configs
+    "LycorisConfig": "methods._lycoris",
+    "PeftConfigMixin": "config",
     "PromptLearningConfig": "prompts._abstract",
     # functions on models that someone else owns
     "cast_adapter_dtype": "functional",
@@ -60,8 +64,10 @@ HOMES = {
 }
 #: where inlay's own name is another one
 OTHER_NAMES = {
+    "BasePromptEncoder": "AbstractPrompt",
     "BaseTuner": "Tuner",
     "BaseTunerLayer": "Adapted",
+    "PeftConfigMixin": "PeftConfig",
     "_block_diag_3d": "block_diag_3d",
     "_convert_peft_config_moe": "convert_peft_config_for_transformers",
     "_find_minimal_target_modules": "find_minimal_target_modules",
@@ -72,13 +78,32 @@ OTHER_NAMES = {
 }
 
 
+#: (module that defines it, name) -> the object, one by whatever path it is imported
+FOUND: dict[tuple[str, str], Any] = {}
+
+
 def resolve(module: str, name: str) -> Any:
     """The object that stands for ``name`` of PEFT's ``module``."""
+    key = home(module, name), name
+    return FOUND[key] if key in FOUND else FOUND.setdefault(key, find(*key))
+
+
+def home(module: str, name: str) -> str:
+    """Where PEFT defines what ``module`` has: the deepest module that has it, of the same method if it is one's."""
+    top = ".".join(module.split(".")[:3]) if module.startswith("peft.tuners.") else "peft"
+    having = [m for m, names in SURFACE.items() if f"{m}.".startswith(f"{top}.") and name in names.split()]
+    return max(having, key=lambda m: m.count("."), default=module)
+
+
+def find(module: str, name: str) -> Any:
+    """The object for a name, by the module that defines it."""
     if name in inlay.__all__:
         return getattr(inlay, name)
     if name in HOMES:
         return getattr(importlib.import_module(f"inlay.{HOMES[name]}"), OTHER_NAMES.get(name, name))
-    for found in (_tables.find(name), _classes.find(module, name)):
-        if found is not None:
-            return found
+    if (value := _tables.find(name)) is not None:
+        return value
+    if (found := _classes.find(module, name)) is not None:
+        found.__module__ = module  # as pickle and help look for it
+        return found
     return _pending.make(module, name)

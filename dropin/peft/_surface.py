@@ -58,10 +58,11 @@ SURFACE: dict[str, str] = {
     ),
     "peft.mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING "
-        "PEFT_TYPE_TO_TUNER_MAPPING get_peft_config inject_adapter_in_model"
+        "PEFT_TYPE_TO_TUNER_MAPPING TYPE_CHECKING get_peft_config inject_adapter_in_model"
     ),
     "peft.mapping_func": (
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING get_peft_model"
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING TYPE_CHECKING "
+        "get_peft_model"
     ),
     "peft.mixed_model": "DUMMY_MODEL_CONFIG PeftMixedModel",
     "peft.optimizers": "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
@@ -293,7 +294,7 @@ SURFACE: dict[str, str] = {
     "peft.tuners.poly.config": "PolyConfig",
     "peft.tuners.poly.layer": "Linear PolyLayer",
     "peft.tuners.poly.model": "PolyModel TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING",
-    "peft.tuners.poly.router": "EPS PolyRouter Router get_router",
+    "peft.tuners.poly.router": "ABC EPS PolyRouter Router get_router",
     "peft.tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     "peft.tuners.prefix_tuning.config": "PrefixTuningConfig",
     "peft.tuners.prefix_tuning.model": "PrefixEncoder",
@@ -345,7 +346,7 @@ SURFACE: dict[str, str] = {
     "peft.tuners.trainable_tokens.layer": "F TrainableTokensLayer",
     "peft.tuners.trainable_tokens.model": "TrainableTokensModel",
     "peft.tuners.tuners_utils": (
-        "BasePromptEncoder BaseTuner BaseTunerLayer DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES "
+        "ABC BasePromptEncoder BaseTuner BaseTunerLayer DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES "
         "INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION PEFT_TYPE_TO_PREFIX_MAPPING "
         "SEQ_CLS_HEAD_NAMES UPCAST_DTYPES _ExcludedModule _filter_state_dict_by_key_prefixes "
         "_find_minimal_target_modules _get_tuner_state_dict_key_prefixes _maybe_include_all_linear_layers "
@@ -490,7 +491,7 @@ SURFACE: dict[str, str] = {
     ),
     "peft.utils.peft_types": "PeftType TaskType register_peft_method",
     "peft.utils.quantization_utils": (
-        "Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend HqqBackend QuantizationBackend "
+        "ABC Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend HqqBackend QuantizationBackend "
         "TorchaoBackend get_quantization_kwargs quantization_extra_repr resolve_quantization_backend"
     ),
     "peft.utils.save_and_load": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from inlay.config import CONFIG_NAME, PeftType
 from inlay.formats import files
 from inlay.integrations.environment import has_device, installed, is_version
 from inlay.methods import METHODS
+from inlay.methods._targets import IA3_FEEDFORWARD
 from inlay.prompts import PROMPTS
 from inlay.state import EMBEDDING_NAMES
 from peft import _classes
@@ -30,6 +32,9 @@ class Rows(Mapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         return self._rows()[PeftType(key)]
+
+    def __repr__(self) -> str:
+        return repr(self._rows())
 
     def __iter__(self) -> Iterator[PeftType]:
         return iter(self._rows())
@@ -51,6 +56,7 @@ for _name in LATER.split():
 CONFIGS = Rows(lambda key, row: row.config, METHODS, PROMPTS)
 PREFIXES = Rows(lambda key, row: getattr(row, "prefix", f"{key.lower()}_"), METHODS, PROMPTS)
 TUNERS = Rows(lambda key, row: getattr(row, "encoder", None) or _classes.tuner(key), METHODS, PROMPTS)
+MIXED = Rows(lambda key, row: _classes.tuner(key), METHODS)
 
 #: ``is_<name>_available`` asks for a library of this name
 LIBRARIES = {
@@ -65,11 +71,12 @@ LIBRARIES = {
     "optimum": "optimum",
     "te": "transformer_engine",
     "te_pytorch": "transformer_engine",
-    "torch_tpu": "torch_xla",
     "torchao": "torchao",
 }
 
 NAMES: dict[str, Any] = {
+    "ABC": ABC,
+    "ALL_LAYERNORM_LAYERS": [torch.nn.LayerNorm],
     "ALLOWED_COMPUTE_DTYPES": (torch.float16, torch.bfloat16, torch.float32),
     "COMPATIBLE_TUNER_TYPES": tuple(PeftType(key) for key in MIXABLE),
     "CONFIG_KEYS_TO_CHECK": {PeftType.LORA: ["use_dora"]},  # what else may differ: docs/hotswap.md
@@ -77,20 +84,24 @@ NAMES: dict[str, Any] = {
     "DUMMY_MODEL_CONFIG": {"model_type": "custom"},
     "DUMMY_TARGET_MODULES": "dummy-target-modules",
     "EMBEDDING_LAYER_NAMES": sorted(EMBEDDING_NAMES),
+    "ENABLE_DORA_CACHING": False,  # what `DoraCaching` keeps is kept elsewhere
     "F": F,
     "INCLUDE_LINEAR_LAYERS_SHORTHAND": "all-linear",
     "MIN_EXPECTED_CONFIG_KEYS": {"peft_type"},
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION": 20,
     "PEFT_TYPE_TO_CONFIG_MAPPING": CONFIGS,
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": TUNERS,
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": MIXED,
     "PEFT_TYPE_TO_PREFIX_MAPPING": PREFIXES,
     "PEFT_TYPE_TO_TUNER_MAPPING": TUNERS,
     "PREFIXES": [METHODS[key].prefix for key in MIXABLE],
     "PeftType": PeftType,
     "SAFETENSORS_WEIGHTS_NAME": files.SAFETENSORS_NAME,
     "SEQ_CLS_HEAD_NAMES": ["score", "classifier"],
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": IA3_FEEDFORWARD,
     "TOKENIZER_CONFIG_NAME": "tokenizer_config.json",
+    "TYPE_CHECKING": False,
     "UPCAST_DTYPES": ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    "is_torch_tpu_available": lambda check_device=True: installed("torch_xla"),
     "is_torchao_ge_v0_18_0": partial(is_version, "torchao", "0.18.0"),
     "is_xpu_available": lambda check_device=False: has_device("xpu"),
     "torch_load": torch.load,

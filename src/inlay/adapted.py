@@ -84,6 +84,26 @@ class Leaf(_Light):
         return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self._parameters.items() if v is not None)
 
 
+class Rate(_Light, nn.Dropout):
+    """One adapter's dropout as a module, ``layer.lora_dropout.default``: what sets ``p`` of it sets the adapter's."""
+
+    method: AbstractAdapter
+    inplace = False
+
+    def __init__(self, method: AbstractAdapter, training: bool = True) -> None:
+        super().__init__(training)
+        self.__dict__["method"] = method
+
+    @property
+    def p(self) -> float:
+        """The share that is dropped."""
+        return self.method.dropout
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.method.dropout = value
+
+
 _BARE = len(Leaf().__dict__)  # of one that nobody has called or hung hooks on
 
 
@@ -586,6 +606,10 @@ class Adapted(_Light):
         if dtype is None:
             dtype = self.facts()[0]
         mode = self.training or trained  # the mode of a new module in torch; what runs is this layer, in its own mode
+        if method.dropout_name:
+            rates = self._modules.setdefault(method.dropout_name, Group(mode))
+            assert rates is not None
+            rates._modules[name] = Rate(method, mode)
         for slot in method.slots.values():
             group = self._modules.get(slot.name)
             if group is None:
@@ -646,7 +670,8 @@ class Adapted(_Light):
         self.router.changing(self, self._run, [adapter_name])
         if adapter_name in self._merged:
             self._settle(adapter_name)
-        for slot in {s.name for s in self.methods[adapter_name].slots.values()}:
+        gone = self.methods[adapter_name]
+        for slot in {s.name for s in gone.slots.values()} | ({gone.dropout_name} - {""}):
             group = self._modules[slot]
             assert group is not None
             group._modules.pop(adapter_name, None)
@@ -944,12 +969,14 @@ class Adapted(_Light):
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Names of the slots."""
-        return tuple(k for k in self._modules if k != "base_layer")
+        rates = {method.dropout_name for method in self.methods.values()}
+        return tuple(k for k in self._modules if k != "base_layer" and k not in rates)
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
         """The numbers that adapters have here, such as ``scaling``: attributes that read like dicts."""
-        return tuple(dict.fromkeys(name for method in self.methods.values() for name in method.numbers))
+        fields = [(*m.numbers, m.dropout_name) for m in self.methods.values()]
+        return tuple(dict.fromkeys(name for names in fields for name in names if name))
 
     @property
     def parameter_name(self) -> str:

@@ -125,6 +125,97 @@ def test_isinstance_tells_the_truth_about_a_layer(package: str, config: peft.Pef
     assert [isinstance(handle.base_model, cls) for cls in tuners.values()] == [name == package for name in tuners]
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("lora", "GPTQLoraLinear"),
+        ("lora.awq", "AwqLoraLinear"),
+        ("lora.aqlm", "AqlmLoraLinear"),
+        ("lora.torchao", "TorchaoLoraLinear"),
+        ("lora.te", "TeLinear"),
+        ("lora.tp_layer", "LoraParallelLinear"),
+        ("adalora.gptq", "SVDQuantLinear"),
+    ],
+)
+def test_a_layer_that_is_not_packed_is_none_of_the_packed(module: str, name: str) -> None:
+    from peft.tuners.lora import Linear, LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    cls = getattr(importlib.import_module(f"peft.tuners.{module}"), name)
+    _, model, _ = adapted(peft.LoraConfig(target_modules=["0"]))
+    assert issubclass(cls, BaseTunerLayer)
+    assert isinstance(model[0], LoraLayer)
+    assert isinstance(model[0], Linear)
+    assert not isinstance(model[0], cls)
+
+
+def test_the_bases_of_configs_encoders_and_tuners_are_told() -> None:
+    from peft.config import PeftConfigMixin
+    from peft.tuners.lycoris_utils import LycorisConfig, LycorisTuner
+    from peft.tuners.tuners_utils import BasePromptEncoder
+
+    assert isinstance(peft.PromptTuningConfig(num_virtual_tokens=2), PeftConfigMixin)
+    for config, lycoris in (
+        (peft.LoHaConfig(target_modules=["0"]), True),
+        (peft.LoraConfig(target_modules=["0"]), False),
+    ):
+        assert isinstance(config, PeftConfigMixin)
+        assert isinstance(config, LycorisConfig) is lycoris
+        assert isinstance(adapted(config)[2].base_model, LycorisTuner) is lycoris
+    assert issubclass(peft.PrefixEncoder, BasePromptEncoder)
+
+
+#: paths to one object, which is defined at the last
+PATHS = [
+    ("peft.VeraConfig", "peft.tuners.vera.VeraConfig", "peft.tuners.vera.config.VeraConfig"),
+    ("peft.LoraModel", "peft.tuners.lora.LoraModel", "peft.tuners.lora.model.LoraModel"),
+    ("peft.tuners.MixedModel", "peft.tuners.mixed.MixedModel", "peft.tuners.mixed.model.MixedModel"),
+    ("peft.convert_to_lora", "peft.tuners.lora.convert_to_lora", "peft.tuners.lora.conversion.convert_to_lora"),
+    ("peft.tuners.lora.GPTQLoraLinear", "peft.tuners.lora.gptq.GPTQLoraLinear"),
+    ("peft.tuners.loha.Linear", "peft.tuners.loha.layer.Linear"),
+]
+
+
+@pytest.mark.parametrize("paths", PATHS, ids=[row[0] for row in PATHS])
+def test_one_object_by_all_paths_which_names_where_it_is_defined(paths: tuple[str, ...]) -> None:
+    found = [getattr(importlib.import_module(p.rpartition(".")[0]), p.rpartition(".")[2]) for p in paths]
+    assert all(one is found[0] for one in found)
+    assert f"{found[0].__module__}.{found[0].__qualname__}" == paths[-1]
+    assert pickle.loads(pickle.dumps(found[0])) is found[0]
+    assert copy.deepcopy(found[0]) is found[0]
+
+
+def test_the_same_name_of_two_methods_is_two_classes() -> None:
+    from peft.tuners.loha import Linear as loha
+    from peft.tuners.lora import Linear as lora
+    from peft.tuners.vera import Linear as vera
+
+    assert len({loha, lora, vera}) == 3
+
+
+def test_tables_are_as_the_incumbents_are() -> None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as feedforward
+
+    assert feedforward["llama"] == ["down_proj"]
+    assert "<PeftType.LORA: 'LORA'>: <class" in repr(peft.PEFT_TYPE_TO_CONFIG_MAPPING)
+    assert peft.PeftType.LORA in peft.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+    assert peft.PeftType.PREFIX_TUNING in peft.PEFT_TYPE_TO_TUNER_MAPPING
+    assert peft.PeftType.PREFIX_TUNING not in peft.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+
+
+def test_a_module_lists_what_it_has() -> None:
+    assert {"tuners", "utils", "LoraConfig", "__version__"} <= set(dir(peft))
+    assert {"layer", "bnb", "LoraLayer", "__name__"} <= set(dir(peft.tuners.lora))
+    assert not {"tuners", "__version__"} & set(peft.__all__)
+
+
+@pytest.mark.parametrize("module", sorted(SURFACE))
+def test_a_star_import_gives_the_public_names(module: str) -> None:
+    names: dict[str, object] = {}
+    exec(f"from {module} import *", names)
+    assert set(names) - {"__builtins__"} == {name for name in SURFACE[module].split() if not name.startswith("_")}
+
+
 def test_classes_know_the_slots_of_their_layers() -> None:
     from peft.tuners.loha.layer import LoHaLayer
     from peft.tuners.lora import LoraLayer

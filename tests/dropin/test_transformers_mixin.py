@@ -405,6 +405,7 @@ def test_a_packed_base_is_adapted_saved_and_loaded(bits: int, tmp_path: Path) ->
     tiny.stir(made)
     layer = made.model.layers[0].self_attn.q_proj
     assert isinstance(layer, peft.tuners.lora.Linear4bit if bits == 4 else peft.tuners.lora.Linear8bitLt)
+    assert not isinstance(layer, peft.tuners.lora.Linear)
     expected = tiny.output(made.eval(), "llama")
     made.save_pretrained(tmp_path / "adapter")
     again = load(tmp_path / "adapter")

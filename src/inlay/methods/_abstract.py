@@ -87,6 +87,8 @@ class AbstractAdapter(ABC):
 
     # Field names whose values stand as `layer.<name>[adapter]`, as users of PEFT read them.
     numbers: ClassVar[tuple[str, ...]] = ()
+    # The name under which the dropout is a module of the layer, as in PEFT; "" for none.
+    dropout_name: ClassVar[str] = ""
     # Whether weights that stack several matrices (experts) have a meaning for the method.
     stacks: ClassVar[bool] = False
     # Whether `into` does anything.

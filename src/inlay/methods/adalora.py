@@ -107,7 +107,8 @@ class AdaLoraAdapter(AbstractLowRank):
     """AdaLoRA on one layer; see the module's text for the mathematics."""
 
     rank_dims: ClassVar[dict[str, int]] = {"A": 0, "E": 0, "B": 1}
-    numbers = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
+    dropout_name = "lora_dropout"
+    numbers = ("r", "lora_alpha", "scaling", "ranknum")
 
     def __init__(self, config: AdaLoraConfig, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
         self.pattern: list[bool] | None = values.get("pattern")  # of init_r rows, where a file had fewer
@@ -115,7 +116,7 @@ class AdaLoraAdapter(AbstractLowRank):
         self.ranknum = self.start_rank = config.init_r
         self.lora_alpha: float = values.get("lora_alpha", config.lora_alpha)
         self.scaling = self.natural_scaling()
-        self.lora_dropout = self.dropout = config.lora_dropout
+        self.dropout = config.lora_dropout
         self.init = config.init_lora_weights
         out, inner = kind.shape(base)
         self.slots = bare_slots("lora_", {"A": (self.r, inner), "B": (out, self.r), "E": (self.r, 1)})

@@ -112,7 +112,8 @@ class LoraAdapter(AbstractLowRank):
 
     stacks = True
     rank_dims: ClassVar[dict[str, int]] = {"down": 0, "up": 1}
-    numbers = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
+    dropout_name = "lora_dropout"
+    numbers = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
 
     def __init__(self, config: LoraConfig, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
         self.r: int = values.get("r", config.r)
@@ -120,7 +121,7 @@ class LoraAdapter(AbstractLowRank):
         self.use_rslora, self.use_dora, self.lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.gain = values.get("gain", 1.0)
         self.init = config.init_lora_weights
-        self.lora_dropout = self.dropout = config.lora_dropout
+        self.dropout = config.lora_dropout
         self.experts = kind.experts(base)
         self.scaling = self.natural_scaling()
         self.from_base = self.use_dora
