@@ -842,3 +842,17 @@ def test_the_dropout_is_a_module_whose_rate_counts(mlp: nn.Module, x: Tensor, co
     assert {name: rate.p for name, rate in layer.lora_dropout.items()} == {"default": 0.9, "b": 0.0}
     model.delete_adapter("b")
     assert list(layer.lora_dropout.keys()) == ["default"]
+
+
+def test_slots_that_an_adapter_has_elsewhere_read_as_empty() -> None:
+    model = handle(nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4)), target_modules=["0", "1"], use_dora=False)
+    linear, table = model.base_model.model
+    for layer, names in ((linear, ["lora_embedding_A", "lora_magnitude_vector"]), (table, ["lora_A", "lora_B"])):
+        for name in names:
+            assert len(getattr(layer, name)) == 0
+            assert "a" not in getattr(layer, name)
+            assert name not in layer.adapter_layer_names
+    assert "a" in linear.lora_A
+    assert "a" in table.lora_embedding_A
+    with pytest.raises(AttributeError):
+        linear.hada_w1_a  # noqa: B018

@@ -1028,6 +1028,8 @@ class Adapted(_Light):
             last = () if methods else self.__dict__.get("_last", ())
             if name in last or any(name in m.numbers for m in methods.values()):
                 return _Numbers(methods, name, self._stacks.clear)
+            if any(name in m.slots_elsewhere for m in methods.values()):
+                return Group(self.training)
             if name in HOOK_NAMES or name == "base_layer" or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_layer, name)

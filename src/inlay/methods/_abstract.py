@@ -89,6 +89,8 @@ class AbstractAdapter(ABC):
     numbers: ClassVar[tuple[str, ...]] = ()
     # The name under which the dropout is a module of the layer, as in PEFT; "" for none.
     dropout_name: ClassVar[str] = ""
+    # Slots that it has on other kinds of layers or with other fields: they read as empty here, as in PEFT.
+    slots_elsewhere: ClassVar[tuple[str, ...]] = ()
     # Whether weights that stack several matrices (experts) have a meaning for the method.
     stacks: ClassVar[bool] = False
     # Whether `into` does anything.

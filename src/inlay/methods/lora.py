@@ -113,6 +113,7 @@ class LoraAdapter(AbstractLowRank):
     stacks = True
     rank_dims: ClassVar[dict[str, int]] = {"down": 0, "up": 1}
     dropout_name = "lora_dropout"
+    slots_elsewhere = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     numbers = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
 
     def __init__(self, config: LoraConfig, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
