@@ -130,7 +130,7 @@ class ByHand:
         # The same numbers as its config, computed anew.
         scale = method.lora_alpha / (method.r**0.5 if method.use_rslora else method.r)
         return Update(
-            A, B, scale, leaf("lora_B", "bias"), leaf("lora_magnitude_vector"), 0.0 if indexed else method.lora_dropout
+            A, B, scale, leaf("lora_B", "bias"), leaf("lora_magnitude_vector"), 0.0 if indexed else method.dropout
         )
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -606,10 +606,8 @@ class Adapted(_Light):
         if dtype is None:
             dtype = self.facts()[0]
         mode = self.training or trained  # the mode of a new module in torch; what runs is this layer, in its own mode
-        if method.dropout_name:
-            rates = self._modules.setdefault(method.dropout_name, Group(mode))
-            assert rates is not None
-            rates._modules[name] = Rate(method, mode)
+        if method.dropout or method.dropout_name in self._modules:
+            self._show_rates({**self.methods, name: method}, mode)
         for slot in method.slots.values():
             group = self._modules.get(slot.name)
             if group is None:
@@ -628,6 +626,17 @@ class Adapted(_Light):
         if active:
             self.__dict__["_active"] = (name,)
         self._refresh()
+
+    def _show_rates(self, methods: Mapping[str, AbstractAdapter], mode: bool) -> None:
+        """Makes modules of the layer of dropouts: of all, as soon as one of them drops something."""
+        for slot in {m.dropout_name for m in methods.values()} - {""}:
+            self._modules[slot] = self._rates(slot, methods, mode)
+
+    @staticmethod
+    def _rates(slot: str, methods: Mapping[str, AbstractAdapter], mode: bool) -> Group:
+        rates = Group(mode)
+        rates._modules.update({n: Rate(m, mode) for n, m in methods.items() if m.dropout_name == slot})
+        return rates
 
     def tensors(self, name: str) -> Iterator[tuple[Slot, nn.Module, str]]:
         """(slot, owning module, attribute) of each of an adapter's tensors."""
@@ -672,8 +681,9 @@ class Adapted(_Light):
             self._settle(adapter_name)
         gone = self.methods[adapter_name]
         for slot in {s.name for s in gone.slots.values()} | ({gone.dropout_name} - {""}):
-            group = self._modules[slot]
-            assert group is not None
+            group = self._modules.get(slot)
+            if group is None:  # of a dropout that nobody has
+                continue
             group._modules.pop(adapter_name, None)
             group._parameters.pop(adapter_name, None)
         self.__dict__["_last"] = self.methods.pop(adapter_name).numbers
@@ -704,6 +714,8 @@ class Adapted(_Light):
         if isinstance(scaling, Tensor):
             mine.scaling = scaling
             mine.put("scaling", other.scaling)
+        if mine.dropout and mine.dropout_name not in self._modules:
+            self._show_rates(self.methods, self.training)
 
     def drop_empty(self) -> None:
         """Removes slots that no adapter has."""
@@ -1028,6 +1040,8 @@ class Adapted(_Light):
             last = () if methods else self.__dict__.get("_last", ())
             if name in last or any(name in m.numbers for m in methods.values()):
                 return _Numbers(methods, name, self._stacks.clear)
+            if any(name == m.dropout_name for m in methods.values()):
+                return self._rates(name, methods, self.training)
             if any(name in m.slots_elsewhere for m in methods.values()):
                 return Group(self.training)
             if name in HOOK_NAMES or name == "base_layer" or "base_layer" not in self.__dict__.get("_modules", {}):
