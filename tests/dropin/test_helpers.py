@@ -110,5 +110,5 @@ def test_suffixes_of_what_cannot_be(names) -> None:
 def test_what_holds_adapters_by_name() -> None:
     model = adapted()
     held = [m for m in model.modules() if isinstance(m, nn.ModuleDict | nn.ParameterDict | BufferDict)]
-    assert len(held) == 4  # the dropout's too
+    assert len(held) == 3
     assert all("default" in m for m in held)
