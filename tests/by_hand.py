@@ -123,7 +123,7 @@ class ByHand:
             self.leaves[f"{path}.{key}"] = own
             return own
 
-        indexed = hasattr(wrapper, "lora_embedding_A")
+        indexed = len(wrapper.lora_embedding_A) > 0  # empty on other layers, as in PEFT
         A, B = leaf(f"lora_{'embedding_' * indexed}A"), leaf(f"lora_{'embedding_' * indexed}B")
         assert A is not None
         assert B is not None
