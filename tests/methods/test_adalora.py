@@ -348,7 +348,7 @@ def test_options_of_lora_without_a_meaning_here_are_refused(fields: dict[str, An
 
 
 def test_r_is_not_used_and_says_so() -> None:
-    with pytest.warns(PeftWarning, match="init_r"):
+    with pytest.warns(PeftWarning, match="`r` is not used"):
         model = adapted(inlay, net(), target_modules=["a"], r=3, init_r=9)
     assert model.get_base_model().a.r["default"] == 9
 

@@ -71,8 +71,7 @@ class AdaLoraConfig(LoraConfig):
         super().__post_init__()
         self.check_schedule()
         if self.r != 8:
-            told = "Note that `r` is not used in AdaLora and will be ignored: init_r is the rank at the start."
-            warnings.warn(told, PeftWarning, stacklevel=3)
+            warnings.warn("Note that `r` is not used in AdaLora and will be ignored.", PeftWarning, stacklevel=3)
         if self.target_r > self.init_r:
             warnings.warn(f"target_r={self.target_r} is above init_r: ranks will not fall.", PeftWarning, stacklevel=3)
         for key, kept in (self.rank_pattern or {}).items():
@@ -82,10 +81,8 @@ class AdaLoraConfig(LoraConfig):
     def check_schedule(self) -> None:
         """Raises `ConfigError` where the steps leave no time for ranks to fall."""
         if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
-            raise ConfigError(
-                f"The supplied schedule values don't allow for a budgeting phase: tinit={self.tinit} and tfinal="
-                f"{self.tfinal} leave none of total_step={self.total_step}; lower them."
-            )
+            found = f"tinit={self.tinit} and tfinal={self.tfinal} leave none of total_step={self.total_step}"
+            raise ConfigError(f"The supplied schedule values don't allow for a budgeting phase: {found}.")
 
     def layer_values(self, path: str, model_type: str | None) -> dict[str, Any]:
         kept = (self.rank_pattern or {}).get(f"{path}.lora_E")
