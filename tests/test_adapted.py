@@ -856,3 +856,16 @@ def test_slots_that_an_adapter_has_elsewhere_read_as_empty() -> None:
     assert "a" in table.lora_embedding_A
     with pytest.raises(AttributeError):
         linear.hada_w1_a  # noqa: B018
+
+
+def test_a_dropout_that_a_swap_brings_is_a_module_too(mlp: nn.Module, x: Tensor) -> None:
+    other = inlay.get_peft_model(copy.deepcopy(mlp), inlay.LoraConfig(target_modules=["lin0"], lora_dropout=0.5))
+    model = inlay.get_peft_model(mlp, inlay.LoraConfig(target_modules=["lin0"])).train()
+    assert not [m for m in model.base_model.model.lin0.modules() if isinstance(m, nn.Dropout)]
+    disturb(other)
+    inlay.hotswap_adapter_from_model(model, other, "default")
+    assert not torch.equal(model(x), model(x))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    same_bits(model(x), model(x))
