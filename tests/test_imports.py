@@ -73,6 +73,7 @@ RANKS = {
     "helpers": 8,
     "mixin": 8,
     "model": 8,
+    "tuner": 8,
     # the public names, resolved lazily; no room below goes through them
     "__init__": 9,
     # the edge

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from inlay.adapted import Adapted, Group
 from inlay.methods import METHODS
-from inlay.model import Tuner, get_peft_model
+from inlay.model import get_peft_model
+from inlay.tuner import Tuner
 from peft import _pending
 
 

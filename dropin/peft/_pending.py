@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig
 from inlay.errors import NotBuiltError
-from inlay.model import Tuner
+from inlay.tuner import Tuner
 
 #: what a name ends with -> what its class is one of
 KINDS: dict[str, type] = {"Config": AdapterConfig, "Model": Tuner, "Layer": Adapted}

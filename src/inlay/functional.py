@@ -16,11 +16,12 @@ from inlay.config import AdapterConfig
 from inlay.errors import ConfigError, LoadError
 from inlay.inject import NARROW, own_modules, prepare, unmerge_first, wrappers
 from inlay.match import SHORTHAND, names_module, shortest
-from inlay.model import Tuner, inject_adapter_in_model
+from inlay.model import inject_adapter_in_model
 from inlay.patterns import KeyTable
 from inlay.state import get_peft_model_state_dict, root_of, set_peft_model_state_dict
 from inlay.storage.placement import held, replace
 from inlay.trained import AuxiliaryTrainingWrapper
+from inlay.tuner import Tuner
 
 
 def set_adapter(

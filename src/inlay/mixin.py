@@ -23,8 +23,6 @@ from inlay.formats import files
 from inlay.formats.peft import DEFAULT_ADAPTER, PREFIX
 from inlay.inject import with_targets, wrappers
 from inlay.model import (
-    Tuner,
-    as_names,
     check_biases,
     check_injectable,
     folder_to_write,
@@ -34,6 +32,7 @@ from inlay.model import (
 )
 from inlay.replicate import replicated
 from inlay.report import LoadReport
+from inlay.tuner import Tuner, as_names
 
 if TYPE_CHECKING:
     _Module = nn.Module

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from inlay import card, slots, sources, state, status
-from inlay.adapted import Adapted, merged_already
 from inlay.config import AdapterConfig, PeftConfig, TaskType
 from inlay.errors import (
     AdapterNameError,
@@ -28,38 +27,31 @@ from inlay.errors import (
     FieldTypeError,
     HotswapError,
     MissingFileError,
-    NotMergeableError,
     PeftWarning,
     PlanError,
     PromptError,
     RoutingError,
     RowsError,
     UnknownAdapterError,
-    UnsupportedLayerError,
     UnwritableError,
 )
 from inlay.formats import files
 from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir, check_adapter_name
-from inlay.hooks import Served, TrainingHooks
 from inlay.inject import (
     FORBIDDEN_NAMES,
     Prepared,
     apply,
-    biases,
     check_at_hand,
     method_of,
-    model_config,
     own_modules,
     prepare,
     prepare_saved,
-    remove,
-    tell_rounding,
     told_by_config,
     unmerge_first,
     with_targets,
     wrappers,
 )
-from inlay.invocation import Invocations, check_invocation
+from inlay.invocation import check_invocation
 from inlay.prompts import EMBEDDINGS, AbstractPrompt, AnyConfig, PromptLearningConfig, encoder_for, outline_for
 from inlay.prompts.attach import Prompts
 from inlay.replicate import replicated
@@ -68,409 +60,8 @@ from inlay.routing import BASE, Bound, Route, Router, Rows
 from inlay.session import Session
 from inlay.signature import PassesOn
 from inlay.storage import stored_parameters
-from inlay.storage.arena import Arena, bytes_of
 from inlay.storage.placement import HOOK_NAMES
-from inlay.trained import Tied
-
-
-class Tuner(nn.Module):
-    """The user's model with adapters inside, and the verbs that act on all of its layers.
-
-    Args:
-        model (`nn.Module`): The user's model; it is changed in place.
-    """
-
-    # Whether adapters have tensors that all layers share and no layer holds.
-    uses_shared_state: ClassVar[bool] = False
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training
-        self.peft_config: dict[str, AnyConfig] = {}
-        self.hooks: dict[str, TrainingHooks] = {}
-        self._hooked: dict[str, list[tuple[str, Adapted]]] = {}
-        self._active: tuple[str, ...] = ()
-        self.prompts: Prompts | None = None
-        self._own_router: Router | None = None  # where no wrapper stood when it was first asked for
-        self.invocations: Invocations | None = None
-        self._arena = Arena()
-        self.enabled = True
-
-    @classmethod
-    def inside(cls, model: nn.Module) -> Tuner:
-        """The verbs for a model with adapters inside and no handle around it, which keeps its own configs."""
-        tuner = cls(model)
-        tuner.peft_config = model.__dict__.get("peft_config") or {}
-        for _, wrapper in wrappers(model):
-            tuner._active, tuner.enabled = tuple(wrapper.active_adapters), not wrapper.disable_adapters
-            break
-        return tuner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.with_loss(self.model(*args, **kwargs))
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in HOOK_NAMES or name == "model" or "model" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.model, name)
-
-    @property
-    def router(self) -> Router:
-        """The routing that all wrappers of this model share."""
-        if self._own_router is None:
-            for _, wrapper in wrappers(self.model):
-                return wrapper.router
-            self._own_router = Router()
-        return self._own_router
-
-    @property
-    def prefix(self) -> str:
-        """What the names of the method's slots begin with."""
-        config = next(iter(self.peft_config.values()), None)
-        if isinstance(config, PromptLearningConfig):
-            return f"{config.method.lower()}_"
-        return "" if config is None else method_of(config).prefix
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that run by default."""
-        return list(self._active)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The same under its older name."""
-        return list(self._active)
-
-    def layers(self) -> Iterator[tuple[str, Adapted]]:
-        """(name, wrapper) of every adapted layer."""
-        return ((name, w) for name, w in wrappers(self.model) if isinstance(w, Adapted))
-
-    def _standing(self) -> list[Any]:
-        """Everything with adapters of its own: wrappers, and the prompts before the model."""
-        return [*(w for _, w in wrappers(self.model)), *([self.prompts] if self.prompts is not None else [])]
-
-    def add(self, adapter_name: str, config: AdapterConfig, prepared: Prepared, active: bool) -> None:
-        """Registers an adapter that stands in the layers."""
-        with_targets(config, prepared)
-        self.register(adapter_name, config)
-        if active:
-            self._active = (adapter_name,)
-
-    def register(self, adapter_name: str, config: AdapterConfig) -> None:
-        """Makes ``config`` an adapter's, in place of the one it may have."""
-        self.peft_config[adapter_name] = config
-        self._forget_invocation(adapter_name)
-        if config.invocation is not None:
-            self.invocations = self.invocations or Invocations(self.model, self.router)
-            self.invocations.tokens[adapter_name] = config.invocation
-        hooks = method_of(config).hooks
-        if hooks is not None:
-            self.hooks[adapter_name] = hooks(config)
-            self._hooked.pop(adapter_name, None)
-
-    def check_known(self, names: Sequence[str]) -> None:
-        """Raises `UnknownAdapterError` for a name that is no adapter."""
-        for name in names:
-            if name not in self.peft_config:
-                raise UnknownAdapterError(f"Adapter {name} does not exist: there are {list(self.peft_config)}.")
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes adapters the default for all threads.
-
-        Args:
-            adapter_name (`str` or `list[str]`): Which; several run together, in this order. Of those with a copy of
-                one module, such as a head, the first one's runs and is trained; the others stay as they are.
-            inference_mode (`bool`, *optional*, defaults to `False`): Keep them frozen.
-
-        Raises:
-            UnknownAdapterError: One of them does not exist.
-        """
-        names = as_names(adapter_name)
-        self.check_known(names)
-        if any(layer.merged for _, layer in self.layers()):
-            warnings.warn(
-                "Adapters are merged: they are unmerged first, then others are set.", PeftWarning, stacklevel=3
-            )
-            self.unmerge_adapter()
-        with self._changing():
-            for wrapper in self._standing():
-                wrapper.set_adapter(list(names), inference_mode=inference_mode)
-            self._active = names
-            for name, config in self.peft_config.items():
-                for parameter in self._biases(name, config):
-                    parameter.requires_grad_(name in names and not inference_mode)
-
-    def _biases(self, name: str, config: AnyConfig) -> list[nn.Parameter]:
-        if config.bias == "none" or isinstance(config, PromptLearningConfig):
-            return []
-        return [p for _, p in biases(self.model, config, [path for path, w in self.layers() if name in w.methods])]
-
-    def _changing(self) -> AbstractContextManager[None]:
-        """Forwards of other threads see a change whole; a model that changes its own default does so at once."""
-        router = self.router
-        return nullcontext() if router.inside else router.writing()
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Trains or freezes adapters, active or not."""
-        for wrapper in self._standing():
-            wrapper.set_requires_grad(adapter_names, requires_grad)
-
-    def enable_adapter_layers(self) -> None:
-        """Switches all adapters on, for all threads."""
-        self._enable(True)
-
-    def _enable(self, enabled: bool) -> None:
-        with self._changing():
-            self.enabled = enabled
-            for wrapper in self._standing():
-                wrapper.enable_adapters(enabled)
-
-    def disable_adapter_layers(self) -> None:
-        """Switches all adapters off, for all threads; `PeftModel.disable_adapter` does for one thread."""
-        self.tell_biases()
-        self._enable(False)
-
-    def tell_biases(self, stacklevel: int = 3) -> None:
-        """Warns where switching adapters off does not give the base model back."""
-        if any(config.bias != "none" for config in [*self.peft_config.values()]):
-            text = "Trained biases are the model's own: they stay in place while adapters are off."
-            warnings.warn(text, PeftWarning, stacklevel)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter.
-
-        Raises:
-            UnknownAdapterError: No such adapter.
-            PlanError: It is merged.
-        """
-        self.check_deletable([adapter_name])
-        found = self._standing()
-        left = tuple(n for n in self._active if n != adapter_name)
-        others = [n for n in [*self.peft_config] if n != adapter_name]
-        if not left and others:
-            left = (others[0],)
-            warnings.warn(
-                f"Adapter {adapter_name!r} was active and is deleted: {left[0]!r} is active now.",
-                PeftWarning,
-                stacklevel=3,
-            )
-        with self.router.writing(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", PeftWarning)  # said once, above
-            for wrapper in found:
-                wrapper.delete_adapter(adapter_name)
-            del self.peft_config[adapter_name]
-            self.hooks.pop(adapter_name, None)
-            self._hooked.pop(adapter_name, None)
-            self._forget_invocation(adapter_name)
-            if left != self._active:
-                for wrapper in found:
-                    wrapper.set_adapter(list(left))
-                self._active = left
-
-    def check_deletable(self, names: Sequence[str]) -> None:
-        """Raises what `delete_adapter` would raise for one of them."""
-        self.check_known(names)
-        merged = {n for _, layer in self.layers() for n in layer.merged_adapters}
-        if found := [n for n in names if n in merged]:
-            raise PlanError(f"Cannot delete adapter(s) {found} while they are merged. Please unmerge them first.")
-
-    def _forget_invocation(self, *names: str) -> None:
-        for name in names if self.invocations is not None else ():
-            self.invocations.remove(name)  # type: ignore[union-attr]  # it is there
-        if self.invocations is not None and not self.invocations.tokens:
-            self.invocations = None
-
-    # ------------------------------------------------------------------ training
-
-    def trained(self) -> Iterator[tuple[str, TrainingHooks, list[Served]]]:
-        """(name, hooks, layers) of every adapter that is trained and whose method asks something of training."""
-        for name, hooks in self.hooks.items():
-            if name not in self._hooked:
-                adapter = method_of(self.peft_config[name]).adapter  # type: ignore[arg-type]  # it has hooks
-                found = [(state.without_foreign(path), w) for path, w in self.layers() if not isinstance(w, Tied)]
-                self._hooked[name] = [(path, w) for path, w in found if isinstance(w.methods.get(name), adapter)]
-            layers = [Served(path, w.methods[name], w.params(name)) for path, w in self._hooked[name]]
-            if any(t.requires_grad for _, _, p in layers for t in p.values()):
-                yield name, hooks, layers
-
-    def with_loss(self, outputs: Any) -> Any:
-        """What the model returned, in training with what the methods of the running adapters add to its loss."""
-        if not (self.hooks and self.training and torch.is_grad_enabled() and isinstance(outputs, Mapping)):
-            return outputs
-        loss = outputs.get("loss")
-        if isinstance(loss, Tensor) and loss.requires_grad:
-            route = self.router.route()
-            names = self._active if route is None else route.names or (() if route.rows is None else route.rows.names)
-            for name, hooks, layers in self.trained():
-                extra = hooks.loss(layers) if name in names else None
-                loss = loss if extra is None else loss + extra.to(loss)
-            outputs["loss"] = loss  # type: ignore[index]  # a dict, or transformers' own kind of it
-        return outputs
-
-    def begin_training(self, total_steps: int) -> None:
-        """Tells the methods that ask how many steps the optimiser will make."""
-        for hooks in self.hooks.values():
-            hooks.begin(total_steps)
-
-    def update_and_allocate(self, global_step: int) -> None:
-        """What methods do after each step of the optimiser, as AdaLoRA's choice of ranks; before ``zero_grad``.
-
-        Args:
-            global_step (`int`): How many steps the optimiser has made.
-        """
-        for _, hooks, layers in self.trained():
-            hooks.step(layers, global_step)
-
-    def training_state(self) -> dict[str, Tensor]:
-        """What `update_and_allocate` remembers, for a checkpoint."""
-        return {f"{n}.{k}": t for n, hooks, layers in self.trained() for k, t in hooks.state(layers).items()}
-
-    def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes up what `training_state` gave."""
-        for name, hooks, layers in self.trained():
-            mine = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-            hooks.load_state(layers, mine)
-
-    # ------------------------------------------------------------------ merging
-
-    def _check_writable(self, names: Sequence[str]) -> None:
-        self.check_known(names)
-        if prompts := [n for n in names if isinstance(self.peft_config[n], PromptLearningConfig)]:
-            raise NotMergeableError(f"{prompts[0]!r} is a prompt before the input: no weight can hold it.")
-
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_base: bool = True
-    ) -> None:
-        """Writes adapters into the frozen weights, in place; `unmerge_adapter` gives every bit back.
-
-        Args:
-            adapter_names (`list[str]`, *optional*): Which; the active ones if not given.
-            safe_merge (`bool`, *optional*, defaults to `False`): Check for NaN and infinity before writing anything.
-            keep_base (`bool`, *optional*, defaults to `True`): Keep the pristine weights aside. Without them there is
-                no second copy in memory, `unmerge_adapter` is as exact as the dtype allows, and `disable_adapter`
-                raises.
-
-        Raises:
-            UnknownAdapterError: One of them does not exist.
-            NotMergeableError, NonFiniteMergeError: They cannot be merged; nothing was written.
-        """
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
-        self._check_writable(adapter_names or ())
-        with self.router.writing():
-            layers = [layer for _, layer in self.layers()]
-            changing = [(layer, new) for layer in layers if (new := layer.check_merge(adapter_names, safe_merge))]
-            merged = {n for layer in layers for n in layer._merged}
-            if not changing or not merged.isdisjoint(adapter_names or self._active):
-                warnings.warn(merged_already(adapter_names or self._active, merged), PeftWarning, stacklevel=2)
-            copied = [layer for layer, _ in changing if keep_base and not layer._merged and not layer.tied]
-            aside = self._arena.copier(sum(bytes_of(layer.weight) for layer in copied))
-            for layer, new in changing:
-                layer.write(new, keep_base, aside)
-        tell_rounding(layer for layer, _ in changing)
-
-    def unmerge_adapter(self) -> None:
-        """Takes merged adapters out of the weights again."""
-        with self.router.writing():
-            merged = [layer for _, layer in self.layers() if layer.merged]
-            if not merged:
-                warnings.warn("nothing is merged, nothing to unmerge.", PeftWarning, stacklevel=2)
-            for layer in merged:
-                layer.check_unmerge()
-            for layer in merged:
-                layer.unmerge()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """Writes adapters into the weights and gives the model back without any wrapper.
-
-        Args:
-            progressbar (`bool`, *optional*, defaults to `False`): Accepted; merging is over before a bar is drawn.
-            safe_merge (`bool`, *optional*, defaults to `False`): Check for NaN and infinity before writing anything.
-            adapter_names (`list[str]`, *optional*): Which; the active ones if not given.
-
-        Returns:
-            `nn.Module`: The user's model.
-
-        Raises:
-            NotMergeableError, NonFiniteMergeError: They cannot be merged; nothing was written.
-        """
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
-        self._check_writable(adapter_names or self._active)
-        if any(config.layer_replication for config in self.peft_config.values()):
-            raise UnsupportedLayerError(
-                "Replicated layers share one weight and have an adapter each: they cannot merge."
-            )
-        with self.router.writing():
-            untied = any(
-                layer.tied and set(adapter_names or layer._active) & set(layer.methods) for _, layer in self.layers()
-            )
-            remove(self.model, merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
-        if untied:
-            self._untie()
-        return self._released()
-
-    def _untie(self) -> None:
-        config = getattr(self.model, "config", None)
-        if config is not None and getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
-            seen: set[int] = set()
-            for module in self.model.modules():  # a file of untied weights has each of them, so each is its own
-                for key, W in module._parameters.items():
-                    if W is not None and id(W) in seen:
-                        module._parameters[key] = nn.Parameter(W.detach().clone(), requires_grad=W.requires_grad)
-                    seen.add(id(W))
-            warnings.warn(
-                "One of two tied layers was adapted, so after merging they differ: config.tie_word_embeddings is "
-                "False now.",
-                PeftWarning,
-                stacklevel=4,
-            )
-
-    def unload(self) -> nn.Module:
-        """Gives the model back as it was before any adapter."""
-        with self.router.writing():
-            remove(self.model, merge=False)
-        return self._released()
-
-    def _released(self) -> nn.Module:
-        self._forget_invocation(*self.peft_config)
-        self.peft_config = {}
-        self.hooks, self._hooked = {}, {}
-        self._active = ()
-        if self.prompts is not None:
-            self.prompts.encoders.clear()
-            self.prompts.set_adapter([])
-        if "peft_config" in self.model.__dict__:
-            del self.model.peft_config
-        return self.model
-
-    @property
-    def targeted_module_names(self) -> list[str]:
-        """Names of the adapted layers, bare parameters' modules aside."""
-        found = [(n.replace(".base_layer", ""), w) for n, w in self.layers() if type(w) is Adapted]
-        attentions = {n for n, w in found if w.kind.name == "MultiheadAttention"}
-        return [n for n, w in found if w.kind.name != "Parameter" and n.rpartition(".")[0] not in attentions]
-
-    @property
-    def targeted_parameter_names(self) -> list[str]:
-        """Names of the adapted bare parameters."""
-        names: dict[str, list[str]] = {}
-        for name, layer in self.layers():
-            if layer.kind.name == "Parameter":  # of one module the last stands outside
-                names.setdefault(name.replace(".base_layer", ""), []).insert(0, layer.kind.weight_name)
-        return [f"{name}.{parameter}" for name, parameters in names.items() for parameter in parameters]
-
-    @staticmethod
-    def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """The model's own config as a dict."""
-        return model_config(model)
+from inlay.tuner import Tuner, as_names
 
 
 class PeftModel(nn.Module):
@@ -1270,16 +861,6 @@ class PeftModel(nn.Module):
             if name in HOOK_NAMES or name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_model, name)
-
-
-def as_names(given: str | Iterable[str]) -> tuple[str, ...]:
-    """One name or several, each once."""
-    if isinstance(given, str):
-        return (given,)
-    names = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not all(isinstance(name, str) for name in names):
-        raise AdapterNameError(f"an adapter's name or several must be given, got {given!r}.")
-    return tuple(dict.fromkeys(names))
 
 
 def _present_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
