@@ -56,17 +56,17 @@ def bare(model: nn.Module) -> Contestant:
 
 
 def exact(model: nn.Module) -> Contestant:
-    """What gives every bit back: each weight copied aside, ``W += s B A``, and the copy written back."""
+    """What gives every bit back: ``W + s B A`` in memory of its own takes the place of each weight, and goes again."""
     found = products(model)
-    kept = [torch.empty_like(weight_OI) for weight_OI, _, _ in found]
+    room = [torch.empty_like(weight_OI) for weight_OI, _, _ in found]
 
     @torch.no_grad()
     def run() -> None:
-        for (weight_OI, up_OR, down_RI), copy_OI in zip(found, kept, strict=True):
-            copy_OI.copy_(weight_OI)
-            weight_OI.addmm_(up_OR, down_RI, alpha=SCALE)
-        for (weight_OI, _, _), copy_OI in zip(found, kept, strict=True):
-            weight_OI.copy_(copy_OI)
+        kept = [weight_OI.data for weight_OI, _, _ in found]
+        for (weight_OI, up_OR, down_RI), sum_OI in zip(found, room, strict=True):
+            weight_OI.data = torch.addmm(weight_OI, up_OR, down_RI, alpha=SCALE, out=sum_OI)
+        for (weight_OI, _, _), kept_OI in zip(found, kept, strict=True):
+            weight_OI.data = kept_OI
 
     return Contestant(run)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from laws import bits, close, differs, disturb, same_bits, same_state
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import inlay
@@ -80,17 +81,68 @@ def test_merging_and_unmerging_again_and_again(mlp: nn.Module, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
-@pytest.mark.parametrize("keep_base", [True, False])
-def test_merging_keeps_pointers(mlp: nn.Module, fields: dict[str, Any], keep_base: bool) -> None:
+def test_unmerged_weights_stand_where_they_stood(mlp: nn.Module, fields: dict[str, Any]) -> None:
     model = handle(mlp, **fields)
-    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
     identities = {name: id(p) for name, p in model.named_parameters()}
-    model.merge_adapter(keep_base=keep_base)
-    assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
-    if keep_base:
-        model.unmerge_adapter()
-        assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
+    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
+    model.merge_adapter()
     assert {name: id(p) for name, p in model.named_parameters()} == identities
+    model.unmerge_adapter()
+    assert {name: id(p) for name, p in model.named_parameters()} == identities
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_merging_keeps_pointers_that_are_seen(mlp: nn.Module, fields: dict[str, Any], keep_base: bool) -> None:
+    model = handle(mlp, **fields)
+    seen = {name: p.detach()[:1] for name, p in model.named_parameters()}
+    before = bits(model)
+    for _ in range(2 if keep_base else 1):
+        model.merge_adapter(keep_base=keep_base)
+        assert {name: p.data_ptr() for name, p in model.named_parameters()} == {
+            n: v.data_ptr() for n, v in seen.items()
+        }
+        assert not torch.equal(
+            seen["base_model.model.lin0.base_layer.weight"], before["base_model.model.lin0.base_layer.weight"][:1]
+        )
+        if keep_base:
+            model.unmerge_adapter()
+            assert all(torch.equal(v, before[n][:1]) for n, v in seen.items())
+
+
+def test_what_is_seen_while_merged_is_unmerged_too(mlp: nn.Module) -> None:
+    model = handle(mlp)
+    before = bits(model)
+    model.merge_adapter()
+    rows, array = mlp.get_parameter("lin0.base_layer.weight")[:2], mlp.get_parameter("lin1.base_layer.weight").numpy()
+    model.unmerge_adapter()
+    same_state(bits(model), before)
+    assert torch.equal(rows, before["base_model.model.lin0.base_layer.weight"][:2])
+    assert torch.equal(torch.from_numpy(array), before["base_model.model.lin1.base_layer.weight"])
+
+
+@pytest.mark.parametrize("saved", ["a view of the weight", "the weight itself"])
+def test_merging_after_a_forward_is_noticed_by_its_backward(mlp: nn.Module, x: Tensor, saved: str) -> None:
+    model = handle(mlp)
+    if saved == "a view of the weight":
+        loss = model(x.requires_grad_()).sum()
+    else:
+        loss = (mlp.get_parameter("lin0.base_layer.weight") * torch.ones((), requires_grad=True)).sum()
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_merged_weights_are_saved_as_tensors_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, mlp: nn.Module, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("inlay.storage.arena._WORTHWHILE", 1)
+    model = handle(mlp)
+    model.merge_adapter()
+    merged = {name: mlp.get_parameter(f"{name}.base_layer.weight") for name in ("lin0", "lin1")}
+    save_file({name: W.detach() for name, W in merged.items()}, tmp_path / "merged.safetensors")
+    same_state(load_file(tmp_path / "merged.safetensors"), {name: W.detach() for name, W in merged.items()})
 
 
 def test_merging_twice_and_unmerging_twice(model: inlay.PeftModel, x: Tensor) -> None:

@@ -740,7 +740,7 @@ class Adapted(_Light):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         keep_base: bool = True,
-        aside: Callable[[Tensor], Tensor] = torch.clone,
+        room: Callable[[Tensor], Tensor] = torch.empty_like,
     ) -> None:
         """Writes adapters into the frozen weight.
 
@@ -748,7 +748,7 @@ class Adapted(_Light):
             safe_merge (`bool`, *optional*, defaults to `False`): Check for NaN and infinity before writing.
             adapter_names (`list[str]`, *optional*): Which; the active ones if not given.
             keep_base (`bool`, *optional*, defaults to `True`): Keep the pristine weight, so that `unmerge` is exact.
-            aside (`Callable`, *optional*): How it is copied.
+            room (`Callable`, *optional*): Memory for a tensor like the given one.
 
         Raises:
             TypeError: ``adapter_names`` is a `str`.
@@ -761,7 +761,7 @@ class Adapted(_Light):
         if any(n in self._merged for n in wanted):
             # The path stays out of it: a thousand layers that are called in turn warn once.
             warnings.warn(merged_already(wanted, self._merged), PeftWarning, stacklevel=2)
-        self.write(self.check_merge(wanted, safe_merge), keep_base, aside)
+        self.write(self.check_merge(wanted, safe_merge), keep_base, room)
 
     def check_merge(self, adapter_names: Iterable[str] | None, safe_merge: bool = False) -> tuple[str, ...]:
         """The adapters that merging would write, after checking that it can; nothing is written."""
@@ -804,19 +804,19 @@ class Adapted(_Light):
         return new
 
     def write(
-        self, new: tuple[str, ...], keep_base: bool = True, aside: Callable[[Tensor], Tensor] = torch.clone
+        self, new: tuple[str, ...], keep_base: bool = True, room: Callable[[Tensor], Tensor] = torch.empty_like
     ) -> None:
         """`merge` of what `check_merge` has returned."""
         if not new:
             return
         self.router.changing(self, self._run, new)
         with torch.no_grad():
-            if not self._add_products(new, keep_base, aside):
+            if not self._add_products(new, keep_base, room):
                 b0 = self.offset()
                 W, b = self._merged_with(new)
-                self._replace(self.kind.weight_name, W, keep_base, aside)
+                self._replace(self.kind.weight_name, W, keep_base, room)
                 if b is not None and b is not b0:
-                    self._replace(self.kind.bias_name, b, keep_base, aside)
+                    self._replace(self.kind.bias_name, b, keep_base, room)
         self.__dict__["_merged"] += new
         for name in new:
             self._written[name] = snapshot = copy.copy(self.methods[name])
@@ -824,8 +824,8 @@ class Adapted(_Light):
                 snapshot.scaling = snapshot.scaling.clone()
         self._refresh()
 
-    def _add_products(self, new: tuple[str, ...], keep_base: bool, aside: Callable[[Tensor], Tensor]) -> bool:
-        """Adds products into the weight where it stands; False, and nothing done, where merging is more than that."""
+    def _add_products(self, new: tuple[str, ...], keep_base: bool, room: Callable[[Tensor], Tensor]) -> bool:
+        """Adds products to the weight, one by one; False, and nothing done, where merging is more than that."""
         storage, base, name = self.storage, self.base_layer, self.kind.weight_name
         if self.tied or not storage.in_place or self.weight.is_meta or (self._merged and self._kept):
             return False
@@ -835,21 +835,25 @@ class Adapted(_Light):
             if pair is None:
                 return False
             factors.append(pair)
+        added = 0
         if keep_base and not self._merged:
-            self._kept[name] = storage.keep(base, name, aside)
-        for down, up, scale in factors:
+            # The first product goes with the weight into new memory: one pass where a copy and a sum would be two.
+            kept = storage.exchange(base, name, lambda W: self._add_product(*factors[0], sign=1, W=W, out=room(W)))
+            added = 1 if kept is not None else 0
+            self._kept[name] = storage.keep(base, name, room) if kept is None else kept
+        for down, up, scale in factors[added:]:
             self._add_product(down, up, scale, sign=1)
             if not keep_base:  # the adapter may change while it is merged: what was added is what is subtracted
                 self._added.append((down.detach().clone(), up.detach().clone(), scale * 1))
         return True
 
-    def _replace(self, parameter: str, value: Tensor, keep_base: bool, aside: Callable[[Tensor], Tensor]) -> None:
+    def _replace(self, parameter: str, value: Tensor, keep_base: bool, room: Callable[[Tensor], Tensor]) -> None:
         base, storage = self.get_base_layer(), self._storage(parameter)
         if keep_base and parameter not in self._kept:
-            keep = storage.stored(base, parameter) if self.tied else storage.keep(base, parameter, aside)
-            self._kept[parameter] = keep
+            keep = storage.stored(base, parameter) if self.tied else storage.exchange(base, parameter, room)
+            self._kept[parameter] = storage.keep(base, parameter, room) if keep is None else keep
         if self.tied:
-            self._put(parameter, storage.keep(base, parameter, torch.clone))
+            self._put(parameter, storage.keep(base, parameter, torch.empty_like))
         storage.write(base, value, parameter)
         if not storage.in_place:
             with storage.reading(base, parameter) as W:
@@ -861,14 +865,20 @@ class Adapted(_Light):
         self.base_layer._parameters[parameter] = W
         self._storage(parameter).settle(self.base_layer)
 
-    def _add_product(self, down: Tensor, up: Tensor, scale: Any, sign: int) -> None:
-        kind = self.kind
-        base = self.base_layer
-        W_OI, down, up = kind.to_matrix(base, getattr(base, kind.weight_name)), down.flatten(1), up.flatten(1)
+    def _add_product(
+        self, down: Tensor, up: Tensor, scale: Any, sign: int, W: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Writes the sum of the weight, or ``W``, and a product where it stands, or into ``out``; returns where."""
+        kind, base = self.kind, self.base_layer
+        W = getattr(base, kind.weight_name) if W is None else W
+        out = W if out is None else out
+        W_OI, out_OI = kind.to_matrix(base, W), kind.to_matrix(base, out)
+        down, up = down.flatten(1), up.flatten(1)
         if W_OI.dtype == down.dtype and isinstance(scale, int | float):
-            W_OI.addmm_(up, down, alpha=sign * scale)
+            torch.addmm(W_OI, up, down, alpha=sign * scale, out=out_OI)
         else:  # one rounding, at the end
-            W_OI.copy_(torch.addmm(W_OI.to(down.dtype), up * scale, down, alpha=sign))
+            out_OI.copy_(torch.addmm(W_OI.to(down.dtype), up * scale, down, alpha=sign))
+        return out
 
     def unmerge(self) -> None:
         """Takes the merged adapters out again: the frozen weight's bits come back.

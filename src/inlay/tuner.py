@@ -330,9 +330,9 @@ class Tuner(nn.Module):
             if not changing or not merged.isdisjoint(adapter_names or self._active):
                 warnings.warn(merged_already(adapter_names or self._active, merged), PeftWarning, stacklevel=2)
             copied = [layer for layer, _ in changing if keep_base and not layer._merged and not layer.tied]
-            aside = self._arena.copier(sum(bytes_of(layer.weight) for layer in copied))
+            room = self._arena.room(sum(bytes_of(layer.weight) for layer in copied))
             for layer, new in changing:
-                layer.write(new, keep_base, aside)
+                layer.write(new, keep_base, room)
         tell_rounding(layer for layer, _ in changing)
 
     def unmerge_adapter(self) -> None:

@@ -1,10 +1,11 @@
-"""Laws of `inlay.storage.arena`: copies are copies, and one mapping serves round after round."""
+"""Laws of `inlay.storage.arena`: pieces are apart, and one mapping serves round after round."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,62 +22,71 @@ def weights() -> list[Tensor]:
     return [torch.randn(7, 3), half, torch.randn(4, 4).t(), torch.randn(1 << 16)]
 
 
-def test_copies_are_copies() -> None:
+def copied(room: Callable[[Tensor], Tensor], W: Tensor) -> Tensor:
+    return room(W).copy_(W)
+
+
+def test_pieces_are_like_what_they_are_for_and_apart() -> None:
     given = weights()
-    aside = Arena().copier(_WORTHWHILE)
-    copies = [aside(W) for W in given]
+    room = Arena().room(_WORTHWHILE)
+    copies = [copied(room, W) for W in given]
     for W, kept in zip(given, copies, strict=True):
-        before = W.clone()
         assert kept.dtype == W.dtype
         assert kept.stride() == W.stride()
-        W.zero_()
-        assert torch.equal(kept, before)
+        assert torch.equal(kept, W)
+        assert kept.untyped_storage().nbytes() == W.nbytes  # so a file of them all repeats nothing
 
 
-def test_the_mapping_serves_again_once_every_copy_is_gone() -> None:
+def test_no_piece_is_too_small() -> None:
+    room = Arena().room(_WORTHWHILE)
+    assert room(torch.empty(0, 3)).shape == (0, 3)
+    assert room(torch.tensor(1.0)).shape == ()
+
+
+def test_the_mapping_serves_again_once_every_piece_is_gone() -> None:
     arena, W = Arena(), torch.randn(1000)
-    first = arena.copier(_WORTHWHILE)(W)
+    first = copied(arena.room(_WORTHWHILE), W)
     mapping = arena._mapping
-    second = arena.copier(_WORTHWHILE)(W)
+    second = copied(arena.room(_WORTHWHILE), W)
     assert arena._mapping is not mapping  # the first still lives
     first.zero_()
     assert torch.equal(second, W)
 
     mapping, view = arena._mapping, second[10:]
     del second
-    third = arena.copier(_WORTHWHILE)(W)
+    third = copied(arena.room(_WORTHWHILE), W)
     assert arena._mapping is not mapping  # a view of it lives
     third.zero_()
     assert torch.equal(view, W[10:])
 
     mapping = arena._mapping
     del third
-    assert torch.equal(arena.copier(_WORTHWHILE)(W), W)
+    assert torch.equal(copied(arena.room(_WORTHWHILE), W), W)
     assert arena._mapping is mapping
-    assert torch.equal(arena.copier(2 * _WORTHWHILE)(W), W)
+    assert torch.equal(copied(arena.room(2 * _WORTHWHILE), W), W)
     assert arena._mapping is not mapping  # more than it holds
 
 
-def test_copies_outlive_their_arena() -> None:
+def test_pieces_outlive_their_arena() -> None:
     W = torch.randn(1000)
-    kept = Arena().copier(_WORTHWHILE)(W)
+    kept = copied(Arena().room(_WORTHWHILE), W)
     assert torch.equal(kept, W)
 
 
 def test_a_copied_model_has_an_arena_of_its_own() -> None:
     arena = Arena()
-    kept = arena.copier(_WORTHWHILE)(torch.ones(8))
+    kept = copied(arena.room(_WORTHWHILE), torch.ones(8))
     for other in (copy.deepcopy(arena), copy.copy(arena), pickle.loads(pickle.dumps(arena))):
-        assert other.copier(_WORTHWHILE)(torch.zeros(8)).data_ptr() != kept.data_ptr()
+        assert copied(other.room(_WORTHWHILE), torch.zeros(8)).data_ptr() != kept.data_ptr()
     assert kept.sum() == 8
 
 
-def test_what_is_too_much_is_cloned() -> None:
-    aside = Arena().copier(_WORTHWHILE)
+def test_what_is_too_much_has_memory_of_its_own() -> None:
+    room = Arena().room(_WORTHWHILE)
     big = torch.arange(_WORTHWHILE // 4 + 1)
     assert bytes_of(big) > _WORTHWHILE
-    assert torch.equal(aside(big), big)
-    assert torch.equal(aside(torch.arange(3)), torch.arange(3))
+    assert torch.equal(copied(room, big), big)
+    assert torch.equal(copied(room, torch.arange(3)), torch.arange(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

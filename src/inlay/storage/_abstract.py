@@ -71,8 +71,15 @@ class Storage(ABC):
         """Replaces the weight's values in place: pointers and ties stay."""
 
     @abstractmethod
-    def keep(self, layer: nn.Module, parameter: str, copy: Callable[[Tensor], Tensor]) -> Tensor:
-        """A ``copy`` of the weight as stored, from which `restore` gives back the same bits."""
+    def keep(self, layer: nn.Module, parameter: str, room: Callable[[Tensor], Tensor]) -> Tensor:
+        """A copy, in ``room``, of the weight as stored, from which `restore` gives back the same bits."""
+
+    def exchange(self, layer: nn.Module, parameter: str, make: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Has the parameter keep its numbers in what ``make`` makes of them, and returns where they were kept.
+
+        None, and nothing done, where the numbers have to stay where they are: somebody else sees that memory too.
+        """
+        return None
 
     @abstractmethod
     def restore(self, layer: nn.Module, kept: Tensor, parameter: str = "weight") -> None:
@@ -112,7 +119,7 @@ class Packed(Storage):
     def write(self, layer: nn.Module, W: Tensor, parameter: str = "weight") -> None:
         self.put(layer, self.pack(layer, W.detach().contiguous()))
 
-    def keep(self, layer: nn.Module, parameter: str, copy: Callable[[Tensor], Tensor]) -> Tensor:
+    def keep(self, layer: nn.Module, parameter: str, room: Callable[[Tensor], Tensor]) -> Tensor:
         return deepcopy(self.stored(layer, parameter))
 
     def restore(self, layer: nn.Module, kept: Tensor, parameter: str = "weight") -> None:

@@ -1,8 +1,8 @@
-"""Room for the pristine weights of a merged model, in one piece.
+"""Room for the second copy of a merged model's weights, in one piece.
 
-Copying a model's weights aside costs more for the kernel handing out fresh memory, 4 KiB at a time, than for the copy
+A copy of a model's weights costs more for the kernel handing out fresh memory, 4 KiB at a time, than for the copying
 itself. One mapping with huge pages, where the system has them, makes merging three times as fast, and one that is
-still there from the last time costs nothing but the copy.
+still there from the last time costs nothing.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ _WORTHWHILE = 1 << 25  # up to here malloc hands out what was given back to it
 
 
 class Arena:
-    """Copies tensors into one mapping, which stays for the next round of copies.
+    """Hands out pieces of one mapping, which stays for the next round.
 
-    When the last copy is gone, the memory is the system's to take: it does so when it runs short, and until then it
+    When the last piece is gone, the memory is the system's to take: it does so when it runs short, and until then it
     is here without a page to be cleared.
 
     Example:
-        >>> copy = Arena().copier(1 << 26)
-        >>> copy(torch.arange(3.0))
-        tensor([0., 1., 2.])
+        >>> room = Arena().room(1 << 26)
+        >>> room(torch.arange(3.0)).shape
+        torch.Size([3])
     """
 
     def __init__(self) -> None:
         self._mapping: mmap.mmap | None = None
-        self._copies: Callable[[], object] = lambda: None  # something, as long as any is left
+        self._pieces: Callable[[], object] = lambda: None  # something, as long as any is left
 
     # A copy of a model has its own.
     def __reduce__(self) -> tuple[type[Arena], tuple[()]]:
         return Arena, ()
 
-    def copier(self, size: int) -> Callable[[Tensor], Tensor]:
-        """What copies tensors of ``size`` bytes (`bytes_of`) in all; what has no place in a mapping is cloned."""
+    def room(self, size: int) -> Callable[[Tensor], Tensor]:
+        """What makes empty tensors like others, of ``size`` bytes (`bytes_of`) in all."""
         if size < _WORTHWHILE or sys.platform != "linux":
-            return torch.clone
-        if self._mapping is None or len(self._mapping) < size or self._copies() is not None:
+            return torch.empty_like
+        if self._mapping is None or len(self._mapping) < size or self._pieces() is not None:
             self._mapping = _mapping(size)
-        pages = memoryview(self._mapping)  # held by the storage of the copies alone
-        self._copies = weakref.ref(pages)
+        pages = memoryview(self._mapping)  # held by the storages of the pieces alone
+        self._pieces = weakref.ref(pages)
         weakref.finalize(pages, _give_back, self._mapping).atexit = False
-        return _Room(torch.frombuffer(pages, dtype=torch.uint8)).copy
+        return _Room(pages).like
 
 
 class _Room:
-    def __init__(self, room: Tensor) -> None:
-        self._room, self._next = room, 0
+    def __init__(self, pages: memoryview) -> None:
+        self._pages, self._next = pages, 0
 
-    def copy(self, W: Tensor) -> Tensor:
-        """A copy of ``W``, with its shape and strides where it is dense."""
-        start, end = self._next, self._next + W.numel() * W.element_size()
-        if W.device.type != "cpu" or not W.is_contiguous() or end > len(self._room):
-            return W.detach().clone()
+    def like(self, W: Tensor) -> Tensor:
+        """A tensor like ``W`` with a storage of its own; in the mapping where it is dense and there is room."""
+        start = self._next
+        if W.device.type != "cpu" or not W.is_contiguous() or start + W.nbytes > len(self._pages) or not W.numel():
+            return torch.empty_like(W)
         self._next += bytes_of(W)
-        return self._room[start:end].view(W.dtype).view(W.shape).copy_(W.detach())
+        return torch.frombuffer(self._pages, dtype=W.dtype, count=W.numel(), offset=start).view(W.shape)
 
 
 def _mapping(size: int) -> mmap.mmap:
