@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any
 
 import inlay
 from peft import _classes, _pending, _tables
-from peft._surface import SURFACE
+from peft._surface import LOOKED_UP, SURFACE
 
 #: name -> the module of inlay's that has it, where it is not in ``inlay`` itself
 HOMES = {
@@ -77,7 +78,6 @@ OTHER_NAMES = {
     "factorization": "split",
 }
 
-
 #: (module that defines it, name) -> the object, one by whatever path it is imported
 FOUND: dict[tuple[str, str], Any] = {}
 
@@ -95,12 +95,30 @@ def home(module: str, name: str) -> str:
     return max(having, key=lambda m: m.count("."), default=module)
 
 
+def where(module: str, name: str) -> tuple[ModuleType, str] | None:
+    """The module of inlay's that has the object for a name, and its name there; by the module that defines it."""
+    place = LOOKED_UP.get(module, {}).get(name)
+    if place is None and name in HOMES:
+        place = f"{HOMES[name]}.{OTHER_NAMES.get(name, name)}"
+    if place is None:
+        return None
+    room, _, own = place.rpartition(".")
+    return importlib.import_module(f"inlay.{room}"), own
+
+
+def put(module: str, name: str, *value: Any) -> None:
+    """Gives a name another object where inlay looks it up, or the one that it had, where ``module`` defines it."""
+    own = resolve(module, name)
+    if home(module, name) == module and (place := where(module, name)) is not None:
+        setattr(*place, *value or (own,))
+
+
 def find(module: str, name: str) -> Any:
     """The object for a name, by the module that defines it."""
+    if (place := where(module, name)) is not None:
+        return getattr(*place)
     if name in inlay.__all__:
         return getattr(inlay, name)
-    if name in HOMES:
-        return getattr(importlib.import_module(f"inlay.{HOMES[name]}"), OTHER_NAMES.get(name, name))
     if (value := _tables.find(name)) is not None:
         return value
     if (found := _classes.find(module, name)) is not None:

@@ -507,3 +507,10 @@ SURFACE: dict[str, str] = {
     ),
     "peft.utils.warning": "PeftWarning",
 }
+
+#: what modules of PEFT have from elsewhere, where its users replace it, and where inlay looks it up
+LOOKED_UP: dict[str, dict[str, str]] = {
+    "peft.config": {"__version__": "config.FORMAT_VERSION", "hf_hub_download": "integrations.hub.hf_hub_download"},
+    "peft.peft_model": {"hf_hub_download": "integrations.hub.hf_hub_download"},
+    "peft.utils.save_and_load": {"hf_hub_download": "integrations.hub.hf_hub_download"},
+}

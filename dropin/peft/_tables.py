@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,6 +74,15 @@ LIBRARIES = {
     "torchao": "torchao",
 }
 
+
+
+def asking(name: str, ask: Callable[..., bool]) -> Callable[..., bool]:
+    """A function of ``peft.import_utils``, which answers once."""
+    ask.__name__ = ask.__qualname__ = name
+    ask.__module__ = "peft.import_utils"
+    return cache(ask)
+
+
 NAMES: dict[str, Any] = {
     "ABC": ABC,
     "ALL_LAYERNORM_LAYERS": [torch.nn.LayerNorm],
@@ -101,9 +110,9 @@ NAMES: dict[str, Any] = {
     "TOKENIZER_CONFIG_NAME": "tokenizer_config.json",
     "TYPE_CHECKING": False,
     "UPCAST_DTYPES": ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
-    "is_torch_tpu_available": lambda check_device=True: installed("torch_xla"),
-    "is_torchao_ge_v0_18_0": partial(is_version, "torchao", "0.18.0"),
-    "is_xpu_available": lambda check_device=False: has_device("xpu"),
+    "is_torch_tpu_available": asking("is_torch_tpu_available", lambda check_device=True: installed("torch_xla")),
+    "is_torchao_ge_v0_18_0": asking("is_torchao_ge_v0_18_0", lambda: is_version("torchao", "0.18.0")),
+    "is_xpu_available": asking("is_xpu_available", lambda check_device=False: has_device("xpu")),
     "torch_load": torch.load,
     "VARIANT_KWARG_KEYS": [],  # an activated adapter's offsets do not travel through the layers' arguments
     "WEIGHTS_NAME": files.PICKLE_NAME,
@@ -118,7 +127,7 @@ def find(name: str) -> Any:
         key = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_TARGET_MODULES_MAPPING")
         return METHODS[key].default_targets if key in METHODS else None
     if found := re.fullmatch(r"is_(\w+)_available", name):
-        return partial(installed, LIBRARIES[found[1]])
+        return asking(name, lambda: installed(LIBRARIES[found[1]]))
     if found := re.fullmatch(r"is_transformers_(ge|le)_v?(\w+)", name):
         version = found[2].replace("_", ".")
         return is_version("transformers", **{"at_least" if found[1] == "ge" else "at_most": version})

@@ -183,7 +183,8 @@ class PeftConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self.peft_version = self.peft_version or FORMAT_VERSION
+        # PEFT writes a commit behind the version of what is no release.
+        self.peft_version = self.peft_version or FORMAT_VERSION + ("@UNKNOWN" if ".dev" in FORMAT_VERSION else "")
         if self.method:
             self.peft_type = PeftType(self.method)
         self._check_types()
