@@ -17,7 +17,7 @@ PLACE = "peft._surface:"
 
 
 class Finder:
-    """Finds the modules of one package, and makes them; without `importlib.abc`, which costs more than all the rest."""
+    """Finds the modules of one package, and makes them; without `importlib.abc`, which costs more than the rest."""
 
     def __init__(self, place: str) -> None:
         if not place.startswith(PLACE):

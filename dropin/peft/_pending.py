@@ -36,7 +36,7 @@ def make(module: str, name: str) -> Any:
 
     if re.fullmatch(r"[A-Z0-9_]+", name):
         return {}
-    if name[0].islower() or name[0] == "_":
+    if name.lstrip("_")[0].islower():
         refuse.__name__ = refuse.__qualname__ = name
         refuse.__module__ = module
         return refuse

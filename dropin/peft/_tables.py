@@ -75,7 +75,6 @@ LIBRARIES = {
 }
 
 
-
 def asking(name: str, ask: Callable[..., bool]) -> Callable[..., bool]:
     """A function of ``peft.import_utils``, which answers once."""
     ask.__name__ = ask.__qualname__ = name
@@ -127,7 +126,8 @@ def find(name: str) -> Any:
         key = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_TARGET_MODULES_MAPPING")
         return METHODS[key].default_targets if key in METHODS else None
     if found := re.fullmatch(r"is_(\w+)_available", name):
-        return asking(name, lambda: installed(LIBRARIES[found[1]]))
+        library = LIBRARIES[found[1]]
+        return asking(name, lambda: installed(library))
     if found := re.fullmatch(r"is_transformers_(ge|le)_v?(\w+)", name):
         version = found[2].replace("_", ".")
         return is_version("transformers", **{"at_least" if found[1] == "ge" else "at_most": version})

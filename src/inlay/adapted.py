@@ -13,6 +13,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,8 +23,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from inlay.activation import Tokens
+from inlay.config import AdapterConfig
 from inlay.errors import (
     BaseGoneError,
+    ConfigError,
+    MergeError,
     NonFiniteMergeError,
     NotMergeableError,
     PeftWarning,
@@ -32,12 +36,13 @@ from inlay.errors import (
     UnknownAdapterError,
 )
 from inlay.hooked import Hooked, has_hooks
+from inlay.inits.draw import DRAWN
 from inlay.layers import LayerKind
 from inlay.methods import METHODS
 from inlay.methods._abstract import AbstractAdapter, Params, Slot, as_dtype
 from inlay.ops.rows import rows as rows_product
 from inlay.routing import Router, Rows
-from inlay.storage import Rounding, Storage, facts, storage_of
+from inlay.storage import Rounding, Storage, facts, packing_of, storage_of
 from inlay.storage.placement import HOOK_NAMES, at_hand, brought, distributed, held, hooked, without_hooks
 
 # Kinds that PEFT's classes have another name for.
@@ -946,6 +951,9 @@ class Adapted(_Light):
         """Whether all adapters are off, by `enable_adapters` or, for the caller alone, by ``disable_adapter``."""
         return not self._enabled or self.router.off
 
+    _active_adapter = active_adapter
+    _disable_adapters = disable_adapters
+
     def _all_available_adapter_names(self) -> list[str]:
         return list(self.methods)
 
@@ -1016,6 +1024,100 @@ class Adapted(_Light):
             raise UnknownAdapterError(f"{self.path} has no adapter {adapter!r}; it has {list(self.methods)}.")
         W, _ = self.methods[adapter].weight(self.params(adapter), self.matrix(), self.offset())
         return self.kind.from_matrix(self.base_layer, W - self.matrix())
+
+    def get_base_weight(self) -> Tensor:
+        """The frozen weight as it stands, dense, in the layer's layout."""
+        with torch.no_grad():
+            base, name = self.get_base_layer(), self.kind.weight_name
+            return self.storage.dense(base, self.storage.stored(base, name)).detach()
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Gives the frozen weight other values, in place; packed ones are packed anew.
+
+        Raises:
+            MergeError: An adapter is merged: unmerging would bring the old values back.
+        """
+        self._check_unmerged()
+        self.storage.write(self.get_base_layer(), weight_data, self.kind.weight_name)
+
+    def _check_unmerged(self) -> None:
+        if self._merged:
+            raise MergeError(f"{list(self._merged)} are merged into {self.path}: unmerge them first.")
+
+    @property
+    def quantization_backend(self) -> Storage | None:
+        """How the frozen weight is packed; None where it is not."""
+        return packing_of(self.base_layer)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the frozen weight has its inputs first."""
+        return self.kind.name == "Conv1D"
+
+    is_target_conv_1d_layer = fan_in_fan_out
+
+    def update_layer(
+        self, adapter_name: str, *values: Any, config: AdapterConfig, inference_mode: bool = False, **numbers: Any
+    ) -> None:
+        """Gives this layer alone an adapter, which the model's handle does not know; one of that name starts anew.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            values: The rank and what else may vary by layer, in the order of the config's fields, as LoRA's ``r`` and
+                ``lora_alpha``; or by name.
+            config (`AdapterConfig`): The method's config, for the rest.
+            inference_mode (`bool`, *optional*, defaults to `False`): Leave the layer's active adapters frozen.
+
+        Raises:
+            ConfigError: A value is out of range.
+            UnsupportedLayerError: The method is not defined on this layer.
+            MergeError: An adapter is merged.
+        """
+        self._check_unmerged()
+        fields = dict(zip(dict.fromkeys(("r", *config.patterned)), values, strict=False))
+        own = replace(config, **fields, **{k: v for k, v in numbers.items() if k in config.patterned})
+        method = METHODS[own.method].on(own, self.kind, self.get_base_layer(), {})
+        old, active = self.methods.get(adapter_name), self.active_adapters
+        if old is not None:
+            for slot in {slot.name for slot in old.slots.values()}:
+                self._modules[slot]._parameters.pop(adapter_name, None)  # type: ignore[union-attr]  # its groups
+                self._modules[slot]._modules.pop(adapter_name, None)  # type: ignore[union-attr]
+        self.add(adapter_name, method, self.facts()[1])
+        self.drop_empty()
+        method.initialise(self.params(adapter_name), self)
+        self.set_requires_grad(adapter_name, False)
+        self.set_adapter(active, inference_mode)
+
+    def reset_parameters(self, adapter_name: str, init: Any = True) -> None:
+        """Fills an adapter's tensors with fresh starting values; one that is not here is passed over.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            init (`bool` or `str`, *optional*, defaults to `True`): As the config's field; ``False`` leaves them.
+
+        Raises:
+            ConfigError: There are no such values, or they are a part of the weight, to which a new adapter is needed.
+        """
+        if adapter_name not in self.methods or init is False:
+            return
+        method = copy.copy(self.methods[adapter_name])
+        known = list(dict.fromkeys((True, method.init, *(DRAWN if method.dropout_name else ()))))
+        if init not in known or (init != method.init and not all(slot.filed for slot in method.slots.values())):
+            raise ConfigError(f"Unknown initialization {init!r} of an adapter that is there; there are {known}.")
+        method.init = init
+        method.initialise(self.params(adapter_name), self)
+
+    # As PEFT's layers of each method have it.
+    reset_lora_parameters = reset_ia3_parameters = reset_oft_parameters = reset_adapter_parameters = reset_parameters
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.methods)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        device = device or self.facts()[1]
+        for _, owner, attribute in self.tensors(adapter_name):
+            parameter = owner.get_parameter(attribute)
+            parameter.data = parameter.data.to(device)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scales an adapter relative to its config; one that is not here is passed over."""

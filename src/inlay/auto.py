@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,21 @@ from inlay.model import PeftModel
 
 # Libraries whose model classes `auto_mapping` in a file may name. Nothing else that a file names is ever imported.
 DEFAULT_ALLOWLIST = ("diffusers", "transformers")
+
+
+def get_default_import_allowlist() -> list[str]:
+    """The libraries whose classes ``auto_mapping`` in a file may name."""
+    return list(DEFAULT_ALLOWLIST)
+
+
+def check_import_allowlist(allowlist: Sequence[str], parent_name: str) -> bool:
+    """Whether a library, or a module inside it, is on a list.
+
+    Example:
+        >>> check_import_allowlist(["transformers"], "transformers.models"), check_import_allowlist(["os"], "ospath")
+        (True, False)
+    """
+    return any(parent_name == name or parent_name.startswith(f"{name}.") for name in allowlist)
 
 
 class AutoNotConstructibleError(PeftError, OSError):
@@ -96,7 +112,7 @@ class AutoPeftModel:
             return getattr(transformers, auto_class)
         mapping = config.auto_mapping or {}
         library, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
-        if library.partition(".")[0] not in allowed or not name.isidentifier():
+        if not check_import_allowlist(allowed, library) or not name.isidentifier():
             raise ConfigError(
                 f"The adapter asks for the class {name!r} of {library!r}; only classes of {', '.join(allowed)} are "
                 "loaded for a file. Load the base yourself, or pass import_allowlist if you trust the file."

@@ -261,7 +261,7 @@ def explain(
         _add_heads(model, config)
         with replicated(model, config.layer_replication), inject.collector_paused():
             if isinstance(config, PromptLearningConfig):
-                prepared = inject.prepare_saved(model, config.modules_to_save or (), "explained")
+                prepared = inject.prepare_saved(model, config.modules_to_save or ())
                 first = [_prompt_row(model, config, optimizer)]
             else:
                 prepared, first = inject.prepare(model, config), []
@@ -542,7 +542,7 @@ def _traced(model: nn.Module, config: AnyConfig, call: _Call, autocast: bool, cp
         bare, adapted = _copy_on_meta(model).requires_grad_(False), _copy_on_meta(model)
         trained, called = not config.inference_mode, adapted
         if isinstance(config, PromptLearningConfig):
-            prepared = inject.prepare_saved(adapted, config.modules_to_save or (), "explained")
+            prepared = inject.prepare_saved(adapted, config.modules_to_save or ())
             called = _with_prompt(adapted, config)
         else:
             prepared = inject.prepare(adapted, dataclasses.replace(config))

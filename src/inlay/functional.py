@@ -5,22 +5,29 @@ What `inject_adapter_in_model` has put into a model is listed in no handle: thes
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inlay.adapted import Adapted
+from inlay.adapted import Adapted, merged_already
 from inlay.config import AdapterConfig
-from inlay.errors import ConfigError, LoadError
-from inlay.inject import NARROW, own_modules, prepare, unmerge_first, wrappers
+from inlay.errors import ConfigError, FieldTypeError, LoadError, NoMatchingPeftModuleError, PeftWarning
+from inlay.inject import NARROW, Prepared, apply, own_modules, prepare, prepare_saved, unmerge_first, wrappers
 from inlay.match import SHORTHAND, names_module, shortest
 from inlay.model import inject_adapter_in_model
 from inlay.patterns import KeyTable
 from inlay.state import get_peft_model_state_dict, root_of, set_peft_model_state_dict
 from inlay.storage.placement import held, replace
-from inlay.trained import AuxiliaryTrainingWrapper
+from inlay.trained import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    TiedTokensLayer,
+    TrainableTokensLayer,
+    TrainableTokensWrapper,
+)
 from inlay.tuner import Tuner
 
 
@@ -275,6 +282,105 @@ def find_minimal_target_modules(target_modules: Collection[str], other_module_na
     return set(shortest(target_modules, other_module_names))
 
 
+def check_adapters_to_merge(module: Adapted, adapter_names: Sequence[str] | None = None) -> list[str]:
+    """Those of some adapters that are not merged into a layer yet, with a warning where one is.
+
+    Args:
+        module (`Adapted`): The layer.
+        adapter_names (`Sequence[str]`, *optional*): Which; the active ones if not given.
+
+    Raises:
+        FieldTypeError: ``adapter_names`` is a `str`.
+    """
+    if isinstance(adapter_names, str):
+        raise FieldTypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+    wanted, merged = module.active_adapters if adapter_names is None else adapter_names, module.merged_adapters
+    if merged:
+        warnings.warn(merged_already(wanted, merged), PeftWarning, stacklevel=2)
+    return [name for name in wanted if name not in merged]
+
+
+def set_trainable(
+    model: nn.Module,
+    adapter_name: str,
+    module_names: Collection[str] | None,
+    inference_mode: bool,
+    strict_module_check: bool = False,
+    wrapper_cls: type[AuxiliaryTrainingWrapper] = ModulesToSaveWrapper,
+    activate_adapter: bool = True,
+    token_indices: list[int] | None = None,
+) -> list[nn.Module]:
+    """Has an adapter train modules whole, or tokens of an embedding, as ``modules_to_save`` of a config does.
+
+    Args:
+        model (`nn.Module`): The model; it is changed in place.
+        adapter_name (`str`): The adapter, which need not stand in any layer.
+        module_names (`Collection[str]`): Names or dotted suffixes of modules.
+        inference_mode (`bool`): Leave them frozen.
+        strict_module_check (`bool`, *optional*, defaults to `False`): Raise where a name is no module's.
+        wrapper_cls (`type`, *optional*): `TrainableTokensWrapper` to train tokens.
+        activate_adapter (`bool`, *optional*, defaults to `True`): Have them run and be trained.
+        token_indices (`list[int]`, *optional*): The tokens.
+
+    Returns:
+        `list[nn.Module]`: What stands in the modules' place.
+
+    Raises:
+        NoMatchingPeftModuleError: There is no such module, and ``strict_module_check`` is set.
+        UnsupportedLayerError: One of them cannot be copied.
+    """
+    names = list(module_names or ())
+    tokens = dict.fromkeys(names, token_indices or []) if issubclass(wrapper_cls, TrainableTokensWrapper) else None
+    prepared = prepare_saved(model, () if tokens else names, tokens)
+    found = [*prepared.saved, *(work.path for work in prepared.tokens)]
+    if strict_module_check and (missing := [n for n in names if not any(is_valid_match(path, n) for path in found)]):
+        raise NoMatchingPeftModuleError(f"Target modules {missing} not found in the base model.")
+    return _put_beside(prepared, adapter_name, activate_adapter, not inference_mode)
+
+
+def set_additional_trainable_modules(
+    model: nn.Module, peft_config: AdapterConfig, model_config: Any, adapter_name: str, activate_adapter: bool = True
+) -> None:
+    """Has an adapter train what its config names in ``modules_to_save`` and ``trainable_token_indices``.
+
+    Args:
+        model (`nn.Module`): The model; it is changed in place.
+        peft_config (`AdapterConfig`): The config.
+        model_config (`dict`): Accepted for PEFT's sake: the model is asked.
+        adapter_name (`str`): The adapter.
+        activate_adapter (`bool`, *optional*, defaults to `True`): Have them run and be trained.
+    """
+    prepared = prepare_saved(model, peft_config.modules_to_save or (), peft_config.trainable_token_indices)
+    _put_beside(prepared, adapter_name, activate_adapter, not peft_config.inference_mode)
+
+
+def _put_beside(prepared: Prepared, name: str, active: bool, trained: bool) -> list[nn.Module]:
+    model, paths = prepared.survey.model, [*prepared.saved, *(work.path for work in prepared.tokens)]
+    own = {p for path in paths for p in model.get_submodule(path).parameters()}
+    others = [p for p in model.parameters() if p.requires_grad and p not in own]
+    apply(prepared, name, activate=active, trainable=trained)
+    for parameter in others:  # the first adapter freezes a model; whoever calls this has done so, or not
+        parameter.requires_grad_(True)
+    return [model.get_submodule(path) for path in paths]
+
+
+def set_beside(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    """`set_adapter` of what is trained beside the layers alone: whole modules, and tokens."""
+    for _, wrapper in wrappers(model):
+        if isinstance(wrapper, ModulesToSaveWrapper | TrainableTokensLayer | TiedTokensLayer):
+            wrapper.set_adapter(adapter_name, inference_mode=inference_mode)
+
+
+def is_valid_match(key: str, target_key: str) -> bool:
+    """Whether a module's name is another one, or ends with it after a dot.
+
+    Example:
+        >>> is_valid_match("layers.0.fc", "fc"), is_valid_match("layers.0.fc", "c")
+        (True, False)
+    """
+    return names_module(key, [target_key], None, None, None)
+
+
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
     """(parent, module, last part of the name) of the module ``key``.
 
@@ -292,6 +398,7 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
 
 __all__ = [
     "cast_adapter_dtype",
+    "check_adapters_to_merge",
     "check_target_module_exists",
     "delete_adapter",
     "find_minimal_target_modules",
@@ -302,9 +409,13 @@ __all__ = [
     "get_submodules",
     "inject_adapter_in_model",
     "inspect_matched_modules",
+    "is_valid_match",
     "set_adapter",
+    "set_additional_trainable_modules",
     "set_base_model_state_dict",
+    "set_beside",
     "set_peft_model_state_dict",
     "set_requires_grad",
+    "set_trainable",
     "spell_out_all_linear",
 ]

@@ -16,6 +16,7 @@ from inlay.config import PeftConfig
 from inlay.errors import ConfigError, FieldTypeError, FileError, MissingMethodError, PlanError
 from inlay.inject import wrappers
 from inlay.model import PeftModel
+from inlay.storage import storage_of
 
 
 def update_forward_signature(model: PeftModel) -> None:
@@ -172,6 +173,34 @@ def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     if not fan_in_fan_out:
         return weight
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
+
+
+def dequantize_module_weight(module: nn.Module) -> Tensor:
+    """The weight of a layer: the parameter itself, or its values where it is packed.
+
+    Args:
+        module (`nn.Module`): The layer, or one with adapters, whose frozen weight is meant.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> dequantize_module_weight(layer) is layer.weight
+        True
+    """
+    layer = module.get_base_layer() if isinstance(module, Adapted) else module
+    storage = storage_of(layer)
+    return storage.dense(layer, storage.stored(layer, "weight"))
+
+
+def get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    """How many rows a call has.
+
+    Raises:
+        ConfigError: Neither is given.
+    """
+    given = inputs_embeds if input_ids is None else input_ids
+    if given is None:
+        raise ConfigError("You have to provide either input_ids or inputs_embeds")
+    return given.shape[0]
 
 
 def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:

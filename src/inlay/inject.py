@@ -50,6 +50,7 @@ FORBIDDEN_NAMES = frozenset(dir(Group())) | frozenset(dir(nn.ModuleDict())) | {"
 _WRAPPERS = (Adapted, ModulesToSaveWrapper, TrainableTokensWrapper)
 _FUSING = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 _BY_TOKEN = {"Linear", "Conv1D", "Embedding"}  # kinds whose input has a token in each place
+Tokens = list[int] | dict[str, list[int]] | None
 NARROW = {torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
@@ -320,18 +321,18 @@ def prepare(
     return prepared
 
 
-def prepare_saved(model: nn.Module, names: Iterable[str], adapter_name: str) -> Prepared:
+def prepare_saved(model: nn.Module, names: Iterable[str], tokens: Tokens = None) -> Prepared:
     """Plans to train modules whole beside an adapter that stands in no layer.
 
     Args:
         model (`nn.Module`): The model; it is only read.
         names (`Iterable[str]`): As in ``modules_to_save``.
-        adapter_name (`str`): Whose they are.
+        tokens (`list[int]` or `dict[str, list[int]]`, *optional*): As in ``trainable_token_indices``.
 
     Raises:
         UnsupportedLayerError: One of them cannot be copied.
     """
-    config = AdapterConfig(target_modules=[], modules_to_save=sorted(names))
+    config = AdapterConfig(target_modules=[], modules_to_save=sorted(names), trainable_token_indices=tokens)
     found = survey(model)
     targeting = match.Targeting(
         target_modules=[], modules_to_save=config.modules_to_save, supported=frozenset(), optional=True
@@ -339,7 +340,7 @@ def prepare_saved(model: nn.Module, names: Iterable[str], adapter_name: str) -> 
     plan = match.plan(found.facts, (), targeting)
     for path, _ in plan.saved:
         ModulesToSaveWrapper.check(_unwrapped_saved(found.modules[path]), path)
-    return Prepared(config, found, plan, [], [path for path, _ in plan.saved], [])
+    return Prepared(config, found, plan, [], [path for path, _ in plan.saved], _token_works(found, config))
 
 
 def check_at_hand(prepared: Prepared) -> None:

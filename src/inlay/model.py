@@ -156,7 +156,7 @@ class PeftModel(nn.Module):
             fitted = config.fitted(prompts.host)
             prompt = (encoder_for if read is None else outline_for)(fitted, prompts.host)
             prompts.check(prompt, trained)
-            prepared = prepare_saved(tuner.model, fitted.modules_to_save or (), name)
+            prepared = prepare_saved(tuner.model, fitted.modules_to_save or ())
             tensors: Mapping[str, Tensor] = {}
             if read is not None:
                 prompts.check_resumable(prompt, trained)

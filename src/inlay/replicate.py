@@ -52,6 +52,37 @@ def replicated(model: nn.Module, ranges: Sequence[tuple[int, int]] | None) -> It
         raise
 
 
+def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> None:
+    """Stacks the layers of a model anew, as ``layer_replication`` of a config does.
+
+    Args:
+        model (`nn.Module`): The model; it is changed in place.
+        layer_map (`Sequence[tuple[int, int]]`): Ranges ``[start, end)`` of its layers; copies share weights.
+
+    Raises:
+        UnsupportedLayerError: The model has no list of layers, or a range is not in it.
+
+    Example:
+        >>> net = nn.Sequential()
+        >>> net.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        >>> replicate_layers(net, [(0, 2), (1, 3)])
+        >>> len(net.layers), net.layers[1].weight is net.layers[2].weight
+        (4, True)
+    """
+    with replicated(model, layer_map):
+        pass
+
+
+def clone_module(module: nn.Module, share_weights: bool = False) -> nn.Module:
+    """A copy of a module.
+
+    Args:
+        module (`nn.Module`): The module.
+        share_weights (`bool`, *optional*, defaults to `False`): With the very same parameters and buffers.
+    """
+    return _shared(module) if share_weights else copy.deepcopy(module)
+
+
 def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     for parent in model.modules():
         for name, child in parent.named_children():

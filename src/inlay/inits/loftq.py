@@ -90,6 +90,29 @@ def quantise(W_OI: Tensor, bits: int = 4, name: str = "nf") -> Tensor:
     return (values[at] * top).flatten()[: flat.numel()].view(W_OI.shape)
 
 
+def loftq_init(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight as ``num_bits`` hold it, dense, and the factors (R x I, O x R) that make up for what is lost.
+
+    Args:
+        weight (`Tensor`): The weight, O x I.
+        num_bits (`int`): 2, 4 or 8.
+        reduced_rank (`int`): R.
+        num_iter (`int`, *optional*, defaults to 1): Rounds, up to 10.
+
+    Raises:
+        ConfigError: A number is none of these.
+
+    Example:
+        >>> Q_OI, down_RI, up_OR = loftq_init(torch.linspace(-1, 1, 24).reshape(4, 6), 2, 2)
+        >>> Q_OI.unique().shape, down_RI.shape, up_OR.shape
+        (torch.Size([4]), torch.Size([2, 6]), torch.Size([4, 2]))
+    """
+    how = LoftQConfig(num_bits, num_iter)
+    start = loftq(weight.detach(), reduced_rank, 1.0, how.loftq_bits, how.loftq_iter)
+    assert start.offset_OI is not None, "what quantising loses"
+    return (weight.detach() + start.offset_OI).to(weight.dtype), start.down_RI, start.up_OR
+
+
 def loftq(W_OI: Tensor, r: int, scale: float, bits: int = 4, rounds: int = 1, name: str = "nf") -> Start:
     """Factors such that the quantised weight with them is close to ``W``; the offset is quantised minus ``W``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
 
 import torch
 from packaging.version import Version
@@ -33,6 +34,12 @@ def installed(library: str) -> bool:
 def has_device(kind: str) -> bool:
     """Whether there is a device of a type such as ``"xpu"``."""
     return infer_device() == kind
+
+
+def check_deepspeed_zero3_enabled() -> bool:
+    """Whether transformers trains with DeepSpeed's ZeRO-3 in this process."""
+    module = sys.modules.get("transformers.integrations.deepspeed")
+    return module is not None and bool(module.is_deepspeed_zero3_enabled())
 
 
 def is_version(library: str, at_least: str = "0", at_most: str | None = None) -> bool:

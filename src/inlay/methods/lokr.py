@@ -104,15 +104,25 @@ class LoKrAdapter(Lycoris):
         return layer.kind.apply_kron(layer.base_layer, as_dtype(x, factors[0]), *factors)
 
 
-def split(n: int, factor: int = -1) -> tuple[int, int]:
-    """``n`` as a product of two: ``factor`` where it divides, else the largest divisor up to it and to the root.
+def make_kron(w1: Tensor, w2: Tensor, scale: float = 1.0) -> Tensor:
+    """The Kronecker product times ``scale``; ``w1`` has no more than ones along what ``w2`` has beside O and I.
+
+    Example:
+        >>> make_kron(torch.eye(2), torch.ones(3, 4, 1, 1), 2.0).shape
+        torch.Size([6, 8, 1, 1])
+    """
+    return scale * torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.dim() - w1.dim())), w2)
+
+
+def split(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """``dimension`` as a product: ``factor`` where it divides, else the largest divisor up to it and to the root.
 
     Example:
         >>> split(768), split(768, 8), split(768, 7)
         ((24, 32), (8, 96), (6, 128))
     """
-    if factor > 0 and n % factor == 0:
-        return factor, n // factor
-    limit = isqrt(n) if factor == -1 else min(factor, isqrt(n))
-    small = next((m for m in range(limit, 0, -1) if n % m == 0), 1)
-    return small, n // small
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    limit = isqrt(dimension) if factor == -1 else min(factor, isqrt(dimension))
+    small = next((m for m in range(limit, 0, -1) if dimension % m == 0), 1)
+    return small, dimension // small

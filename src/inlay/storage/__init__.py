@@ -23,6 +23,17 @@ def storage_of(layer: nn.Module, parameter: str = "weight") -> Storage:
     return STORAGES[-1]
 
 
+def packing_of(base_layer: nn.Module, get_apply_tensor_subclass: Any = None) -> Storage | None:
+    """How a layer's weight is packed; None where it is an ordinary one.
+
+    Args:
+        base_layer (`nn.Module`): The frozen layer.
+        get_apply_tensor_subclass (`object`, *optional*): Accepted for PEFT's sake.
+    """
+    storage = storage_of(base_layer)
+    return None if storage.in_place else storage
+
+
 def facts(layer: nn.Module, parameter: str) -> tuple[torch.dtype, torch.device]:
     """dtype and device of what a method should compute in beside this parameter."""
     return storage_of(layer, parameter).facts(layer, parameter)
@@ -39,4 +50,4 @@ def stored_parameters(model: nn.Module) -> Iterator[tuple[Any, Storage]]:
                 yield parameter if storage.in_place else storage.stored(module, name), storage
 
 
-__all__ = ["STORAGES", "Rounding", "Storage", "facts", "storage_of", "stored_parameters"]
+__all__ = ["STORAGES", "Rounding", "Storage", "facts", "packing_of", "storage_of", "stored_parameters"]

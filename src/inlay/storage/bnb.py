@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy as copying
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from inlay.errors import ConfigError
 from inlay.storage._abstract import Packed
 
 
@@ -23,6 +24,54 @@ def _is_a(layer: nn.Module, name: str) -> bool:
 
 def _bnb() -> Any:
     return sys.modules["bitsandbytes"]
+
+
+def get_bnb_param_type(param: Tensor) -> Literal[False, "4bit", "8bit"]:
+    """``"4bit"`` or ``"8bit"`` for a parameter of bitsandbytes' making, else ``False``.
+
+    Example:
+        >>> get_bnb_param_type(nn.Parameter(torch.zeros(2)))
+        False
+    """
+    found = sys.modules.get("bitsandbytes.nn.modules")
+    if found is None:
+        return False
+    return "4bit" if isinstance(param, found.Params4bit) else "8bit" if isinstance(param, found.Int8Params) else False
+
+
+def dequantize_bnb_weight(weight: Tensor, state: Any = None) -> Tensor:
+    """A weight of bitsandbytes' making, dense; `inlay.helpers.dequantize_module_weight` asks a layer instead.
+
+    Args:
+        weight (`Tensor`): The layer's parameter.
+        state (`object`, *optional*): The layer's ``state``, which has the statistics of 8 bits after a forward.
+
+    Raises:
+        ConfigError: It is packed in 8 bits, and the statistics are in no place; or it is not of that making.
+    """
+    kind, W = get_bnb_param_type(weight), cast(Any, weight)
+    if kind == "4bit":
+        dense: Tensor = _bnb().functional.dequantize_4bit(*_ordinary(W))
+        return dense
+    SCB = getattr(weight, "SCB", None)
+    SCB = getattr(state, "SCB", None) if SCB is None else SCB
+    if kind is False or SCB is None:
+        raise ConfigError(
+            "No `state` was passed for bnb 8bit quantized weights, and the weight has no statistics of its own: give "
+            f"layer.state with layer.weight. Given was a {type(weight).__name__}."
+        )
+    dense = _bnb().functional.int8_vectorwise_dequant(weight.data, SCB)
+    return dense
+
+
+def _ordinary(W: Any) -> tuple[Tensor, Any]:
+    """Data and state of a weight in 4 bits; a forward on some processors has repacked these for itself."""
+    if not getattr(W.quant_state, "packing_format_for_cpu", False):
+        return W.data, W.quant_state
+    found: tuple[Tensor, Any] = _bnb().functional._convert_weight_packed_for_cpu_inverse(
+        W.data, copying.copy(W.quant_state)
+    )
+    return found
 
 
 class Bnb4(Packed):
@@ -41,9 +90,7 @@ class Bnb4(Packed):
         W: Any = layer.weight
         if not getattr(W.quant_state, "packing_format_for_cpu", False):
             return W  # type: ignore[no-any-return]
-        # A forward on some processors repacks the layer for itself: what is read is the ordinary form, made anew.
-        inverse = _bnb().functional._convert_weight_packed_for_cpu_inverse
-        return self._made(W, *inverse(W.data, copying.copy(W.quant_state)))
+        return self._made(W, *_ordinary(W))
 
     def _made(self, like: Any, data: Tensor, state: Any) -> Tensor:
         W: Any = copying.copy(like)

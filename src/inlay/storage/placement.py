@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,6 +90,29 @@ def replace(layer: nn.Module, name: str, value: Tensor) -> None:
         weights, key = weights.dataset, f"{weights.prefix}{key}"
     memory = weights.state_dict if isinstance(weights, offload.OffloadedWeightsLoader) else weights
     memory[key] = value.detach().to("cpu", copy=True)
+
+
+@contextmanager
+def onload_layer(layer: nn.Module) -> Iterator[None]:
+    """Has the tensors of an offloaded layer, and of all inside it, at hand inside the ``with``.
+
+    What is written to its parameters there is kept.
+
+    Args:
+        layer (`nn.Module`): Any module; nothing happens to one that is not offloaded.
+    """
+    away = [(module, hook) for module in layer.modules() if (hook := _offloading(module)) is not None]
+    try:
+        for module, hook in away:
+            hook.pre_forward(module)
+        yield
+    finally:
+        for module, hook in away:
+            for name, p in module.named_parameters(recurse=hook.place_submodules):
+                kept = held(module, name)
+                if kept is not None and not p.is_meta and not torch.equal(p.to(kept.device), kept):
+                    replace(module, name, p)
+            hook.post_forward(module, None)
 
 
 def hooked(layer: nn.Module) -> bool:
