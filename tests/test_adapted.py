@@ -6,7 +6,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,13 +23,18 @@ from inlay.adapted import Adapted
 from inlay.errors import (
     AdapterNameError,
     BaseGoneError,
+    ConfigError,
+    DuplicateAdapterError,
+    MergeError,
     NonFiniteMergeError,
     NotMergeableError,
     PeftWarning,
     PlanError,
     UnknownAdapterError,
+    UnsupportedLayerError,
 )
 from inlay.inject import wrappers
+from inlay.tuner import Tuner
 
 Tiny = Callable[[str], nn.Module]
 
@@ -921,3 +926,123 @@ def test_a_dropout_that_a_swap_brings_is_a_module_too(mlp: nn.Module, x: Tensor)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     same_bits(model(x), model(x))
+
+
+# ---------------------------------------------------------------------- one layer alone
+
+
+def layer_of(model: inlay.PeftModel, name: str = "lin0") -> Any:
+    return getattr(model.base_model.model, name)
+
+
+@pytest.mark.parametrize("values", [((3, 6), {}), ((), {"r": 3, "lora_alpha": 6}), ((3,), {"lora_alpha": 6})])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_layer_alone_gets_an_adapter_or_starts_one_anew(
+    model: inlay.PeftModel, x: Tensor, name: str, values: tuple[Any, Any]
+) -> None:
+    before, layer = model(x), layer_of(model)
+    config = inlay.LoraConfig(use_dora=True, target_modules=["lin0"])
+    layer.update_layer(name, *values[0], config=config, **values[1])
+    assert layer.r[name] == 3
+    assert layer.scaling[name] == 2.0
+    assert layer.lora_A[name].weight.shape[0] == 3
+    assert layer.active_adapters == ["a"]
+    assert layer.lora_A["a"].weight.requires_grad
+    assert layer.lora_A[name].weight.requires_grad == (name == "a")
+    same_bits(layer.base_layer(torch.ones(1, 10)), layer_of(model).base_layer(torch.ones(1, 10)))
+    assert torch.equal(model(x), before) == (name == "b")
+    if name == "a":  # and without what only the old one had
+        layer.update_layer("a", 3, 6, config=inlay.LoraConfig(target_modules=["lin0"]))
+        assert "lora_magnitude_vector" not in layer.adapter_layer_names
+        close(layer(torch.ones(1, 10)), layer.base_layer(torch.ones(1, 10)))
+
+
+def test_a_layer_keeps_what_it_has_where_another_cannot_be(model: inlay.PeftModel) -> None:
+    layer, config = layer_of(model), inlay.LoraConfig(target_modules=["lin0"])
+    with raises_and_leaves(model, ConfigError, "r must be in"):
+        layer.update_layer("b", 0, 6, config=config)
+    with raises_and_leaves(model, UnsupportedLayerError, "even"):
+        layer.update_layer("b", 3, config=inlay.LoraConfig(init_lora_weights="orthogonal"))
+    layer.merge()
+    with raises_and_leaves(model, MergeError, "unmerge"):
+        layer.update_layer("b", 2, 6, config=config)
+    with raises_and_leaves(model, MergeError, "unmerge"):
+        layer.set_base_weight(torch.ones(20, 10))
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
+def test_an_adapter_starts_anew(model: inlay.PeftModel, x: Tensor, init: Any) -> None:
+    layer = layer_of(model)
+    down = layer.lora_A["a"].weight
+    before = down.detach().clone()
+    layer.reset_lora_parameters("a", False)
+    layer.reset_lora_parameters("nobody", True)
+    same_bits(down, before)
+    layer.reset_lora_parameters("a", init_lora_weights=init)
+    assert layer.lora_A["a"].weight is down
+    assert not torch.equal(down, before)
+    close(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("init", ["bogus", None, "pissa"])
+def test_no_start_is_no_start(model: inlay.PeftModel, init: Any) -> None:
+    with raises_and_leaves(model, ConfigError, "Unknown initialization"):
+        layer_of(model).reset_lora_parameters("a", init)
+
+
+def test_an_adapter_with_an_offset_starts_anew_as_it_did(mlp: nn.Module, x: Tensor) -> None:
+    layer = layer_of(handle(mlp, init_lora_weights="pissa"))
+    with pytest.raises(ConfigError, match="Unknown"):
+        layer.reset_lora_parameters("a", True)
+    layer.reset_lora_parameters("a", "pissa")
+    close(layer(x), layer.base_layer(x))
+
+
+def test_the_frozen_weight_is_read_and_written(model: inlay.PeftModel) -> None:
+    layer = layer_of(model)
+    weight = layer.base_layer.weight
+    assert layer.get_base_weight().requires_grad is False
+    same_bits(layer.get_base_weight(), weight)
+    layer.set_base_weight(torch.ones_like(weight))
+    assert layer.base_layer.weight is weight
+    assert weight.sum() == weight.numel()
+    assert layer.quantization_backend is None
+
+
+def test_small_things_that_users_of_peft_read(mlp: nn.Module, tiny: Tiny) -> None:
+    layer = layer_of(inlay.get_peft_model(mlp, inlay.LoraConfig(target_modules=["lin0"])))
+    assert layer._get_available_adapters() == {"default"}
+    assert layer._active_adapter == ["default"]
+    assert layer._disable_adapters is False
+    assert (layer.fan_in_fan_out, layer.is_target_conv_1d_layer, layer.is_feedforward) == (False, False, False)
+    layer._move_adapter_to_device_of_base_layer("default")
+    gpt2 = tiny("gpt2")
+    inlay.get_peft_model(gpt2, inlay.IA3Config(target_modules=["c_attn", "c_proj"], feedforward_modules=["c_proj"]))
+    found = {type(w.base_layer).__name__: w for _, w in wrappers(gpt2)}
+    assert found["Conv1D"].fan_in_fan_out
+    assert {w.is_feedforward for _, w in wrappers(gpt2)} == {True, False}
+
+
+# ---------------------------------------------------------------------- the tuner alone
+
+
+@pytest.mark.parametrize("keys", [None, ["lin1.lora_A.weight"]])
+def test_a_tuner_puts_in_what_has_a_config(mlp: nn.Module, keys: list[str] | None) -> None:
+    tuner = Tuner(mlp)
+    with pytest.raises(UnknownAdapterError):
+        tuner.inject_adapter(mlp, "a")
+    for name in ("a", "b"):
+        tuner.peft_config[name] = inlay.LoraConfig(r=2, target_modules=["lin0"])
+    state = None if keys is None else dict.fromkeys(keys, torch.zeros(1))
+    with nullcontext() if keys is None else pytest.warns(PeftWarning, match="name different layers"):
+        tuner.inject_adapter(mlp, "a", state_dict=state)
+    assert tuner.targeted_module_names == (["lin0"] if keys is None else ["lin1"])
+    tuner.inject_adapter(mlp, "b")
+    assert tuner.active_adapters == ["a"]
+    assert {n.split(".")[2] for n, p in mlp.named_parameters() if p.requires_grad} == {"a"}
+    assert tuner.tuner_layer_cls is Adapted
+    assert tuner.target_module_mapping["llama"] == ["q_proj", "v_proj"]
+    with pytest.raises(AttributeError):
+        tuner.rankallocator  # noqa: B018
+    with pytest.raises(DuplicateAdapterError):
+        tuner.inject_adapter(mlp, "b")

@@ -61,6 +61,7 @@ RANKS = {
     "card": 7,
     "catalogue": 6,
     "inspect": 7,
+    "lookup": 8,
     "hotswap": 8,
     "slots": 7,
     "refit": 8,

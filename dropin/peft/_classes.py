@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 
 from inlay.adapted import Adapted, Group
 from inlay.methods import METHODS
-from inlay.model import get_peft_model
 from inlay.tuner import Tuner
-from peft import _pending
 
 
 class Family(NamedTuple):
@@ -140,10 +138,7 @@ def layer(package: str, name: str) -> type:
             return False
         return storage is None or wrapper.storage.name == storage
 
-    update_layer = _pending.make(
-        "peft.tuners", "update_layer"
-    )  # adapters come by add_adapter, into all layers at once
-    return described(name, Adapted, describes, adapter_layer_names=family.slots, update_layer=update_layer)
+    return described(name, Adapted, describes, adapter_layer_names=family.slots)
 
 
 @cache
@@ -154,8 +149,19 @@ def model(package: str, name: str) -> type:
     def describes(tuner: Tuner) -> bool:
         return family.method in {config.method for config in tuner.peft_config.values()}
 
-    def new(cls: type, model: Any, peft_config: Any, adapter_name: str = "default", **kwargs: Any) -> Tuner:
-        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
-        return get_peft_model(model, config, adapter_name, **kwargs).base_model
+    # AdaLoraModel has it as `config`
+    def new(
+        cls: type,
+        model: Any,
+        peft_config: Any = None,
+        adapter_name: str = "default",
+        *,
+        config: Any = None,
+        **how: Any,
+    ) -> Tuner:
+        tuner, given = Tuner(model), config if peft_config is None else peft_config
+        tuner.peft_config = dict(given) if isinstance(given, dict) else {adapter_name: given}
+        tuner.inject_adapter(model, adapter_name, **how)
+        return tuner
 
     return described(name, Tuner, describes, __new__=new, __module__=f"peft.tuners.{package}.model")

@@ -1038,6 +1038,7 @@ class Adapted(_Light):
             MergeError: An adapter is merged: unmerging would bring the old values back.
         """
         self._check_unmerged()
+        self.router.changing(self, self._run)
         self.storage.write(self.get_base_layer(), weight_data, self.kind.weight_name)
 
     def _check_unmerged(self) -> None:
@@ -1055,6 +1056,11 @@ class Adapted(_Light):
         return self.kind.name == "Conv1D"
 
     is_target_conv_1d_layer = fan_in_fan_out
+
+    @property
+    def is_feedforward(self) -> bool:
+        """Whether an adapter acts on what goes into the layer, as (IA)³ does on feedforward layers."""
+        return any(method.changes_input for method in self.methods.values())
 
     def update_layer(
         self, adapter_name: str, *values: Any, config: AdapterConfig, inference_mode: bool = False, **numbers: Any
@@ -1078,6 +1084,7 @@ class Adapted(_Light):
         own = replace(config, **fields, **{k: v for k, v in numbers.items() if k in config.patterned})
         method = METHODS[own.method].on(own, self.kind, self.get_base_layer(), {})
         old, active = self.methods.get(adapter_name), self.active_adapters
+        self.router.changing(self, self._run, [adapter_name])
         if old is not None:
             for slot in {slot.name for slot in old.slots.values()}:
                 self._modules[slot]._parameters.pop(adapter_name, None)  # type: ignore[union-attr]  # its groups
@@ -1108,7 +1115,11 @@ class Adapted(_Light):
         method.initialise(self.params(adapter_name), self)
 
     # As PEFT's layers of each method have it.
-    reset_lora_parameters = reset_ia3_parameters = reset_oft_parameters = reset_adapter_parameters = reset_parameters
+    reset_ia3_parameters = reset_oft_parameters = reset_adapter_parameters = reset_parameters
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
+        """`reset_parameters`."""
+        self.reset_parameters(adapter_name, init_lora_weights)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.methods)

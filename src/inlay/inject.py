@@ -426,6 +426,18 @@ def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Itera
     )
 
 
+def layers_in(state_dict: Iterable[str], config: AdapterConfig) -> set[str]:
+    """Names of the layers whose tensors a state dict has.
+
+    Raises:
+        ConfigError: The config names parameters, which its keys do not.
+    """
+    if config.target_parameters:
+        raise ConfigError("state_dict cannot be given with target_parameters: its keys do not name parameters.")
+    prefix = method_of(config).prefix
+    return {key.split(f".{prefix}")[0] for key in state_dict if f".{prefix}" in key}
+
+
 def told_by_config(prepared: Prepared) -> Iterator[str]:
     """What to warn of where other layers were asked for than the config names."""
     found, config = prepared.survey, prepared.config

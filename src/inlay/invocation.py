@@ -39,6 +39,34 @@ def check_invocation(tokens: Sequence[int], model: nn.Module) -> None:
         )
 
 
+def calculate_alora_offsets(
+    peft_config: Mapping[str, Any], active_adapter: str, input_ids: Tensor, adapter_names: Sequence[str] | None = None
+) -> list[int | None]:
+    """On how many of its last tokens an activated adapter acts in each row, as ``alora_offsets`` takes it.
+
+    Args:
+        peft_config (`Mapping[str, AdapterConfig]`): Configs by adapter name.
+        active_adapter (`str`): The adapter of all rows.
+        input_ids (`Tensor`): The rows' tokens.
+        adapter_names (`Sequence[str]`, *optional*): Or one for each row.
+
+    Returns:
+        `list[int]`: None for a row that has no invocation, or another kind of adapter.
+
+    Example:
+        >>> from inlay import LoraConfig
+        >>> config = LoraConfig(alora_invocation_tokens=[7, 8])
+        >>> calculate_alora_offsets({"a": config}, "a", torch.tensor([[7, 8, 1, 7, 8, 2], [1, 2, 3, 4, 5, 7]]))
+        [3, None]
+    """
+    offsets: list[int | None] = []
+    for row, name in enumerate(adapter_names or [active_adapter] * len(input_ids)):
+        tokens = peft_config[name].invocation if name in peft_config else None
+        at = NEVER if tokens is None else int(last_occurrence(input_ids[row : row + 1], tokens))
+        offsets.append(None if at == NEVER else input_ids.shape[1] - at)
+    return offsets
+
+
 def no_invocation(name: str, rows: int) -> str:
     """The warning for rows without an adapter's invocation."""
     return (

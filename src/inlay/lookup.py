@@ -53,6 +53,12 @@ def get_no_split_modules(model: nn.Module) -> set[str]:
     return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
 
 
+def get_quantization_config(model: nn.Module, method: str) -> Any:
+    """How transformers has packed a model, where it is by this method (``"gptq"``); else None."""
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    return found if getattr(found, "quant_method", None) == method else None
+
+
 # ---------------------------------------------------------------------- devices
 
 

@@ -42,6 +42,7 @@ from inlay.inject import (
     Prepared,
     apply,
     check_at_hand,
+    layers_in,
     method_of,
     own_modules,
     prepare,
@@ -1032,12 +1033,7 @@ def inject_adapter_in_model(
     check_adapter_name(adapter_name, FORBIDDEN_NAMES)
     check_injectable(peft_config)
     to_be_read, peft_config.read_by_transformers = peft_config.read_by_transformers, False
-    only = None
-    if state_dict is not None:
-        if peft_config.target_parameters:
-            raise ConfigError("state_dict cannot be given with target_parameters: its keys do not name parameters.")
-        prefix = method_of(peft_config).prefix
-        only = {key.split(f".{prefix}")[0] for key in state_dict if f".{prefix}" in key}
+    only = None if state_dict is None else layers_in(state_dict, peft_config)
     configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or _Configs()
     with replicated(model, ranges_left(configs, peft_config)):
         prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name)

@@ -25,8 +25,23 @@ from inlay.errors import (
     UnsupportedLayerError,
 )
 from inlay.hooks import Served, TrainingHooks
-from inlay.inject import Prepared, biases, method_of, model_config, remove, tell_rounding, with_targets, wrappers
+from inlay.inject import (
+    Prepared,
+    apply,
+    biases,
+    layers_in,
+    method_of,
+    model_config,
+    prepare,
+    remove,
+    tell_rounding,
+    told_by_config,
+    with_targets,
+    wrappers,
+)
 from inlay.invocation import Invocations
+from inlay.methods import METHODS
+from inlay.methods._budget import RankBudget
 from inlay.prompts import AnyConfig, PromptLearningConfig
 from inlay.prompts.attach import Prompts
 from inlay.routing import Router
@@ -44,6 +59,7 @@ class Tuner(nn.Module):
 
     # Whether adapters have tensors that all layers share and no layer holds.
     uses_shared_state: ClassVar[bool] = False
+    tuner_layer_cls: ClassVar[type] = Adapted
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -245,6 +261,54 @@ class Tuner(nn.Module):
             self.invocations.remove(name)  # type: ignore[union-attr]  # it is there
         if self.invocations is not None and not self.invocations.tokens:
             self.invocations = None
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Puts an adapter whose config is in `peft_config` already into the model; the first one is active then.
+
+        Args:
+            model (`nn.Module`): The user's model.
+            adapter_name (`str`): The adapter.
+            autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): Keep the adapter in fp32.
+            low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Leave it on the meta device, to be loaded.
+            state_dict (`Mapping[str, Tensor]`, *optional*): Adapt the layers that its keys name, not the config's.
+
+        Raises:
+            UnknownAdapterError: It has no config.
+            ConfigError: Its config is a prompt's.
+            PlanError: The config does not fit the model, which is as it was.
+        """
+        self.check_known([adapter_name])
+        config: Any = self.peft_config[adapter_name]
+        only = None if state_dict is None else layers_in(state_dict, config)
+        prepared, first = prepare(model, config, only, adapter_name), not self._active
+        trainable = not config.inference_mode
+        for text in (*prepared.plan.warnings, *(told_by_config(prepared) if only is not None else ())):
+            warnings.warn(text, PeftWarning, stacklevel=2)
+        apply(
+            prepared, adapter_name, meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype, activate=first,
+            trainable=trainable, router=self.router,
+        )  # fmt: skip
+        self.add(adapter_name, config, prepared, first)
+
+    @property
+    def target_module_mapping(self) -> Mapping[str, list[str] | str]:
+        """The method's targets by model type, where a config names none."""
+        return METHODS[next(iter(self.peft_config.values())).method].default_targets
+
+    @property
+    def rankallocator(self) -> RankBudget:
+        """What chooses AdaLoRA's ranks, of the adapter that is trained; no attribute of other models."""
+        for _, hooks, _ in self.trained():
+            if isinstance(hooks, RankBudget):
+                return hooks
+        raise AttributeError("No adapter that is trained has a budget of ranks.")
 
     # ------------------------------------------------------------------ training
 

@@ -233,6 +233,36 @@ def test_a_tuners_class_makes_one() -> None:
     assert model.model[0].active_adapters == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("cls", "config", "how"),
+    [
+        (peft.LoraModel, peft.LoraConfig(target_modules=["0"]), "peft_config"),
+        (peft.AdaLoraModel, peft.AdaLoraConfig(target_modules=["0"], total_step=9), "config"),
+        (peft.IA3Model, peft.IA3Config(target_modules=["0"], feedforward_modules=[]), "peft_config"),
+        (peft.OFTModel, peft.OFTConfig(target_modules=["0"], oft_block_size=2, r=0), "peft_config"),
+    ],
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_tuners_class_takes_its_arguments_by_name(
+    cls: type, config: peft.PeftConfig, how: str, listed: bool
+) -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    given = {how: {"a": config} if listed else config}
+    tuner = cls(model=net, adapter_name="a", low_cpu_mem_usage=True, **given)
+    assert isinstance(tuner, cls)
+    assert list(tuner.peft_config) == ["a"]
+    assert isinstance(net[0], tuner.tuner_layer_cls)
+    assert {p.device.type for name, p in tuner.named_parameters() if "base_layer" not in name} == {"meta"}
+
+
+def test_a_tuners_class_adapts_what_a_file_names() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    config = peft.LoraConfig(target_modules=["0"])
+    with pytest.warns(RuntimeWarning, match="additional target modules"):
+        tuner = peft.LoraModel(net, config, "a", state_dict={"1.lora_A.weight": torch.zeros(1)})
+    assert tuner.targeted_module_names == ["1"]
+
+
 def test_configs_pickle_under_the_names_they_are_imported_by() -> None:
     from peft.tuners.lora.config import LoraConfig
 

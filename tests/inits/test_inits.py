@@ -27,7 +27,7 @@ from inlay.errors import (
     MissingFileError,
     UnsupportedLayerError,
 )
-from inlay.inits.loftq import codebook, quantise
+from inlay.inits.loftq import codebook, loftq_init, quantise
 from inlay.storage.plain import Plain
 
 LOFTQ = {"init_lora_weights": "loftq", "loftq_config": inlay.LoftQConfig(loftq_bits=4, loftq_iter=2)}
@@ -621,3 +621,22 @@ def test_loftq_after_the_fact_is_refused(quantised: nn.Module, tmp_path: Path) -
     with pytest.raises(CorruptFileError, match="weight_map"):
         inlay.replace_lora_weights_loftq(model, tmp_path)
     same_state(bits(model), before)
+
+
+@pytest.mark.parametrize("bits_", [2, 4, 8])
+def test_loftq_of_a_weight_alone(weight: Tensor, bits_: int) -> None:
+    Q_OI, down_RI, up_OR = loftq_init(weight.half(), bits_, 4, num_iter=2)
+    assert Q_OI.dtype == torch.float16
+    start = inits.loftq(weight.half(), 4, 1.0, bits_, 2)
+    same_bits(down_RI, start.down_RI)
+    same_bits(up_OR, start.up_OR)
+    close(Q_OI.float(), quantise(Q_OI.float(), bits_), tolerance=1e-2)
+    assert float((Q_OI + up_OR @ down_RI - weight).norm()) < float((quantise(weight, bits_) - weight).norm())
+
+
+@pytest.mark.parametrize("wrong", [(3, 4), (4, 4, 0), (4, 4, 11)])
+def test_loftq_of_what_it_is_not_made_for(weight: Tensor, wrong: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="must be"):
+        loftq_init(weight, *wrong)
+    with pytest.raises(ConfigError, match="matrix"):
+        loftq_init(weight[None], 4, 4)

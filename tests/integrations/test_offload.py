@@ -17,6 +17,7 @@ import inlay
 from inlay import functional
 from inlay.errors import NotMergeableError
 from inlay.inject import wrappers
+from inlay.storage.placement import onload_layer
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -232,3 +233,35 @@ def test_language_model_runs_as_before(
     accelerate.hooks.remove_hook_from_submodules(model)
     if where == "cpu_offload":
         same_state(bits(model), state)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a layer", "the model"])
+@pytest.mark.parametrize("way", ["cpu_offload", "disk_offload"])
+@torch.no_grad()
+def test_an_offloaded_layer_is_at_hand_and_keeps_what_is_written(
+    base: nn.Module, x: Tensor, tmp_path: Path, way: str, whole: bool
+) -> None:
+    model = adapted(base, CONFIGS["LORA"]())
+    layer: Any = model.base_model.model.lin1
+    weights = layer.base_layer.weight.clone(), layer.lora_A["default"].weight.clone()
+    layer.base_layer.weight.mul_(2)
+    wanted = model(x)
+    layer.base_layer.weight.copy_(weights[0])
+    WAYS[way](model.get_base_model(), tmp_path)
+    assert layer.base_layer.weight.is_meta
+    with onload_layer(model if whole else layer):
+        same_bits(layer.base_layer.weight, weights[0])
+        same_bits(layer.lora_A["default"].weight, weights[1])
+        layer.base_layer.weight.mul_(2)
+    assert layer.base_layer.weight.is_meta
+    assert layer.lora_A["default"].weight.is_meta
+    with onload_layer(layer):
+        same_bits(layer.base_layer.weight, weights[0] * 2)
+    close(model(x), wanted)
+
+
+def test_what_is_not_offloaded_stays(base: nn.Module) -> None:
+    before = bits(base)
+    with onload_layer(base):
+        same_state(bits(base), before)
+    same_state(bits(base), before)

@@ -359,3 +359,17 @@ def test_default_targets_are_adaloras_own() -> None:
     config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=8)
     model = inlay.get_peft_model(transformers.T5Model(config), inlay.AdaLoraConfig(total_step=10))
     assert model.peft_config["default"].target_modules == {"k", "o", "q", "v", "wi", "wo"}
+
+
+def test_a_loop_of_ones_own_sets_the_steps() -> None:
+    model = adapted(inlay, net(), target_modules=["a"], init_r=2, target_r=1, tinit=2, tfinal=1, total_step=9)
+    budget = model.base_model.rankallocator
+    assert model.rankallocator is budget
+    budget.set_total_step(20)
+    assert model.peft_config["default"].total_step == 20
+    with pytest.raises(ConfigError, match="budgeting phase"):
+        budget.set_total_step(3)
+    assert model.peft_config["default"].total_step == 20
+    model.set_requires_grad("default", False)
+    with pytest.raises(AttributeError):
+        model.rankallocator  # noqa: B018

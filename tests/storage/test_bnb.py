@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import inlay
-from inlay.errors import BaseGoneError, PeftWarning, UnsupportedLayerError
+from inlay.errors import BaseGoneError, ConfigError, PeftWarning, UnsupportedLayerError
+from inlay.helpers import dequantize_module_weight
 from inlay.inject import wrappers
-from inlay.storage import storage_of
+from inlay.storage import packing_of, storage_of
+from inlay.storage.bnb import dequantize_bnb_weight, get_bnb_param_type
 
 pytestmark = [pytest.mark.bnb, pytest.mark.filterwarnings("ignore:Merged into")]
 
@@ -317,3 +319,35 @@ def test_a_start_from_the_weight(pack: Pack) -> None:
     close(model(x_BI), expected, 1e-3)
     with model.disable_adapter():
         same_bits(model(x_BI), expected)
+
+
+@each
+def test_a_packed_weight_is_read_as_its_layer_computes_with_it(pack: Pack) -> None:
+    layer: Any = pack(nn.Linear(64, 32))
+    bits_of = "8bit" if storage_of(layer).name == "bnb8" else "4bit"
+    for _ in range(2):  # the first forward moves statistics about
+        W = dequantize_module_weight(layer)
+        close(nn.functional.linear(x_BI.to(W), W, layer.bias.to(W)).float(), layer(x_BI).float(), tolerance=2e-2)
+        close(dequantize_bnb_weight(layer.weight, layer.state if bits_of == "8bit" else None).to(W), W)
+        assert get_bnb_param_type(layer.weight) == bits_of
+        assert packing_of(layer) is storage_of(layer)
+    model = inlay.get_peft_model(Net(layer), inlay.LoraConfig(target_modules=["m"]))
+    assert wrapper(model).quantization_backend is storage_of(layer)
+    same_bits(wrapper(model).get_base_weight(), W)
+    same_bits(dequantize_module_weight(wrapper(model)), W)
+    wrapper(model).set_base_weight(W * 2)
+    close(wrapper(model).get_base_weight(), W * 2, tolerance=2e-2)
+
+
+def test_what_is_not_packed_is_not_read_so() -> None:
+    layer: Any = pack8(nn.Linear(64, 32))
+    layer(x_BI)
+    layer.weight.SCB = None  # all is in the state
+    for weight in (layer.weight, nn.Linear(2, 2).weight):
+        with pytest.raises(ConfigError, match="statistics"):
+            dequantize_bnb_weight(weight)
+    assert dequantize_bnb_weight(layer.weight, layer.state).shape == (32, 64)
+    plain = nn.Linear(2, 2)
+    assert dequantize_module_weight(plain) is plain.weight
+    assert packing_of(plain) is None
+    assert get_bnb_param_type(plain.weight) is False

@@ -100,13 +100,15 @@ def loftq_init(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int =
         num_iter (`int`, *optional*, defaults to 1): Rounds, up to 10.
 
     Raises:
-        ConfigError: A number is none of these.
+        ConfigError: A number is none of these, or the weight is no matrix.
 
     Example:
         >>> Q_OI, down_RI, up_OR = loftq_init(torch.linspace(-1, 1, 24).reshape(4, 6), 2, 2)
         >>> Q_OI.unique().shape, down_RI.shape, up_OR.shape
         (torch.Size([4]), torch.Size([2, 6]), torch.Size([4, 2]))
     """
+    if weight.dim() != 2:
+        raise ConfigError(f"The weight must be a matrix, got {list(weight.shape)}: LoftQ is defined on one.")
     how = LoftQConfig(num_bits, num_iter)
     start = loftq(weight.detach(), reduced_rank, 1.0, how.loftq_bits, how.loftq_iter)
     assert start.offset_OI is not None, "what quantising loses"

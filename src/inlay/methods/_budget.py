@@ -9,6 +9,7 @@ choice becomes final. Before that, masked triplets may grow back.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -35,6 +36,17 @@ class RankBudget(TrainingHooks):
         if self.fills:
             self.config.total_step = total_steps
             self.config.check_schedule()
+
+    def set_total_step(self, total_step: int) -> None:
+        """Sets how many steps the optimiser will make in all, for a training loop of one's own.
+
+        Raises:
+            ConfigError: They leave no time for ranks to fall.
+        """
+        trial = copy.copy(self.config)
+        trial.total_step = total_step
+        trial.check_schedule()
+        self.config.total_step = total_step
 
     # ------------------------------------------------------------------ the loss
 

@@ -74,6 +74,16 @@ class AdaptionPromptConfig(AdapterConfig):
         return self.adapter_layers
 
 
+def is_adaption_prompt_trainable(params: str) -> bool:
+    """Whether a parameter's name is of an adaption prompt.
+
+    Example:
+        >>> is_adaption_prompt_trainable("layers.0.self_attn.adaption_gate.default")
+        True
+    """
+    return any(part.startswith("adaption_") for part in params.split("."))
+
+
 class AdaptionPromptAdapter(AbstractAdapter):
     """The adaption prompt on one attention; see the module's text for the mathematics."""
 
