@@ -1046,3 +1046,27 @@ def test_a_tuner_puts_in_what_has_a_config(mlp: nn.Module, keys: list[str] | Non
         tuner.rankallocator  # noqa: B018
     with pytest.raises(DuplicateAdapterError):
         tuner.inject_adapter(mlp, "b")
+
+
+@pytest.mark.parametrize(
+    "config", [inlay.LoraConfig(), inlay.IA3Config(feedforward_modules=[]), inlay.LoHaConfig(), inlay.LoKrConfig()]
+)
+def test_a_layer_in_no_model(config: Any, x: Tensor) -> None:
+    base = nn.Linear(10, 6)
+    layer = Adapted.around(base, "a", config)
+    assert layer.active_adapters == ["a"]
+    assert all(p.requires_grad for p in layer.parameters())
+    close(layer(x), base(x))
+    disturb(layer)
+    after = layer(x)
+    assert not torch.equal(after, base(x))
+    layer.merge()
+    close(base(x), after)
+    layer.unmerge()
+    assert inlay.inject_adapter_in_model(inlay.LoraConfig(target_modules=["0"]), nn.Sequential(layer), "b")[0] is layer
+
+
+@pytest.mark.parametrize("base", [nn.ReLU(), nn.MultiheadAttention(4, 2)])
+def test_no_layer_to_be_put_around(base: nn.Module) -> None:
+    with pytest.raises(UnsupportedLayerError, match="cannot be put around"):
+        Adapted.around(base, "a", inlay.LoraConfig())

@@ -138,7 +138,10 @@ def layer(package: str, name: str) -> type:
             return False
         return storage is None or wrapper.storage.name == storage
 
-    return described(name, Adapted, describes, adapter_layer_names=family.slots)
+    def new(cls: type, base_layer: Any, adapter_name: str, config: Any, *values: Any, **numbers: Any) -> Adapted:
+        return Adapted.around(base_layer, adapter_name, config, *values, **numbers)
+
+    return described(name, Adapted, describes, adapter_layer_names=family.slots, __new__=new)
 
 
 @cache

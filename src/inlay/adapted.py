@@ -34,10 +34,11 @@ from inlay.errors import (
     RoutingError,
     RowsUnreachableError,
     UnknownAdapterError,
+    UnsupportedLayerError,
 )
 from inlay.hooked import Hooked, has_hooks
 from inlay.inits.draw import DRAWN
-from inlay.layers import LayerKind
+from inlay.layers import LayerKind, kind_of
 from inlay.methods import METHODS
 from inlay.methods._abstract import AbstractAdapter, Params, Slot, as_dtype
 from inlay.ops.rows import rows as rows_product
@@ -311,6 +312,34 @@ class Adapted(_Light):
             _memo=_Memo(),
             _stacks={},
         )
+
+    @classmethod
+    def around(
+        cls, base_layer: nn.Module, adapter_name: str, config: AdapterConfig, *values: Any, **numbers: Any
+    ) -> Adapted:
+        """A layer with an active adapter that stands in no model, for modules that make their own layers.
+
+        Args:
+            base_layer (`nn.Module`): The layer; whether it is trained is its owner's choice.
+            adapter_name (`str`): The adapter's name.
+            config (`AdapterConfig`): The method's config.
+            values, numbers: See `update_layer`.
+
+        Raises:
+            UnsupportedLayerError: The method is not defined on such a layer.
+
+        Example:
+            >>> from inlay import LoraConfig
+            >>> Adapted.around(nn.Linear(3, 2), "default", LoraConfig(), 4, 8).scaling
+            {'default': 2.0}
+        """
+        kind, name = kind_of(base_layer), type(base_layer).__name__
+        if kind is None or kind.composite or kind.by_weight or kind.name not in METHODS[config.method].kinds:
+            raise UnsupportedLayerError(f"{config.method} cannot be put around a {name} alone.")
+        layer = Adapted(base_layer, kind, Router(), name)
+        layer.update_layer(adapter_name, *values, config=config, **numbers)
+        layer.set_adapter(adapter_name, inference_mode=config.inference_mode)
+        return layer
 
     # ------------------------------------------------------------------ forward
 
@@ -1082,7 +1111,7 @@ class Adapted(_Light):
         self._check_unmerged()
         fields = dict(zip(dict.fromkeys(("r", *config.patterned)), values, strict=False))
         own = replace(config, **fields, **{k: v for k, v in numbers.items() if k in config.patterned})
-        method = METHODS[own.method].on(own, self.kind, self.get_base_layer(), {})
+        method = METHODS[own.method].on(own, self.kind, self.get_base_layer(), own.layer_values(self.path, None))
         old, active = self.methods.get(adapter_name), self.active_adapters
         self.router.changing(self, self._run, [adapter_name])
         if old is not None:

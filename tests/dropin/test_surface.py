@@ -255,6 +255,19 @@ def test_a_tuners_class_takes_its_arguments_by_name(
     assert {p.device.type for name, p in tuner.named_parameters() if "base_layer" not in name} == {"meta"}
 
 
+def test_a_layers_class_makes_one() -> None:
+    from peft.tuners.lora.layer import Conv2d, Linear
+
+    layer = Linear(nn.Linear(3, 2), "a", peft.LoraConfig(), r=4, lora_alpha=8)
+    assert (layer.r, layer.scaling, layer.active_adapters) == ({"a": 4}, {"a": 2.0}, ["a"])
+    assert isinstance(layer, Linear)
+    assert not isinstance(layer, Conv2d)
+    assert layer(torch.ones(1, 3)).shape == (1, 2)
+    assert peft.tuners.ia3.Linear(nn.Linear(3, 2), "a", config=peft.IA3Config(feedforward_modules=[])).ia3_l[
+        "a"
+    ].shape == (2, 1)
+
+
 def test_a_tuners_class_adapts_what_a_file_names() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     config = peft.LoraConfig(target_modules=["0"])
