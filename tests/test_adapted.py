@@ -1068,5 +1068,15 @@ def test_a_layer_in_no_model(config: Any, x: Tensor) -> None:
 
 @pytest.mark.parametrize("base", [nn.ReLU(), nn.MultiheadAttention(4, 2)])
 def test_no_layer_to_be_put_around(base: nn.Module) -> None:
-    with pytest.raises(UnsupportedLayerError, match="cannot be put around"):
+    with pytest.raises(UnsupportedLayerError, match="alone cannot be adapted"):
         Adapted.around(base, "a", inlay.LoraConfig())
+
+
+def test_a_tuner_of_prompts_has_no_targets(llama: nn.Module) -> None:
+    config = inlay.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    tuner = inlay.get_peft_model(llama, config).base_model
+    with pytest.raises(AttributeError):
+        tuner.target_module_mapping  # noqa: B018
+    tuner.peft_config["b"] = config
+    with pytest.raises(ConfigError):
+        tuner.inject_adapter(tuner.model, "b")

@@ -334,8 +334,8 @@ class Adapted(_Light):
             {'default': 2.0}
         """
         kind, name = kind_of(base_layer), type(base_layer).__name__
-        if kind is None or kind.composite or kind.by_weight or kind.name not in METHODS[config.method].kinds:
-            raise UnsupportedLayerError(f"{config.method} cannot be put around a {name} alone.")
+        if kind is None:
+            raise UnsupportedLayerError(f"A {name} alone cannot be adapted.")
         layer = Adapted(base_layer, kind, Router(), name)
         layer.update_layer(adapter_name, *values, config=config, **numbers)
         layer.set_adapter(adapter_name, inference_mode=config.inference_mode)
@@ -1105,13 +1105,16 @@ class Adapted(_Light):
 
         Raises:
             ConfigError: A value is out of range.
-            UnsupportedLayerError: The method is not defined on this layer.
+            UnsupportedLayerError: The method is not defined on this layer, or the adapter would have parts elsewhere.
             MergeError: An adapter is merged.
         """
+        kind = self.kind
+        if kind.composite or kind.by_weight or kind.name not in METHODS[config.method].kinds:
+            raise UnsupportedLayerError(f"{self.path}: a {kind.name} alone cannot be adapted by {config.method}.")
         self._check_unmerged()
         fields = dict(zip(dict.fromkeys(("r", *config.patterned)), values, strict=False))
         own = replace(config, **fields, **{k: v for k, v in numbers.items() if k in config.patterned})
-        method = METHODS[own.method].on(own, self.kind, self.get_base_layer(), own.layer_values(self.path, None))
+        method = METHODS[own.method].on(own, kind, self.get_base_layer(), own.layer_values(self.path, None))
         old, active = self.methods.get(adapter_name), self.active_adapters
         self.router.changing(self, self._run, [adapter_name])
         if old is not None:

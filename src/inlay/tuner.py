@@ -40,7 +40,6 @@ from inlay.inject import (
     wrappers,
 )
 from inlay.invocation import Invocations
-from inlay.methods import METHODS
 from inlay.methods._budget import RankBudget
 from inlay.prompts import AnyConfig, PromptLearningConfig
 from inlay.prompts.attach import Prompts
@@ -300,7 +299,10 @@ class Tuner(nn.Module):
     @property
     def target_module_mapping(self) -> Mapping[str, list[str] | str]:
         """The method's targets by model type, where a config names none."""
-        return METHODS[next(iter(self.peft_config.values())).method].default_targets
+        config = next(iter(self.peft_config.values()), None)
+        if not isinstance(config, AdapterConfig):
+            raise AttributeError("No adapter stands in layers.")
+        return method_of(config).default_targets
 
     @property
     def rankallocator(self) -> RankBudget:
