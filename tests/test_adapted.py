@@ -978,8 +978,13 @@ def test_an_adapter_starts_anew(model: inlay.PeftModel, x: Tensor, init: Any) ->
     layer.reset_lora_parameters("a", False)
     layer.reset_lora_parameters("nobody", True)
     same_bits(down, before)
+    base = nn.Linear(10, 20)
+    torch.manual_seed(3)
+    fresh = Adapted.around(base, "a", inlay.LoraConfig(init_lora_weights=init), 4)
+    torch.manual_seed(3)
     layer.reset_lora_parameters("a", init_lora_weights=init)
     assert layer.lora_A["a"].weight is down
+    same_bits(down, fresh.lora_A["a"].weight)
     assert not torch.equal(down, before)
     close(layer(x), layer.base_layer(x))
 

@@ -1124,7 +1124,6 @@ class Adapted(_Light):
         self.add(adapter_name, method, self.facts()[1])
         self.drop_empty()
         method.initialise(self.params(adapter_name), self)
-        self.set_requires_grad(adapter_name, False)
         self.set_adapter(active, inference_mode)
 
     def reset_parameters(self, adapter_name: str, init: Any = True) -> None:
