@@ -217,3 +217,14 @@ def test_in_a_model_of_someone_elses(x: Tensor) -> None:
     net.head.delete_adapter("a", new_active_adapters=["nobody", "c"])
     assert torch.equal(net(x), net.head.original_module(torch.tanh(net.body(x))))
     assert all(p.requires_grad for p in net.head.modules_to_save["c"].parameters())
+
+
+def test_what_is_trained_beside_layers_names_its_adapter_as_in_peft(mlp: Any) -> None:
+    fields = {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}
+    model = inlay.get_peft_model(mlp, inlay.LoraConfig(**fields), "a")
+    model.add_adapter("b", inlay.LoraConfig(**fields))
+    wrapper = model.base_model.model.lin1
+    for names, told in (("a", "a"), (["a", "b"], ["a", "b"]), ([], [])):
+        model.base_model.set_adapter(names)
+        assert wrapper.active_adapter == wrapper._active_adapter == told
+    assert (wrapper.adapter_layer_names, wrapper.other_param_names) == (("modules_to_save",), ())

@@ -22,6 +22,15 @@ class AuxiliaryTrainingWrapper(nn.Module):
     """What is trained beside the layers' adapters."""
 
     original_module: Any
+    active_adapters: Any
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapters, of one the name alone, as PEFT has it here."""
+        names: list[str] = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    _active_adapter = active_adapter
 
     @property
     def _adapters(self) -> set[str]:
@@ -45,6 +54,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     Raises:
         UnsupportedLayerError: The module is a container without a forward of its own.
     """
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
 
     def __init__(self, module: nn.Module, router: Router, path: str) -> None:
         super().__init__()
@@ -170,11 +182,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def active_adapters(self) -> list[str]:
         """Those of the default adapters that have a copy."""
         return [name for name in self._active if name in self.modules_to_save]
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The same under its older name."""
-        return self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
