@@ -35,6 +35,7 @@ from inlay.match import check_layers
 # The level of PEFT's file format that is written, kept in the key that PEFT itself uses for it.
 FORMAT_VERSION = "0.21.2"
 CONFIG_NAME = files.CONFIG_NAME
+GIVEN = "the given dict"
 RANKS, ALPHAS = "[1, 2147483647]", "[-2147483647, 2147483647]"
 
 
@@ -169,6 +170,8 @@ class PeftConfig:
     always_written: ClassVar[frozenset[str]] = frozenset()
     # Fields that it inherits and that say nothing about it: setting one is an error.
     meaningless: ClassVar[frozenset[str]] = frozenset()
+    # Fields that did something else in files of before a version of PEFT.
+    changed: ClassVar[dict[str, str]] = {}
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
 
@@ -238,7 +241,23 @@ class PeftConfig:
         return self
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "the given dict") -> PeftConfig:
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The fields of a file as they are, with a warning where one had another effect when it was written."""
+        # Files of before 0.18 have no version.
+        written = [int(n) for n in re.findall(r"\d{1,9}", str(kwargs.get("peft_version")))]
+        for name, version in cls.changed.items():
+            if kwargs.get(name) and written < [int(n) for n in version.split(".")]:
+                what = name.removeprefix("use_").replace("_", "-")
+                warnings.warn(
+                    f"The {what} parameterization has been slightly changed in PEFT {version}, and the file is of an "
+                    "earlier one: the adapter computes something else than it did. Train it anew, or go back to that.",
+                    PeftWarning,
+                    stacklevel=4,
+                )
+        return kwargs
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = GIVEN) -> PeftConfig:
         """Makes the config that ``values["peft_type"]`` names.
 
         Fields that the config does not have are dropped with one warning that names them, for a newer library may
@@ -280,7 +299,7 @@ class PeftConfig:
                 stacklevel=3,
             )
         kept = {k: v for k, v in values.items() if k in known and known[k].metadata.get("written") != "never"}
-        return config_cls(**kept)
+        return config_cls(**kept if where == GIVEN else config_cls.check_kwargs(**kept))
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:

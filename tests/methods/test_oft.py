@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +99,27 @@ def test_a_hostile_feedforward_pattern_ends() -> None:
     config = inlay.IA3Config(target_modules=["0"], feedforward_modules=r"(([0-9])+)+X")
     model = inlay.get_peft_model(nn.Sequential(nn.Linear(2, 3)), config)
     assert model.base_model.model[0].ia3_l["default"].shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("version", "series", "told"),
+    [
+        (None, True, True),
+        ("0.17.1", True, True),
+        ("0.17.1", False, False),
+        ("0.18.0", True, False),
+        ("1" * 9999, True, False),
+    ],
+    ids=lambda v: str(v)[:9],
+)
+def test_files_of_before_the_series_changed_are_told_of(
+    tmp_path: Path, version: str | None, series: bool, told: bool
+) -> None:
+    inlay.OFTConfig(use_cayley_neumann=series).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text()) | {"peft_version": version}
+    path.write_text(json.dumps({key: value for key, value in values.items() if key != "peft_version" or version}))
+    with pytest.warns(PeftWarning, match="parameterization has been slightly changed") if told else nullcontext():
+        inlay.OFTConfig.from_pretrained(tmp_path)
+    assert inlay.get_peft_config({"peft_type": "OFT", "use_cayley_neumann": True}).use_cayley_neumann
+    assert inlay.OFTConfig.check_kwargs(r=3, peft_version="0.1") == {"r": 3, "peft_version": "0.1"}

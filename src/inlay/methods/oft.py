@@ -33,8 +33,7 @@ class OFTConfig(AdapterConfig):
         r (`int`, *optional*, defaults to 0): Number of blocks. One of ``r`` and ``oft_block_size`` is 0.
         oft_block_size (`int`, *optional*, defaults to 32): Width of a block. What does not divide the layer's width
             becomes the nearest divisor, with a warning.
-        module_dropout (`float`, *optional*, defaults to 0.0): Share of the blocks that a training forward leaves
-            unrotated, below 1.
+        module_dropout (`float`, *optional*, defaults to 0.0): Share of blocks that training leaves unrotated, below 1.
         init_weights (`bool`, *optional*, defaults to `True`): ``True`` starts as the identity, ``False`` at random.
         coft (`bool`, *optional*, defaults to `False`): Keep each Q within ``eps`` of zero, by projection.
         eps (`float`, *optional*, defaults to 6e-5): That distance, for all blocks of a layer together.
@@ -66,6 +65,7 @@ class OFTConfig(AdapterConfig):
     method: ClassVar[str] = "OFT"
     patterned: ClassVar[dict[str, str]] = {"r": "rank_pattern", "oft_block_size": "block_size_pattern"}
     bias_only: ClassVar[str] = "oft_only"
+    changed: ClassVar[dict[str, str]] = {"use_cayley_neumann": "0.18.0"}
     always_written = frozenset({"fan_in_fan_out", "bias", "layers_to_transform", "layers_pattern"})
 
     def __post_init__(self) -> None:
