@@ -1099,12 +1099,13 @@ class Adapted(_Light):
         Args:
             adapter_name (`str`): The adapter.
             values: The rank and what else may vary by layer, in the order of the config's fields, as LoRA's ``r`` and
-                ``lora_alpha``; or by name.
+                ``lora_alpha``.
             config (`AdapterConfig`): The method's config, for the rest.
             inference_mode (`bool`, *optional*, defaults to `False`): Leave the layer's active adapters frozen.
+            numbers: These and other fields of the config by name.
 
         Raises:
-            ConfigError: A value is out of range.
+            ConfigError: A value is out of range, or a name no field's.
             UnsupportedLayerError: The method is not defined on this layer, or the adapter would have parts elsewhere.
             MergeError: An adapter is merged.
         """
@@ -1112,9 +1113,10 @@ class Adapted(_Light):
         if kind.composite or kind.by_weight or kind.name not in METHODS[config.method].kinds:
             raise UnsupportedLayerError(f"{self.path}: a {kind.name} alone cannot be adapted by {config.method}.")
         self._check_unmerged()
-        fields = dict(zip(dict.fromkeys(("r", *config.patterned)), values, strict=False))
-        own = replace(config, **fields, **{k: v for k, v in numbers.items() if k in config.patterned})
+        own = replace(config, **dict(zip(dict.fromkeys(("r", *config.patterned)), values, strict=False)), **numbers)
         method = METHODS[own.method].on(own, kind, self.get_base_layer(), own.layer_values(self.path, None))
+        if method.unpacked_only is not None and not self.storage.in_place:
+            raise UnsupportedLayerError(f"{self.path} is packed already: {method.unpacked_only}.")
         old, active = self.methods.get(adapter_name), self.active_adapters
         self.router.changing(self, self._run, [adapter_name])
         if old is not None:

@@ -339,6 +339,16 @@ def test_a_packed_weight_is_read_as_its_layer_computes_with_it(pack: Pack) -> No
     close(wrapper(model).get_base_weight(), W * 2, tolerance=2e-2)
 
 
+@each
+def test_a_packed_layer_alone_gets_no_adapter_that_reads_what_was_packed(pack: Pack) -> None:
+    model = adapted(pack)
+    wrapper(model).update_layer("b", 2, config=inlay.LoraConfig())
+    config = inlay.LoraConfig(init_lora_weights="loftq", loftq_config=inlay.LoftQConfig())
+    with pytest.raises(UnsupportedLayerError, match="packed already"):
+        wrapper(model).update_layer("c", 2, config=config)
+    assert list(wrapper(model).r) == ["default", "b"]
+
+
 def test_what_is_not_packed_is_not_read_so() -> None:
     layer: Any = pack8(nn.Linear(64, 32))
     layer(x_BI)
