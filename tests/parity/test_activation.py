@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import inlay
+from inlay.invocation import calculate_alora_offsets
 
 JUDGE, CRITIC = [7, 8], [9, 7, 10]
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
@@ -244,3 +245,19 @@ def test_equal_weights_were_compared() -> None:
     pair = pair_of("llama")
     values = equalise(pair)
     assert all(float(t.abs().max()) > 0.1 for t in values.values())
+
+
+@pytest.mark.parametrize("names", [None, ["a", "b", "a", "b"]])
+@pytest.mark.parametrize("active", ["a", "b"])
+def test_offsets_are_told_alike(active: str, names: list[str] | None) -> None:
+    from peft.tuners.lora.variants import calculate_alora_offsets as theirs
+
+    ids_BL = torch.tensor([[5, 1, 2, 3], [1, 2, 1, 2], [0, 0, 0, 0], [9, 9, 1, 2]])
+    told = []
+    for library, calculate in ((peft, theirs), (inlay, calculate_alora_offsets)):
+        plain, activated = (
+            library.LoraConfig(),
+            library.LoraConfig(alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"),
+        )
+        told.append(calculate({"a": activated, "b": plain}, active, ids_BL, adapter_names=names))
+    assert told[0] == told[1]
