@@ -41,6 +41,7 @@ from inlay.inits.draw import DRAWN
 from inlay.layers import LayerKind, kind_of
 from inlay.methods import METHODS
 from inlay.methods._abstract import AbstractAdapter, Params, Slot, as_dtype
+from inlay.ops.dora import square_norm
 from inlay.ops.rows import rows as rows_product
 from inlay.routing import Router, Rows
 from inlay.storage import Rounding, Storage, facts, packing_of, storage_of
@@ -582,17 +583,12 @@ class Adapted(_Light):
 
     def row_squares(self) -> Tensor:
         """Squared norm of each row of the pristine weight, O."""
-        with torch.no_grad():
-
-            def squares() -> Tensor:
-                W_OI = self.matrix()
-                W_OI = W_OI if W_OI.dtype == torch.float64 else W_OI.float()
-                return (W_OI * W_OI).sum(1)
-
-            if torch.compiler.is_compiling() or (parts := self._parts())[0].is_meta:
-                return squares()
-            value: Tensor = self._memo.get("row squares", parts, squares)
-            return value
+        parts = () if torch.compiler.is_compiling() else self._parts()
+        # Of a small weight they are computed sooner than it is known to be the same.
+        if not parts or parts[0].is_meta or parts[0].numel() <= _Memo.small:
+            return square_norm(self.matrix())
+        value: Tensor = self._memo.get("row squares", parts, lambda: square_norm(self.matrix()))
+        return value
 
     def effective(self, run: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
         """Weight (in the layer's layout) and bias of the one layer that does what ``run`` does."""

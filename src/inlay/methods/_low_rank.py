@@ -98,7 +98,13 @@ class AbstractLowRank(AbstractDelta):
 
     def shared(self, p: dict[str, Tensor], x: Tensor, layer: Layer) -> Tensor:
         twice = self.use_dora and self.dropout > 0  # the frozen layer runs on both inputs
-        if self.dense or twice or not layer.training or not worth_sharing(x, *p.values()) or observed(layer.base_layer):
+        if (
+            self.dense
+            or twice
+            or not layer.training
+            or not worth_sharing(x, *p.values())
+            or observed(layer.base_layer)
+        ):
             return x
         mask = draw_mask(x.shape, self.dropout, x.device) if self.dropout else None
         x, middle = share(x, self.pair(p)[0], mask)

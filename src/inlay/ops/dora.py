@@ -20,6 +20,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@torch.no_grad()
 def square_norm(W_OI: Tensor) -> Tensor:
     """Row sums of squares of a frozen weight, fp32 (fp64 of fp64): what `weight_norm` takes as ``base_sq_O``."""
     norm_O: Tensor = torch.linalg.vector_norm(W_OI.detach(), dim=1, dtype=_wide(W_OI.dtype))
