@@ -18,7 +18,6 @@ import json
 import math
 import os
 import pickletools
-import secrets
 import stat
 import struct
 import sys
@@ -586,7 +585,7 @@ def _write_files(directory: Path, contents: Mapping[str, _Content]) -> None:
     file goes once the pickle that replaces it is in place and before the config that would not be its own. Each step
     reaches the disk before the next begins: otherwise a power cut could keep the later one alone.
     """
-    staged = {name: directory / f".{name}.{secrets.token_hex(8)}.tmp" for name in contents}
+    staged = {name: directory / f".{name}.{os.urandom(8).hex()}.tmp" for name in contents}
     made = False
     try:
         made = _prepare(directory, contents)
