@@ -390,8 +390,9 @@ def test_a_name_used_twice(model: inlay.PeftModel, mlp: nn.Module) -> None:
     with raises_and_leaves(model, DuplicateAdapterError, "default"):
         model.add_adapter("default", config())
     inner = model.get_base_model()
-    with raises_and_leaves(inner, DuplicateAdapterError, "default"):
-        inlay.inject_adapter_in_model(config(), inner)
+    for put in (inlay.get_peft_model, lambda net, config: inlay.inject_adapter_in_model(config, net)):
+        with pytest.warns(PeftWarning), raises_and_leaves(inner, PlanError, "nothing"):
+            put(inner, config(target_modules=["nothing"]))  # type: ignore[operator]  # what does not fit replaces nothing
 
 
 def test_saving_where_it_cannot_be(model: inlay.PeftModel, tmp_path: Path) -> None:

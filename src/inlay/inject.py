@@ -880,6 +880,19 @@ def unmerge_first(model: nn.Module, stacklevel: int) -> None:
         layer.unmerge()
 
 
+def make_way(model: nn.Module, config: AdapterConfig, adapter_name: str, only: Iterable[str] | None = None) -> None:
+    """Takes out the adapter whose name ``config`` is to have, if there is one and ``config`` fits the model."""
+    standing = [w for _, w in wrappers(model)]
+    if not any(adapter_name in (w.methods if isinstance(w, Adapted) else w.modules_to_save) for w in standing):
+        return
+    prepare(model, config, only)  # raises while the old one is there
+    unmerge_first(model, stacklevel=3)
+    with standing[0].router.writing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)
+        for wrapper in standing:
+            wrapper.delete_adapter(adapter_name)
+
+
 def tell_rounding(layers: Iterable[Adapted]) -> None:
     """Warns of what merging into packed weights has rounded; each layer has its own figures as ``rounding``."""
     rounded = [(layer.rounding, layer) for layer in layers if layer.rounding is not None]

@@ -26,7 +26,7 @@ from inlay.model import (
     check_biases,
     check_injectable,
     folder_to_write,
-    inject_adapter_in_model,
+    put_into,
     ranges_left,
     write_adapter,
 )
@@ -97,7 +97,7 @@ class AdapterMixin(_Module):
         name = self._free(adapter_name)
         with _changing(self):
             self._checked(adapter_config)
-            inject_adapter_in_model(adapter_config, self, name)
+            put_into(self, adapter_config, name)
             self._take_up(name, adapter_config, trained=True)
 
     def load_adapter(

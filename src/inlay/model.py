@@ -34,6 +34,7 @@ from inlay.errors import (
     RowsError,
     UnknownAdapterError,
     UnwritableError,
+    WrongMethodError,
 )
 from inlay.formats import files
 from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir, check_adapter_name
@@ -43,6 +44,7 @@ from inlay.inject import (
     apply,
     check_at_hand,
     layers_in,
+    make_way,
     method_of,
     own_modules,
     prepare,
@@ -116,6 +118,7 @@ class PeftModel(nn.Module):
     def _surround(self, model: nn.Module) -> None:
         if isinstance(model, PeftModel):
             raise PlanError("The model is a PeftModel already: call its add_adapter, or give its get_base_model().")
+        tell_adapted(model, stacklevel=5)
         self.base_model = Tuner(model)
         self.training = model.training
 
@@ -134,6 +137,8 @@ class PeftModel(nn.Module):
             self._put_before(name, config, activate, not config.inference_mode)
             return
         with self._with_heads(config), replicated(self.base_model.model, ranges_left(self.peft_config, config)):
+            if not self.peft_config:
+                make_way(self.base_model.model, config, name)
             prepared = prepare(self.base_model.model, config, adapter_name=name)
             for text in prepared.plan.warnings:
                 warnings.warn(text, PeftWarning, stacklevel=5)
@@ -472,7 +477,16 @@ class PeftModel(nn.Module):
         self.base_model.delete_adapter(adapter_name)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Trains or freezes adapters, active or not."""
+        """Trains or freezes adapters, active or not.
+
+        Raises:
+            WrongMethodError: All adapters are prompts, which are trained while they are active.
+        """
+        if self.base_model.only_prompts:
+            raise WrongMethodError(
+                "Setting `requires_grad` is not supported for prompt learning methods: set_adapter trains the one "
+                "that it activates."
+            )
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def hotswap_slots(self, max_rank: int | None = None, targets: Any = None, adapter_name: str | None = None) -> None:
@@ -807,7 +821,7 @@ class PeftModel(nn.Module):
             )
         self.base_model.add(name, config, prepared, activate)
         if trainable:
-            self.set_requires_grad(name)
+            self.base_model.set_requires_grad(name)
         self.__dict__["load_report"] = report
         return report
 
@@ -833,7 +847,7 @@ class PeftModel(nn.Module):
 
         self._put_before(name, config, activate, trainable, read)
         if trainable:
-            self.set_requires_grad(name)
+            self.base_model.set_requires_grad(name)
         self.__dict__["load_report"] = reports[0]
         return reports[0]
 
@@ -852,7 +866,7 @@ class PeftModel(nn.Module):
         with self.base_model.router.writing():
             report = state.reload(self, source, name, key_mapping, strict)
         if name in self.active_adapters:
-            self.set_requires_grad(name, trainable)
+            self.base_model.set_requires_grad(name, trainable)
         return report
 
     def __getattr__(self, name: str) -> Any:
@@ -974,7 +988,13 @@ def get_peft_model(
     old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
         warnings.warn(f"The config names its base model {old!r}; it is {new!r} now.", PeftWarning, stacklevel=2)
-    beside = any(True for _ in wrappers(model))
+    if any(True for _ in wrappers(model)):
+        warnings.warn(
+            "You are trying to modify a model that has adapters already. To have this one alone, call unload() on the "
+            "first handle before; to have it beside them, its add_adapter: a new handle does not list them.",
+            PeftWarning,
+            stacklevel=2,
+        )
     if revision is not None:
         if peft_config.revision not in (None, revision):
             warnings.warn(f"revision {peft_config.revision!r} becomes {revision!r}.", PeftWarning, stacklevel=2)
@@ -985,13 +1005,6 @@ def get_peft_model(
         cls = PeftMixedModel
     handle = cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     peft_config.base_model_name_or_path = new
-    if beside:
-        warnings.warn(
-            "The model has adapters already: this one is put beside them, in a handle that does not list them. Call "
-            "unload() on the first handle, or its add_adapter, instead.",
-            PeftWarning,
-            stacklevel=2,
-        )
     return handle
 
 
@@ -1030,22 +1043,35 @@ def inject_adapter_in_model(
         PlanError: The config does not fit the model, which is as it was.
         AdapterNameError: The name cannot be used, or is in use.
     """
+    tell_adapted(model)
+    return put_into(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+
+
+def put_into(
+    model: nn.Module,
+    peft_config: AdapterConfig,
+    adapter_name: str,
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """`inject_adapter_in_model` for who knows that the model has others."""
     check_adapter_name(adapter_name, FORBIDDEN_NAMES)
     check_injectable(peft_config)
     to_be_read, peft_config.read_by_transformers = peft_config.read_by_transformers, False
     only = None if state_dict is None else layers_in(state_dict, peft_config)
     configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or _Configs()
     with replicated(model, ranges_left(configs, peft_config)):
+        make_way(model, peft_config, adapter_name, only)
         prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name)
         if to_be_read:
             check_at_hand(prepared)
         disagreement = () if state_dict is None else told_by_config(prepared)
         for text in (*prepared.plan.warnings, *disagreement):
-            warnings.warn(text, PeftWarning, stacklevel=2)
+            warnings.warn(text, PeftWarning, stacklevel=3)
         trainable = not peft_config.inference_mode
         trained = [p for _, w in wrappers(model) for p in w.parameters() if p.requires_grad]
         apply(prepared, adapter_name, meta=low_cpu_mem_usage, autocast=False, trainable=trainable)
-        unmerge_first(model, stacklevel=2)
+        unmerge_first(model, stacklevel=3)
         for _, wrapper in wrappers(model):
             wrapper.set_adapter(adapter_name, inference_mode=not trainable)
         for parameter in trained:  # what was trained before stays so: its owner decides
@@ -1054,6 +1080,16 @@ def inject_adapter_in_model(
     configs[adapter_name] = peft_config
     model.peft_config = configs  # type: ignore[assignment]
     return model
+
+
+def tell_adapted(model: nn.Module, stacklevel: int = 3) -> None:
+    """Warns where an adapter is put into a model that has some, outside of the handle that may know of these."""
+    if any(True for _ in wrappers(model)):
+        text = (
+            "Already found a `peft_config` attribute in the model, or adapters in its layers: the new one stands "
+            "beside them, or takes the place of one of its name."
+        )
+        warnings.warn(text, PeftWarning, stacklevel)
 
 
 def check_injectable(config: object) -> AdapterConfig:

@@ -18,6 +18,7 @@ from inlay.adapted import Adapted, merged_already
 from inlay.config import AdapterConfig
 from inlay.errors import (
     AdapterNameError,
+    MissingMethodError,
     NotMergeableError,
     PeftWarning,
     PlanError,
@@ -365,6 +366,19 @@ class Tuner(nn.Module):
 
     # ------------------------------------------------------------------ merging
 
+    @property
+    def only_prompts(self) -> bool:
+        """Whether there are adapters, and none is in a layer."""
+        configs = [*self.peft_config.values()]
+        return bool(configs) and all(isinstance(config, PromptLearningConfig) for config in configs)
+
+    def _check_in_layers(self, verb: str) -> None:
+        if self.only_prompts:
+            raise MissingMethodError(
+                f"Prompts have no {verb}, for they are in no layer and no weight: get_base_model() is the model that "
+                "they stand before, and delete_adapter removes one."
+            )
+
     def _check_writable(self, names: Sequence[str]) -> None:
         self.check_known(names)
         if prompts := [n for n in names if isinstance(self.peft_config[n], PromptLearningConfig)]:
@@ -385,7 +399,9 @@ class Tuner(nn.Module):
         Raises:
             UnknownAdapterError: One of them does not exist.
             NotMergeableError, NonFiniteMergeError: They cannot be merged; nothing was written.
+            MissingMethodError: All adapters are prompts.
         """
+        self._check_in_layers("merge_adapter")
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
         self._check_writable(adapter_names or ())
@@ -402,7 +418,12 @@ class Tuner(nn.Module):
         tell_rounding(layer for layer, _ in changing)
 
     def unmerge_adapter(self) -> None:
-        """Takes merged adapters out of the weights again."""
+        """Takes merged adapters out of the weights again.
+
+        Raises:
+            MissingMethodError: All adapters are prompts.
+        """
+        self._check_in_layers("unmerge_adapter")
         with self.router.writing():
             merged = [layer for _, layer in self.layers() if layer.merged]
             if not merged:
@@ -427,7 +448,9 @@ class Tuner(nn.Module):
 
         Raises:
             NotMergeableError, NonFiniteMergeError: They cannot be merged; nothing was written.
+            MissingMethodError: All adapters are prompts.
         """
+        self._check_in_layers("merge_and_unload")
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
         self._check_writable(adapter_names or self._active)
@@ -462,7 +485,12 @@ class Tuner(nn.Module):
             )
 
     def unload(self) -> nn.Module:
-        """Gives the model back as it was before any adapter."""
+        """Gives the model back as it was before any adapter.
+
+        Raises:
+            MissingMethodError: All adapters are prompts: `PeftModel.get_base_model` gives the model.
+        """
+        self._check_in_layers("unload")
         with self.router.writing():
             remove(self.model, merge=False)
         return self._released()

@@ -483,6 +483,78 @@ def test_injecting_a_second_one() -> None:
     }
 
 
+ALREADY = "Already found a `peft_config` attribute"
+SECOND = "You are trying to modify a model"
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_a_second_handle_on_one_model_warns(name: str) -> None:
+    for library in (peft, inlay):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        library.get_peft_model(net, library.LoraConfig(target_modules=["0"], r=3, init_lora_weights=False))
+        config = library.LoraConfig(target_modules=["0", "1"], r=2)
+        with pytest.warns(UserWarning, match=ALREADY), pytest.warns(UserWarning, match=SECOND):
+            model = library.get_peft_model(net, config, name)
+        assert dict(net[0].r) == ({"default": 2} if name == "default" else {"default": 3, "other": 2})
+        assert not net[0].lora_B[name].weight.any()
+        assert model.active_adapters == net[0].active_adapters == net[1].active_adapters == [name]
+        model.unload()
+        library.get_peft_model(net, config)  # says nothing: the model is bare
+
+
+def test_a_second_injection_warns_and_one_of_the_same_name_replaces() -> None:
+    for library in (peft, inlay):
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        saved = {"modules_to_save": ["1"]}
+        library.inject_adapter_in_model(library.LoraConfig(target_modules=["0"], r=3, **saved), net)
+        net[1].modules_to_save["default"].weight.data.zero_()
+        with pytest.warns(UserWarning, match=ALREADY):
+            library.inject_adapter_in_model(library.LoraConfig(target_modules=["0"], r=2, **saved), net)
+        assert dict(net[0].r) == {"default": 2}
+        assert net.peft_config["default"].r == 2
+        assert [n for n, p in net.named_parameters() if p.requires_grad] == [
+            "0.lora_A.default.weight",
+            "0.lora_B.default.weight",
+            "1.modules_to_save.default.weight",
+            "1.modules_to_save.default.bias",
+        ]
+
+
+def test_a_saved_adapter_beside_others_warns(tmp_path: Path) -> None:
+    for library in (peft, inlay):
+        model = library.get_peft_model(nn.Sequential(nn.Linear(4, 4)), library.LoraConfig(target_modules=["0"]))
+        model.save_pretrained(tmp_path)
+        net = model.get_base_model()
+        with peft_may_warn(), pytest.warns(UserWarning, match=ALREADY):
+            library.PeftModel.from_pretrained(net, tmp_path, "other")
+
+
+VERBS: dict[str, Callable[[Any], Any]] = {
+    "merge_adapter": lambda m: m.merge_adapter(),
+    "merge_adapter of one": lambda m: m.merge_adapter(["default"]),
+    "unmerge_adapter": lambda m: m.unmerge_adapter(),
+    "merge_and_unload": lambda m: m.merge_and_unload(),
+    "unload": lambda m: m.unload(),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS.keys())
+@pytest.mark.parametrize("method", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_verbs_that_prompts_lack(method: str, verb: Callable[[Any], Any]) -> None:
+    for library in (peft, inlay):
+        config = getattr(library, method)(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        model = library.get_peft_model(base("llama"), config)
+        with pytest.raises(AttributeError):
+            verb(model)
+        with pytest.raises(TypeError, match="requires_grad"):
+            model.set_requires_grad("default", False)
+        assert list(model.peft_config) == ["default"]
+        assert any(p.requires_grad for p in model.parameters())
+        model.delete_adapter("default")
+        assert not model.peft_config
+
+
 def test_16_bits_stay_where_no_handle_is() -> None:
     theirs, ours = (
         library.inject_adapter_in_model(library.LoraConfig(**BOTH), base("linears", torch.bfloat16))
