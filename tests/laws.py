@@ -325,8 +325,6 @@ _ONE_MATRIX = (UnsupportedLayerError, "it is defined on one matrix, and files ha
 
 #: (method, option, kind) -> the error that planning raises, and why
 UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
-    ("LORA", "dora", "Conv2d grouped"): (UnsupportedLayerError, "B A is not a grouped weight, so it has no norm"),
-    ("LORA", "dora with dropout", "Conv2d grouped"): (UnsupportedLayerError, "as without dropout"),
     ("LORA", "pissa", "Conv2d grouped"): (UnsupportedLayerError, "B A is not a grouped weight, nor a part of one"),
     ("LORA", "pissa", "Parameter of experts"): (UnsupportedLayerError, "the start is a part of one matrix"),
     ("ADALORA", "pissa", "Conv2d grouped"): (UnsupportedLayerError, "as LoRA"),
@@ -392,7 +390,7 @@ UNMERGEABLE: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
             NotMergeableError,
             "the factors see what a grouped weight does not",
         )
-        for option in ("plain", "rslora", "random", "bias", "dropout")
+        for option in ("plain", "rslora", "random", "bias", "dropout", "dora", "dora with dropout")
     },
     ("LORA", "bias", "Linear without bias"): (NotMergeableError, "there is no bias to write to"),
     ("LORA", "bias", "Conv2d dilated"): (NotMergeableError, "there is no bias to write to"),

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from inlay.ops import dora as module
 from inlay.ops import low_rank
-from inlay.ops.dora import dora, reference, reference_norm, square_norm, weight_norm
+from inlay.ops.dora import dora, grouped_norm, reference, reference_norm, square_norm, weight_norm
 from inlay.ops.dropout import apply_mask, draw_mask
 
 INS, OUTS, R = 12, 10, 3
@@ -42,6 +42,21 @@ def test_the_norm_without_building_the_product(dtype, close, scale, cached):
     W, down, up = torch.randn(OUTS, INS).to(dtype), torch.randn(R, INS), torch.randn(OUTS, R, requires_grad=True)
     found = weight_norm(W, down, up, scale, square_norm(W) if cached else None)
     assert far(found, reference_norm(W, down, up, scale)) < close
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-6)], ids=str)
+def test_the_norm_of_groups_is_that_of_each_over_all_inputs(dtype, near, cached):
+    groups, ranks = 2, 3
+    W, down = torch.randn(OUTS, INS // groups).to(dtype), torch.randn(groups * ranks, INS)
+    up = torch.randn(OUTS, ranks, requires_grad=True)
+    found = grouped_norm(W, down, up, 0.5, groups, square_norm(W) if cached else None)
+    parts = []
+    for g, (w, d, u) in enumerate(zip(*(t.chunk(groups) for t in (W, down, up)), strict=True)):
+        parts.append(reference_norm(F.pad(w, (g * INS // groups, (groups - 1 - g) * INS // groups)), d, u, 0.5))
+    assert far(found, torch.cat(parts)) < near
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert not found.requires_grad
 

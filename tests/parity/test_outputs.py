@@ -322,3 +322,20 @@ def test_float64_stays() -> None:
     theirs, ours = pair.each(lambda m: {n: p.dtype for n, p in m.named_parameters()})
     assert ours == theirs
     pair.assert_equal_outputs(1e-12)
+
+
+def test_dora_of_groups_where_it_begins() -> None:
+    """Later its norm is PEFT's of a product with rows and groups mixed up, and here that of the weight that acts."""
+    pair = make_pair("conv2d-grouped", {"target_modules": ["m"], "r": 4, "use_dora": True})
+    with torch.no_grad():
+        for name, parameter in pair.theirs.named_parameters():
+            ours = pair.ours.get_parameter(name)
+            if "lora_B" in name:
+                parameter.zero_(), ours.zero_()
+            elif "magnitude" in name:
+                norm_O = pair.ours.base_model.model.m.weight.flatten(1).norm(dim=1).reshape(parameter.shape)
+                for each in (parameter, ours):
+                    each.copy_(norm_O * torch.linspace(0.5, 2, norm_O.numel()).reshape(norm_O.shape))
+    pair.assert_equal_outputs()
+    theirs, ours = pair.each(lambda m: gradients(m, pair))
+    assert_equal_tensors(ours, theirs, relative=1e-5)

@@ -25,7 +25,7 @@ from inlay.errors import ConfigError, LoadError, NotMergeableError, PeftWarning,
 from inlay.hooked import observed
 from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractDelta, Layer, Params, Slot, as_dtype
-from inlay.ops.dora import dora, weight_norm
+from inlay.ops.dora import dora, grouped_norm, weight_norm
 from inlay.ops.dropout import draw_mask, drop
 from inlay.ops.low_rank import low_rank, share, worth_sharing
 from inlay.report import LoadReport
@@ -141,22 +141,28 @@ class AbstractLowRank(AbstractDelta):
         return {**{key: p[key] for key in self.rank_dims}, down: p[up].t(), up: p[down].t()}
 
     def check(self, kind: LayerKind, base: nn.Module) -> None:
-        if self.use_dora and (kind.by_weight or kind.groups(base) > 1):
-            why = "is adapted through its weight" if kind.by_weight else "is grouped, so B A is no weight of it"
-            raise UnsupportedLayerError(f"use_dora must be off: this {kind.name} {why}.")
+        if self.use_dora and kind.by_weight:
+            raise UnsupportedLayerError(f"use_dora must be off: this {kind.name} is adapted through its weight.")
         if "bias" in self.slots and kind.indexed:
             raise UnsupportedLayerError("lora_bias=True is not supported for Embedding.")
         if "bias" in self.slots and not kind.by_weight and getattr(base, kind.bias_name, None) is None:
             told = f"`lora_bias=True` was passed but the targeted layer of type {type(base).__name__} has no bias"
             warnings.warn(f"{told} to merge it into.", PeftWarning, stacklevel=2)
+        if self._beyond_groups(kind, base):
+            told = f"LoRA adapter added to a {kind.name} layer with groups > 1. Merging is not supported."
+            warnings.warn(told, PeftWarning, stacklevel=2)
         super().check(kind, base)
+
+    def _beyond_groups(self, kind: LayerKind, base: nn.Module) -> bool:
+        """Whether the factors see more of the input than an output of the layer does."""
+        first = next(iter(self.rank_dims), None)
+        return first is not None and prod(self.slots[first].shape[1:]) > kind.shape(base)[1]
 
     def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
         if "bias" in self.slots and getattr(base, kind.bias_name, None) is None:
             told = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
             raise NotMergeableError(f"{told} to merge into: leave it unmerged.")
-        first = next(iter(self.rank_dims), None)
-        if first is not None and prod(self.slots[first].shape[1:]) > kind.shape(base)[1]:
+        if self._beyond_groups(kind, base):
             raise NotMergeableError(
                 "its factors see all channels of a grouped convolution, which a grouped weight cannot: leave it "
                 "unmerged."
@@ -272,6 +278,8 @@ class AbstractLowRank(AbstractDelta):
 
     def _norm(self, p: Params, layer: Layer) -> Tensor:
         squares = None if "W0" in p else layer.row_squares()
+        if (groups := layer.kind.groups(layer.base_layer)) > 1:
+            return grouped_norm(layer.matrix(), *self.pair(p), self.scaling, groups, squares)
         return weight_norm(self.base(p, layer.matrix()), *self.whole(p), self.scaling, squares)
 
     def _dora(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool) -> Tensor:

@@ -76,6 +76,33 @@ def _factored_norm(
     return cross_O.add_(base_O).clamp_(min=0.0).sqrt_()
 
 
+@torch.no_grad()
+def grouped_norm(
+    W_OI: Tensor, down_RC: Tensor, up_OR: Tensor, scale: float | Tensor, groups: int, base_sq_O: Tensor | None = None
+) -> Tensor:
+    """`weight_norm` where outputs see their group's I inputs through W, and all ``C = groups I`` through ``down``.
+
+    Args:
+        W_OI (`Tensor`): The frozen weight of a grouped convolution.
+        down_RC (`Tensor`): First factor, over all inputs; each group's outputs have ``R / groups`` rows of it.
+        up_OR (`Tensor`): Second factor, ``R / groups`` wide.
+        scale (`float` or 0-dim `Tensor`): Multiplies the product.
+        groups (`int`): How many.
+        base_sq_O (`Tensor`, *optional*): ``square_norm(W)``.
+
+    Returns:
+        `Tensor`: (out,), as `weight_norm` of the weight over all inputs, which is zero beyond an output's group.
+    """
+    dtype = _wide(W_OI.dtype)
+    with no_autocast(W_OI):
+        W_GOI, up_GOR = (t.to(dtype).reshape(groups, -1, t.shape[1]) for t in (W_OI, up_OR * scale))
+        down_GRC = down_RC.to(dtype).reshape(groups, -1, down_RC.shape[1])
+        own_GRI = down_GRC.reshape(*down_GRC.shape[:2], groups, -1).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        inner_GOR = 2.0 * W_GOI @ own_GRI.mT + up_GOR @ (down_GRC @ down_GRC.mT)
+        base_O = square_norm(W_OI) if base_sq_O is None else base_sq_O
+        return (base_O + (inner_GOR * up_GOR).sum(2).flatten()).clamp_(min=0.0).sqrt_()
+
+
 def reference(
     x_BI: Tensor,
     h_BO: Tensor,
