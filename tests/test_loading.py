@@ -288,6 +288,28 @@ def test_a_torn_pair(saved: Path, model: inlay.PeftModel) -> None:
             model.load_adapter(saved, "other", strict=strict)
 
 
+def test_a_torn_pair_where_problems_warn(saved: Path, model: inlay.PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    monkeypatch.setattr(inlay.settings, "strict_load", False)
+    with pytest.warns(PeftWarning, match="not of one save") as caught:
+        model.load_adapter(saved, "other")
+    assert caught[0].filename == __file__
+    assert model.base_model.model.lin0.scaling == {"default": 2.0, "other": 4.0}
+
+
+@pytest.mark.parametrize("init", [False, "gaussian"])
+def test_how_values_were_drawn_makes_no_other_adapter(saved: Path, model: inlay.PeftModel, init: Any) -> None:
+    state = bits(model)
+    disturb(model)
+    rewrite(saved, lambda values, tensors: values.update(init_lora_weights=init))
+    assert model.load_adapter(saved, "default").ok
+    same_state(bits(model), state)
+    rewrite(saved, lambda values, tensors: values.update(init_lora_weights="olora"))
+    with raises_and_leaves(model, DuplicateAdapterError, "init_lora_weights"):
+        model.load_adapter(saved, "default")
+
+
 def test_a_torn_pair_with_a_config_of_the_callers(saved: Path, tiny: Any) -> None:
     """A config given by the caller stands in for the file's on purpose."""
     given = config(lora_alpha=16)
@@ -389,6 +411,8 @@ def test_loading_the_same_name_again(saved: Path, model: inlay.PeftModel) -> Non
 def test_a_name_used_twice(model: inlay.PeftModel, mlp: nn.Module) -> None:
     with raises_and_leaves(model, DuplicateAdapterError, "default"):
         model.add_adapter("default", config())
+    with raises_and_leaves(model, PlanError, "add_adapter"):
+        inlay.inject_adapter_in_model(config(), model, "other")
     inner = model.get_base_model()
     for put in (inlay.get_peft_model, lambda net, config: inlay.inject_adapter_in_model(config, net)):
         with pytest.warns(PeftWarning), raises_and_leaves(inner, PlanError, "nothing"):

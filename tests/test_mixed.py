@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import laws
 import pytest
 import torch
 from laws import KINDS, OPTIONS, UNMERGEABLE, UNSUPPORTED, Case
-from torch import Tensor
+from torch import Tensor, nn
 
 import inlay
-from inlay.errors import ConfigError, MissingFileError
+from inlay.errors import ConfigError, MissingFileError, UnknownAdapterError
 from inlay.inject import wrappers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* does not divide a layer's width")
@@ -111,6 +112,20 @@ def test_one_is_deleted_and_the_other_stays(one: Case, two: Case) -> None:
     assert list(model.peft_config) == ["b"]
     assert all("a" not in w.methods for _, w in wrappers(model) if isinstance(w, inlay.adapted.Adapted))
     laws.same_bits(model.unload()(x), one.base().requires_grad_(False)(x))
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ("b",), "a"], ids=str)
+def test_several_are_deleted_at_once(names: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    model = inlay.get_peft_model(net, inlay.LoraConfig(target_modules=["0"]), "a", mixed=True)
+    model.add_adapter("b", inlay.LoHaConfig(target_modules=["0"]))
+    model.add_adapter("c", inlay.IA3Config(target_modules=["0"], feedforward_modules=[]))
+    model.set_adapter("c")
+    with pytest.raises(UnknownAdapterError, match="nobody"):
+        model.delete_adapter(["a", "nobody"])
+    assert list(model.peft_config) == ["a", "b", "c"]
+    model.delete_adapter(names)
+    assert list(model.peft_config) == [n for n in "abc" if n not in names]
 
 
 @pairs

@@ -933,6 +933,13 @@ class PeftMixedModel(PeftModel):
 
     mixed = True
 
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Removes an adapter or several; see `Tuner.delete_adapter`."""
+        names = as_names(adapter_name)
+        self.base_model.check_deletable(names)
+        for name in names:
+            self.base_model.delete_adapter(name)
+
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     "SEQ_CLS": PeftModelForSequenceClassification,
@@ -990,8 +997,8 @@ def get_peft_model(
         warnings.warn(f"The config names its base model {old!r}; it is {new!r} now.", PeftWarning, stacklevel=2)
     if any(True for _ in wrappers(model)):
         warnings.warn(
-            "You are trying to modify a model that has adapters already. To have this one alone, call unload() on the "
-            "first handle before; to have it beside them, its add_adapter: a new handle does not list them.",
+            "You are trying to modify a model with PEFT for a second time. To have this adapter alone, call unload() "
+            "on the first handle before; to have it beside others, its add_adapter: a new handle does not list them.",
             PeftWarning,
             stacklevel=2,
         )
@@ -1040,9 +1047,11 @@ def inject_adapter_in_model(
 
     Raises:
         ConfigError: It is of a prompt, or an activated adapter's: these need a handle.
-        PlanError: The config does not fit the model, which is as it was.
-        AdapterNameError: The name cannot be used, or is in use.
+        PlanError: The config does not fit the model, which is as it was; or it is a `PeftModel`, which adds its own.
+        AdapterNameError: The name cannot be used.
     """
+    if isinstance(model, PeftModel):
+        raise PlanError("The model is a PeftModel: call its add_adapter, so that it knows of the adapter.")
     tell_adapted(model)
     return put_into(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 

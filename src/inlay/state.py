@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inlay import experts, settings, sources
+from inlay import experts, inits, settings, sources
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import DuplicateAdapterError, LoadError, MergeError, PeftWarning, UnknownAdapterError
@@ -589,7 +589,7 @@ def open_source(directory: Path, config: PeftConfig | None = None) -> Source:
     """Opens the pair in ``directory``; a given config stands in for the file's."""
     if config is not None:
         return Source(directory, config, files.open_weights(directory))
-    values, weights = files.read_pair(directory)
+    values, weights = files.read_pair(directory, settings.strict_load)
     try:
         return Source(directory, PeftConfig.from_dict(values, str(directory / files.CONFIG_NAME)), weights)
     except BaseException:
@@ -728,13 +728,23 @@ def live_fingerprint(root: nn.Module, adapter_name: str) -> str:
     )
 
 
+def _drawn_only(key: str, a: Any, b: Any) -> bool:
+    """Whether two configs that differ in this field differ in how fresh tensors are drawn, and in nothing else."""
+    computed = {"pissa", "olora", "loftq"}
+    return key.startswith("init_") and key.endswith("weights") and computed.isdisjoint(map(inits.name_of, (a, b)))
+
+
 def check_same(model: nn.Module, other: AnyConfig, adapter_name: str) -> None:
     """Raises `DuplicateAdapterError` where a file's config is another adapter's than the one of this name."""
     ignored = {"inference_mode", "peft_version", "base_model_name_or_path", "auto_mapping", "revision"}
     b = other.to_dict()
     for mine in (saved_config(model, adapter_name), config_of(model, adapter_name)):
         a = mine.to_dict()
-        differ = sorted(k for k in a.keys() | b.keys() if k not in ignored and a.get(k) != b.get(k))
+        differ = sorted(
+            k
+            for k in a.keys() | b.keys()
+            if k not in ignored and a.get(k) != b.get(k) and not _drawn_only(k, a.get(k), b.get(k))
+        )
         if not differ:
             return
     if differ:

@@ -22,6 +22,7 @@ import stat
 import struct
 import sys
 import time
+import warnings
 import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,6 +38,7 @@ from inlay.errors import (
     CorruptFileError,
     FileError,
     MissingFileError,
+    PeftWarning,
     TornPairError,
     UnreadableError,
     UnwritableError,
@@ -472,28 +474,33 @@ def open_weights(directory: str | Path) -> Weights:
     )
 
 
-def read_pair(directory: str | Path) -> Pair:
+def read_pair(directory: str | Path, strict: bool = True) -> Pair:
     """Config and opened weights of one save; one under way in another process is waited for, a moment long.
 
     Raises:
-        TornPairError: The two files are of different saves.
+        TornPairError: The two files are of different saves; where not ``strict``, a warning instead.
         MissingFileError, CorruptFileError: One of them is not there, or cannot be used.
     """
     directory = Path(directory)
-    for _ in range(_PAIR_TRIES):
+    for left in reversed(range(_PAIR_TRIES)):
         raw, config = _read_json(directory / CONFIG_NAME)
         weights = open_weights(directory)
         wanted, found = weights.metadata.get(PAIR_KEY), hashlib.sha256(raw).hexdigest()
         if wanted is None or wanted == found:
             return Pair(config, weights)
-        weights.close()
-        time.sleep(0.02)
-    raise TornPairError(
+        if left or strict:
+            weights.close()
+            time.sleep(0.02)
+    text = (
         f"The config and the weights at '{directory}' are not of one save: the weights were saved with a config of "
         f"SHA-256 {_short(str(wanted))}, '{CONFIG_NAME}' has '{found}'. A save was cut short, or one file was "
         "copied or edited alone. Save or fetch the adapter again; if the config was edited on purpose, call "
         "inlay.formats.files.reseal(directory)."
     )
+    if strict:
+        raise TornPairError(text)
+    warnings.warn(text, PeftWarning, stacklevel=5)
+    return Pair(config, weights)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

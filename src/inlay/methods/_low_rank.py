@@ -149,7 +149,7 @@ class AbstractLowRank(AbstractDelta):
             told = f"`lora_bias=True` was passed but the targeted layer of type {type(base).__name__} has no bias"
             warnings.warn(f"{told} to merge it into.", PeftWarning, stacklevel=2)
         if self._beyond_groups(kind, base):
-            told = f"LoRA adapter added to a {kind.name} layer with groups > 1. Merging is not supported."
+            told = "LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported."
             warnings.warn(told, PeftWarning, stacklevel=2)
         super().check(kind, base)
 
