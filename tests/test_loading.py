@@ -310,6 +310,23 @@ def test_how_values_were_drawn_makes_no_other_adapter(saved: Path, model: inlay.
         model.load_adapter(saved, "default")
 
 
+def test_another_config_under_a_name_in_use_where_problems_warn(
+    saved: Path, model: inlay.PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = bits(model)
+    disturb(model)
+    rewrite(saved, lambda values, tensors: values.update(lora_alpha=99))
+    monkeypatch.setattr(inlay.settings, "strict_load", False)
+    with pytest.warns(PeftWarning, match="lora_alpha.*keeps its own config") as caught:
+        model.load_adapter(saved, "default")
+    assert caught[0].filename == __file__
+    same_state(bits(model), state)
+    assert model.peft_config["default"].lora_alpha == 8
+    rewrite(saved, lambda values, tensors: values.update(peft_type="IA3"))
+    with pytest.warns(PeftWarning, match="Unexpected"), raises_and_leaves(model, DuplicateAdapterError, "peft_type"):
+        model.load_adapter(saved, "default")
+
+
 def test_a_torn_pair_with_a_config_of_the_callers(saved: Path, tiny: Any) -> None:
     """A config given by the caller stands in for the file's on purpose."""
     given = config(lora_alpha=16)
@@ -406,6 +423,22 @@ def test_loading_the_same_name_again(saved: Path, model: inlay.PeftModel) -> Non
     rewrite(saved, lambda values, tensors: values.update(lora_alpha=99))
     with raises_and_leaves(model, DuplicateAdapterError, "lora_alpha"):
         model.load_adapter(saved, "default")
+
+
+def test_a_second_handle_on_one_model_loads_in_the_place_of_the_name(saved: Path, model: inlay.PeftModel) -> None:
+    inner, state = model.get_base_model(), bits(model)
+    disturb(model)
+    before = bits(model)
+    rewrite(saved, lambda values, tensors: tensors.pop(Q))
+    with pytest.warns(PeftWarning), raises_and_leaves(model, LoadError, "missing"):
+        inlay.PeftModel.from_pretrained(inner, saved)
+    same_state(bits(model), before)
+    model.save_pretrained(saved)
+    disturb(model)
+    with pytest.warns(PeftWarning, match="Already found"):
+        loaded = inlay.PeftModel.from_pretrained(inner, saved)
+    same_state(bits(loaded), before)
+    assert state.keys() == before.keys()
 
 
 def test_a_name_used_twice(model: inlay.PeftModel, mlp: nn.Module) -> None:

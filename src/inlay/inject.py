@@ -279,7 +279,11 @@ def method_of(config: AdapterConfig) -> Method:
 
 @collector_paused()
 def prepare(
-    model: nn.Module, config: AdapterConfig, only: Iterable[str] | None = None, adapter_name: str | None = None
+    model: nn.Module,
+    config: AdapterConfig,
+    only: Iterable[str] | None = None,
+    adapter_name: str | None = None,
+    replacing: bool = False,
 ) -> Prepared:
     """Plans ``config`` on ``model`` down to shapes.
 
@@ -288,6 +292,7 @@ def prepare(
         config (`AdapterConfig`): What to do.
         only (`Iterable[str]`, *optional*): Names of modules to adapt instead of the config's targets.
         adapter_name (`str`, *optional*): Checked to be possible and free.
+        replacing (`bool`, *optional*, defaults to `False`): It need not be free: `apply` takes the other one out.
 
     Raises:
         PlanError: Nothing matches, a pattern or a layer is not possible.
@@ -299,7 +304,7 @@ def prepare(
         config, found = fused, survey(model, _head(model, config), parameters=True)
     if adapter_name is not None:
         check_adapter_name(adapter_name, FORBIDDEN_NAMES)
-        if adapter_name in found.adapters:
+        if adapter_name in found.adapters and not replacing:
             raise DuplicateAdapterError(
                 f"Adapter {adapter_name!r} is already in the model: choose another name, or delete it first."
             )
@@ -667,7 +672,7 @@ def apply(
     trainable: bool = True,
     router: Router | None = None,
 ) -> None:
-    """Puts a prepared adapter into its model; on any error the model is as it was.
+    """Puts a prepared adapter into its model; on any error the model is as it was, without one that is replaced.
 
     Args:
         prepared (`Prepared`): From `prepare`.
@@ -686,6 +691,8 @@ def apply(
     grads = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
     try:
         with collector_paused(), router.writing():
+            if name in found.adapters:
+                _take_out(found, name)
             for parameter in grads:
                 parameter.requires_grad = False  # requires_grad_() is not to be had of a lazy layer's
             for work in prepared.works:
@@ -880,16 +887,12 @@ def unmerge_first(model: nn.Module, stacklevel: int) -> None:
         layer.unmerge()
 
 
-def make_way(model: nn.Module, config: AdapterConfig, adapter_name: str, only: Iterable[str] | None = None) -> None:
-    """Takes out the adapter whose name ``config`` is to have, if there is one and ``config`` fits the model."""
-    standing = [w for _, w in wrappers(model)]
-    if not any(adapter_name in (w.methods if isinstance(w, Adapted) else w.modules_to_save) for w in standing):
-        return
-    prepare(model, config, only)  # raises while the old one is there
-    unmerge_first(model, stacklevel=3)
-    with standing[0].router.writing(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", PeftWarning)
-        for wrapper in standing:
+def _take_out(found: Survey, adapter_name: str) -> None:
+    """Takes out an adapter that another one of its name is to replace."""
+    unmerge_first(found.model, stacklevel=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)  # another one is active for a moment
+        for _, wrapper in list(wrappers(found.model)):
             wrapper.delete_adapter(adapter_name)
 
 

@@ -44,7 +44,6 @@ from inlay.inject import (
     apply,
     check_at_hand,
     layers_in,
-    make_way,
     method_of,
     own_modules,
     prepare,
@@ -137,9 +136,7 @@ class PeftModel(nn.Module):
             self._put_before(name, config, activate, not config.inference_mode)
             return
         with self._with_heads(config), replicated(self.base_model.model, ranges_left(self.peft_config, config)):
-            if not self.peft_config:
-                make_way(self.base_model.model, config, name)
-            prepared = prepare(self.base_model.model, config, adapter_name=name)
+            prepared = prepare(self.base_model.model, config, adapter_name=name, replacing=not self.peft_config)
             for text in prepared.plan.warnings:
                 warnings.warn(text, PeftWarning, stacklevel=5)
             trainable = not config.inference_mode
@@ -818,6 +815,7 @@ class PeftModel(nn.Module):
                 base_name=model.__dict__.get("name_or_path"),
                 router=self.base_model.router,
                 present=partial(_present_names, model),
+                replacing=not self.peft_config,
             )
         self.base_model.add(name, config, prepared, activate)
         if trainable:
@@ -1070,8 +1068,7 @@ def put_into(
     only = None if state_dict is None else layers_in(state_dict, peft_config)
     configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or _Configs()
     with replicated(model, ranges_left(configs, peft_config)):
-        make_way(model, peft_config, adapter_name, only)
-        prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name)
+        prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name, replacing=True)
         if to_be_read:
             check_at_hand(prepared)
         disagreement = () if state_dict is None else told_by_config(prepared)

@@ -612,6 +612,7 @@ def load_into(
     base_name: str | None = None,
     router: Router | None = None,
     present: Callable[[Iterable[str]], Mapping[str, str]] | None = None,
+    replacing: bool = False,
 ) -> tuple[LoadReport, Prepared]:
     """Loads an opened adapter into a bare model, everything checked before anything is touched.
 
@@ -625,7 +626,7 @@ def load_into(
         PlanError: The config does not fit the model.
     """
     strict = settings.strict_load if strict is None else strict
-    prepared = prepare(root, config, adapter_name=adapter_name)
+    prepared = prepare(root, config, adapter_name=adapter_name, replacing=replacing)
     optional, wanted = _optional(root), expected(prepared)
     for work in prepared.works:
         optional.update(_filed(work.path, work.adapter) if work.source is not None else {})
@@ -735,7 +736,10 @@ def _drawn_only(key: str, a: Any, b: Any) -> bool:
 
 
 def check_same(model: nn.Module, other: AnyConfig, adapter_name: str) -> None:
-    """Raises `DuplicateAdapterError` where a file's config is another adapter's than the one of this name."""
+    """Raises `DuplicateAdapterError` where a file's config is another adapter's than the one of this name.
+
+    With ``strict_load`` off it warns, where the method is the same: the tensors say then whether they fit.
+    """
     ignored = {"inference_mode", "peft_version", "base_model_name_or_path", "auto_mapping", "revision"}
     b = other.to_dict()
     for mine in (saved_config(model, adapter_name), config_of(model, adapter_name)):
@@ -747,11 +751,10 @@ def check_same(model: nn.Module, other: AnyConfig, adapter_name: str) -> None:
         )
         if not differ:
             return
-    if differ:
-        raise DuplicateAdapterError(
-            f"Adapter {adapter_name!r} exists already and the file's config differs in {differ}: choose another name, "
-            "or delete it first."
-        )
+    told = f"Adapter {adapter_name!r} exists already and the file's config differs in {differ}"
+    if settings.strict_load or "peft_type" in differ:
+        raise DuplicateAdapterError(f"{told}: choose another name, or delete it first.")
+    warnings.warn(f"{told}: it takes the file's tensors, and keeps its own config.", PeftWarning, stacklevel=5)
 
 
 def reload(
