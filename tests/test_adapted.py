@@ -1087,3 +1087,18 @@ def test_a_tuner_of_prompts_has_no_targets(llama: nn.Module) -> None:
     tuner.peft_config["b"] = config
     with pytest.raises(ConfigError):
         tuner.inject_adapter(tuner.model, "b")
+
+
+def test_a_slots_module_tells_what_a_linear_layer_there_would(mlp: nn.Module) -> None:
+    model = inlay.get_peft_model(mlp, inlay.LoraConfig(r=3, target_modules=["lin0"], lora_bias=True))
+    layer = model.base_model.model.lin0
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    assert (down.in_features, down.out_features) == (layer.in_features, 3)
+    assert (up.in_features, up.out_features) == (3, layer.out_features)
+    assert down.bias is None
+    assert up.bias.shape == (layer.out_features,)
+    assert [n for n, _ in down.named_parameters()] == ["weight"]
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = down.nothing
+    convolution = inlay.get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3)), inlay.LoraConfig(target_modules=["0"]))
+    assert not hasattr(convolution.base_model.model[0].lora_A["default"], "in_features")

@@ -87,6 +87,13 @@ class Leaf(_Light):
             return W
         return F.linear(x, W, self._parameters.get("bias")) if run is None else run(x)
 
+    def __getattr__(self, name: str) -> Any:
+        # What kernels and scripts ask of a linear layer in this place.
+        if name == "bias" and "bias" not in self._parameters:
+            return None
+        W = self._parameters.get("weight") if name in ("in_features", "out_features") else None
+        return super().__getattr__(name) if W is None or W.dim() != 2 else W.shape[name == "in_features"]
+
     def extra_repr(self) -> str:
         return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self._parameters.items() if v is not None)
 

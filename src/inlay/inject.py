@@ -268,6 +268,7 @@ class Prepared:
     saved: list[str]
     tokens: list[TokenWork]
     ties: dict[str, str] = field(default_factory=dict)
+    replaces: bool = False  # an adapter of the same name is to go
 
 
 def method_of(config: AdapterConfig) -> Method:
@@ -310,6 +311,7 @@ def prepare(
             )
     plan = match.plan(found.facts, found.parameters, _targeting(found, config, method, only))
     prepared = Prepared(config, found, plan, [], [name for name, _ in plan.saved], [])
+    prepared.replaces = adapter_name in found.adapters
     for target in plan.targets:
         prepared.works += _works_for(found, config, target)
     by_module: dict[str, list[match.ParameterTarget]] = {}
@@ -691,7 +693,7 @@ def apply(
     grads = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
     try:
         with collector_paused(), router.writing():
-            if name in found.adapters:
+            if prepared.replaces:
                 _take_out(found, name)
             for parameter in grads:
                 parameter.requires_grad = False  # requires_grad_() is not to be had of a lazy layer's
