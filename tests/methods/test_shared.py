@@ -77,7 +77,7 @@ OPTIONS = {
 CASES = [
     Case("HRA", "plain", kind)
     for kind in ("Linear", "Conv1D", "Conv2d", "Conv2d grouped", "Embedding", "MultiheadAttention")
-] + [Case("WDLOHA", "plain", kind) for kind in ("Linear", "Conv2d", "Embedding")]
+] + [Case("WDLOHA", "plain", kind) for kind in ("Linear", "Conv2d", "Conv2d grouped", "Embedding")]
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_law(law: Law, case: Case) -> None:
     law(case)
 
 
-@pytest.mark.parametrize("kind", ["Parameter", "MultiheadAttention", "Conv2d grouped"])
+@pytest.mark.parametrize("kind", ["Parameter", "MultiheadAttention"])
 def test_lengths_of_rows_need_a_layer_with_one_matrix(kind: str) -> None:
     with pytest.raises(UnsupportedLayerError, match="use_dora must be off"):
         Case("WDLOHA", "plain", kind).fresh()

@@ -278,9 +278,10 @@ class AbstractLowRank(AbstractDelta):
 
     def _norm(self, p: Params, layer: Layer) -> Tensor:
         squares = None if "W0" in p else layer.row_squares()
-        if (groups := layer.kind.groups(layer.base_layer)) > 1:
-            return grouped_norm(layer.matrix(), *self.pair(p), self.scaling, groups, squares)
-        return weight_norm(self.base(p, layer.matrix()), *self.whole(p), self.scaling, squares)
+        W_OI, (down, up) = self.base(p, layer.matrix()), self.whole(p)
+        if down.shape[1] > W_OI.shape[1]:
+            return grouped_norm(W_OI, down, up, self.scaling, layer.kind.groups(layer.base_layer), squares)
+        return weight_norm(W_OI, down, up, self.scaling, squares)
 
     def _dora(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool) -> Tensor:
         bias, kind, (down, up) = layer.offset(), layer.kind, self.pair(p)
