@@ -200,6 +200,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """An embedding some of whose rows are trained; the layer with its adapter is at ``token_adapter``."""
 
+    adapter_layer_names = ("token_adapter.trainable_tokens_delta",)
+
     def __init__(self, token_adapter: TrainableTokensLayer | TiedTokensLayer) -> None:
         super().__init__()
         self.token_adapter = token_adapter
@@ -256,6 +258,12 @@ class _Originals(Mapping[str, Tensor]):
 
 class TrainableTokensLayer(Adapted):
     """An embedding, and for each adapter the rows that it trains in the place of some of the embedding's."""
+
+    @property
+    def token_indices(self) -> dict[str, list[int]]:
+        """By adapter, which rows."""
+        methods: dict[str, Any] = self.methods
+        return {name: list(method.tokens) for name, method in methods.items()}
 
     @property
     def trainable_tokens_original(self) -> Mapping[str, Tensor]:
@@ -325,6 +333,7 @@ class Tied(Adapted):
 class TiedTokensLayer(Tied):
     """A head that is tied to such an embedding."""
 
+    token_indices = TrainableTokensLayer.token_indices
     trainable_tokens_original = TrainableTokensLayer.trainable_tokens_original
 
 
