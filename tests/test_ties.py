@@ -176,3 +176,17 @@ def test_tokens_of_what_is_trained_whole_are_refused(whole: str) -> None:
     with pytest.raises(inlay.PeftError, match="trained whole, and has trained tokens"):
         inlay.get_peft_model(base, config)
     assert type(base.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_replicated_layers_are_not_tied(kept: bool) -> None:
+    base = build("llama")
+    targets = ["q_proj", "embed_tokens"] if kept else ["q_proj"]
+    config = inlay.LoraConfig(
+        r=2, target_modules=targets, layer_replication=[(0, 2), (1, 2)], ensure_weight_tying=kept
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = inlay.get_peft_model(base, config)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and "q_proj.lora_A" in name]
+    assert len(trained) == 3

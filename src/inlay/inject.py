@@ -88,6 +88,10 @@ class Survey:
         W = _unwrapped(self.modules[path])._parameters.get("weight")
         return [name for name in self.owners.get(id(W), ()) if name != path]
 
+    def is_table(self, path: str) -> bool:
+        """Whether it is an embedding: replicated layers share weights too, and each has an adapter of its own."""
+        return isinstance(_unwrapped(self.modules[path]) if path else self.model, nn.Embedding)
+
 
 def survey(model: nn.Module, head: nn.Module | None = None, parameters: bool = False) -> Survey:
     """Walks ``model`` once; adapted layers are seen as the layers they wrap, and their slots are not walked."""
@@ -384,7 +388,8 @@ def _follow_ties(prepared: Prepared) -> None:
     for work in sorted(prepared.works, key=lambda work: not work.kind.indexed):
         if work.target is None or work.nested or work.path in following:
             continue
-        for other in found.tied_to(work.path):
+        others = found.tied_to(work.path)
+        for other in others if any(map(found.is_table, (work.path, *others))) else ():
             following.add(other)
             layer = _unwrapped(found.modules[other])
             kind = trainable_kind(layer, other)
@@ -397,7 +402,8 @@ def _follow_ties(prepared: Prepared) -> None:
 def _told_of_ties(prepared: Prepared) -> Iterator[str]:
     """What to warn of where a tie is broken that could be kept, or kept where there is none."""
     found, config = prepared.survey, prepared.config
-    shared = {name for names in found.owners.values() if len(names) > 1 for name in names}
+    groups = (names for names in found.owners.values() if len(names) > 1 and any(map(found.is_table, names)))
+    shared = {name for names in groups for name in names}
     paths = [*(work.path for work in prepared.works), *prepared.saved]
     tied = next((path for path in paths if path in shared), None)
     if config.ensure_weight_tying and not shared:
