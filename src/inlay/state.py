@@ -332,7 +332,7 @@ def set_peft_model_state_dict(
         UnknownAdapterError: No such adapter.
         LoadError: A tensor has another shape; nothing was changed.
     """
-    root, prefix = root_of(model)
+    root, _ = root_of(model)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
     _check_unmerged(root, adapter_name)
     prompt = prompt_of(model, adapter_name)
@@ -345,11 +345,20 @@ def set_peft_model_state_dict(
         raise LoadError(f"Tensors do not fit the adapter {adapter_name!r}; nothing was changed.\n{report}", report)
     for key in (key for key, *_ in report.shape):
         tensors.pop(key)
-    report.live.update({p.key: prefix + p.live for p in places(root, adapter_name)} if report.missing else {})
+    if ignore_mismatched_sizes and report.shape:
+        warnings.warn(f"ignore_mismatched_sizes leaves out:\n{report}", PeftWarning, stacklevel=2)
+    name_live(report, model, adapter_name)
     report.dtype.extend(assign(root, targets, {**tensors, **frozen}))
     if prompt is not None:
         prompt.take(tensors)
     return report
+
+
+def name_live(report: LoadReport, model: nn.Module, adapter_name: str) -> None:
+    """Has a report give its keys as the model would: beginning as a handle's names, and with the adapter's name."""
+    root, prefix = root_of(model)
+    report.live.update({key: prefix + key for key in (*report.missing, *report.unexpected)})
+    report.live.update({p.key: prefix + p.live for p in places(root, adapter_name)} if report.missing else {})
 
 
 def _frozen(root: nn.Module, names: Iterable[str]) -> dict[str, Target]:
