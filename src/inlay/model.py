@@ -741,7 +741,7 @@ class PeftModel(nn.Module):
     ) -> LoadReport:
         """Loads another saved adapter, which `set_adapter` then activates.
 
-        An adapter of the same name and config is given the file's values in place, and goes on being trained if it was.
+        An adapter of the same name and config is given the file's values in place, and is trained on if it was before.
 
         Args:
             model_id (`str` or `Path`): A directory, or an id on the hub.
