@@ -270,7 +270,6 @@ def test_what_is_asked_in_a_config(way: str, name: str, seq2seq: bool, asked: st
     ("way", "name", "task", "given", "match"),
     [
         ("front", "bert", "SEQ_CLS", {}, "cannot generate"),
-        ("front", "llama", "CAUSAL_LM", {"input_ids": None}, "input_ids"),
         ("front", "llama", "CAUSAL_LM", {"position_ids": torch.arange(L)[None]}, "position_ids"),
         ("cache", "llama", "CAUSAL_LM", {"cache_implementation": "quantized"}, "quantized"),
         ("cache", "t5", "SEQ_2_SEQ_LM", {"cache_implementation": "offloaded"}, "offloaded"),
