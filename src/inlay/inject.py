@@ -650,7 +650,13 @@ def _token_work(found: Survey, config: AdapterConfig, path: str, asked: dict[str
     works = [TokenWork(path, parent, attribute, kind, TrainableTokensAdapter(config, kind, layer, {"tokens": tokens}))]
     W = layer._parameters.get("weight")
     for other in found.owners.get(id(W), ()) if W is not None and kind.indexed else ():
-        if other != path and asked.get(other, tokens) == tokens:
+        alike = asked.get(other, tokens) == tokens
+        if config.ensure_weight_tying and not alike:
+            raise PlanError(
+                f"ensure_weight_tying is set, and trainable_token_indices has other tokens for {path} than for {other}, "
+                "which are tied: give both the same, or name one of them."
+            )
+        if other != path and alike:
             tied_layer = _unwrapped(found.modules[other])
             tied_kind = trainable_kind(tied_layer, other)
             adapter = TrainableTokensAdapter(config, tied_kind, tied_layer, {"tokens": tokens})
