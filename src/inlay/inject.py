@@ -653,8 +653,8 @@ def _token_work(found: Survey, config: AdapterConfig, path: str, asked: dict[str
         alike = asked.get(other, tokens) == tokens
         if config.ensure_weight_tying and not alike:
             raise PlanError(
-                f"ensure_weight_tying is set, and trainable_token_indices has other tokens for {path} than for {other}, "
-                "which are tied: give both the same, or name one of them."
+                f"ensure_weight_tying is set, and trainable_token_indices has other tokens for {path} than for "
+                f"{other}, which are tied: give both the same, or name one of them."
             )
         if other != path and alike:
             tied_layer = _unwrapped(found.modules[other])
