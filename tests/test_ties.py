@@ -199,3 +199,28 @@ def test_other_tokens_in_the_head_than_in_the_table_it_is_to_be_tied_to_are_refu
     inlay.get_peft_model(build("llama"), inlay.LoraConfig(**tokens))
     with pytest.warns(inlay.PeftWarning, match="no tied modules"):
         inlay.get_peft_model(build("llama", tie=False), inlay.LoraConfig(ensure_weight_tying=True, **tokens))
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_magnitudes_cannot_be_tied(target: str) -> None:
+    config = inlay.LoraConfig(target_modules=[target], use_dora=True, ensure_weight_tying=True)
+    with pytest.raises(inlay.PeftError, match="magnitudes of their own"):
+        inlay.get_peft_model(build("llama"), config)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_layer_follows_for_all_of_its_adapters_or_for_none(first: bool, ids_BT: Tensor) -> None:
+    def config(tied: bool, r: int = 2) -> inlay.LoraConfig:
+        return inlay.LoraConfig(r=r, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=tied)
+
+    model = inlay.get_peft_model(build("llama"), config(first))
+    before = sorted(model.state_dict())
+    with pytest.raises(inlay.PeftError, match="for all of its adapters, or for none"):
+        model.add_adapter("other", config(not first))
+    assert sorted(model.state_dict()) == before
+    model.add_adapter("other", config(first, r=3))
+    model.set_adapter("other")
+    disturb(model)
+    expected = run(model.eval(), ids_BT)
+    model.delete_adapter("default")
+    close(run(model, ids_BT), expected)

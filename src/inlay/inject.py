@@ -330,6 +330,7 @@ def prepare(
         prepared.works += _parameter_works(found, config, group)
     if config.ensure_weight_tying:
         _follow_ties(prepared)
+    _check_ties(prepared)
     for path in prepared.saved:
         ModulesToSaveWrapper.check(_unwrapped_saved(found.modules[path]), path)
     prepared.tokens = _token_works(found, config)
@@ -397,6 +398,17 @@ def _follow_ties(prepared: Prepared) -> None:
             adapter = _adapter(found, config, kind, layer, other, values, key=work.path)
             prepared.works = [own for own in prepared.works if own.path != other]
             prepared.works.append(Work(other, *found.parent(other), kind, adapter, tied=True, source=work.path))
+
+
+def _check_ties(prepared: Prepared) -> None:
+    """Raises `UnsupportedLayerError` where one adapter of a layer would follow another layer's, and another not."""
+    for work in prepared.works:
+        there = prepared.survey.modules.get(work.path)
+        if isinstance(there, Adapted) and isinstance(there, Tied) != (work.source is not None):
+            raise UnsupportedLayerError(
+                f"{work.path} has adapters {sorted(there.methods)} already, and ensure_weight_tying is not the same "
+                "for them and the new one: the layer follows another one for all of its adapters, or for none."
+            )
 
 
 def _told_of_ties(prepared: Prepared) -> Iterator[str]:
