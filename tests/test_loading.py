@@ -579,3 +579,16 @@ def test_what_is_missing_and_unexpected_is_named_as_the_model_names_it(model: in
         assert report.unexpected_keys == ["base_model.model.lin0.lora_C.weight"] == list(report)[1]
     # What is given new values in place is trained on as it was.
     assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_key_of_another_naming_is_one_that_nothing_takes(
+    model: inlay.PeftModel, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite(saved, lambda values, tensors: tensors.update(odd=torch.zeros(2)))
+    with raises_and_leaves(model, LoadError, "mixes two ways"):
+        model.load_adapter(saved, "new")
+    monkeypatch.setattr(inlay.settings, "strict_load", False)
+    with pytest.warns(PeftWarning, match="1 tensor in the file that nothing takes: 'odd'"):
+        report = model.load_adapter(saved, "new")
+    assert report.missing_keys == []
+    assert report.unexpected_keys == ["odd"]

@@ -820,7 +820,7 @@ class PeftModel(nn.Module):
         self.base_model.add(name, config, prepared, activate)
         if trainable:
             self.base_model.set_requires_grad(name)
-        state.name_live(report, self, name)
+        state.name_live(report, self, name, source.weights.header)
         self.__dict__["load_report"] = report
         return report
 
@@ -866,7 +866,7 @@ class PeftModel(nn.Module):
             report = state.reload(self, source, name, key_mapping, strict)
         if trainable and name in self.active_adapters:
             self.base_model.set_requires_grad(name)
-        state.name_live(report, self, name)
+        state.name_live(report, self, name, source.weights.header)
         return report
 
     def __getattr__(self, name: str) -> Any:
