@@ -70,6 +70,20 @@ class Fused(nn.Module):
         return h * self.gate
 
 
+class Turned(Fused):
+    """The same of experts whose matrices have their input first, as transformers' modules tell."""
+
+    is_transposed = True
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__(*shape)
+        self.gate = nn.Parameter(torch.randn(shape[-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = torch.einsum("...i,eio->...o", x, self.weight) * self.gate
+        return h
+
+
 def _conv1d_of_gpt2() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -160,7 +174,9 @@ KINDS: dict[str, Kind] = {
     "Attention of GPT-2": Kind("Attention", _attention_of_gpt2, _floats(3, 8), net=Decoder),
     "Parameter": Kind("Parameter", lambda: Fused(6, 5), _floats(5), rows=False),
     "Parameter of experts": Kind("Parameter", lambda: Fused(3, 6, 5), _floats(5), rows=False),
+    "Parameter of turned experts": Kind("Parameter", lambda: Turned(3, 5, 6), _floats(5), rows=False),
 }
+EXPERTS = ("Parameter of experts", "Parameter of turned experts")
 
 
 _VARIANTS = frozenset(
@@ -172,7 +188,7 @@ _VARIANTS = frozenset(
         "Conv3d",
         "Embedding with padding",
         "MultiheadAttention without bias",
-        "Parameter of experts",
+        *EXPERTS,
     }
 )
 
@@ -326,7 +342,7 @@ _ONE_MATRIX = (UnsupportedLayerError, "it is defined on one matrix, and files ha
 #: (method, option, kind) -> the error that planning raises, and why
 UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
     ("LORA", "pissa", "Conv2d grouped"): (UnsupportedLayerError, "B A is not a grouped weight, nor a part of one"),
-    ("LORA", "pissa", "Parameter of experts"): (UnsupportedLayerError, "the start is a part of one matrix"),
+    **{("LORA", "pissa", kind): (UnsupportedLayerError, "the start is a part of one matrix") for kind in EXPERTS},
     ("ADALORA", "pissa", "Conv2d grouped"): (UnsupportedLayerError, "as LoRA"),
     ("LORA", "bias", "Embedding"): (UnsupportedLayerError, "an embedding has no bias"),
     ("LORA", "bias", "Embedding with padding"): (UnsupportedLayerError, "an embedding has no bias"),
@@ -337,14 +353,15 @@ UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
         for kind in ("MultiheadAttention", "MultiheadAttention without bias")
     },
     **{
-        ("ADALORA", option, "Parameter of experts"): (UnsupportedLayerError, "one E weighs rows of one matrix")
+        ("ADALORA", option, kind): (UnsupportedLayerError, "one E weighs rows of one matrix")
         for option in ("plain", "random", "pruned", "dropout", "pissa")
+        for kind in EXPERTS
     },
     ("ADALORA", "dropout", "Parameter"): _PARAMETER_ONLY_WEIGHT,
     **{
         ("LORA", option, kind): _PARAMETER_ONLY_WEIGHT
         for option in ("dora", "bias", "dropout", "dora with dropout")
-        for kind in ("Parameter", "Parameter of experts")
+        for kind in ("Parameter", *EXPERTS)
     },
     **{
         ("IA3", option, kind): (UnsupportedLayerError, "indices cannot be scaled")
@@ -354,16 +371,17 @@ UNSUPPORTED: dict[tuple[str, str, str], tuple[type[PeftError], str]] = {
     ("OFT", "dropout", "MultiheadAttention"): _ATTENTION_ONLY_WEIGHT,
     ("OFT", "dropout", "MultiheadAttention without bias"): _ATTENTION_ONLY_WEIGHT,
     ("OFT", "dropout", "Parameter"): _PARAMETER_ONLY_WEIGHT,
-    ("OFT", "dropout", "Parameter of experts"): _PARAMETER_ONLY_WEIGHT,
+    **{("OFT", "dropout", kind): _PARAMETER_ONLY_WEIGHT for kind in EXPERTS},
     **{
         ("OFT", "dropout", kind): (UnsupportedLayerError, "a larger kernel is rotated through its weight")
         for kind in KINDS
         if kind.startswith("Conv") and kind != "Conv1D"
     },
     **{
-        (method, option, "Parameter of experts"): _ONE_MATRIX
+        (method, option, kind): _ONE_MATRIX
         for method in ("LOHA", "LOKR")
         for option in OPTIONS[method]
+        for kind in EXPERTS
     },
     **{
         (method, "dropout", kind): why

@@ -82,7 +82,6 @@ PLANS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": r".*\.[01]\..*(up|gate)_proj"}),
     ("llama", {"target_modules": ["q_proj"], "inference_mode": True}),
     ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
-    ("llama", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
     ("tied", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
     ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
     (

@@ -559,6 +559,36 @@ def test_set_state_dict_checks_before_it_writes(model: inlay.PeftModel) -> None:
     tensors[Q] = torch.zeros(4, 11)
     with raises_and_leaves(model, LoadError, "lin0"):
         inlay.set_peft_model_state_dict(model, tensors)
-    report = inlay.set_peft_model_state_dict(model, tensors, ignore_mismatched_sizes=True)
+    with pytest.warns(inlay.PeftWarning, match="ignore_mismatched_sizes leaves out:\n1 tensor of another shape"):
+        report = inlay.set_peft_model_state_dict(model, tensors, ignore_mismatched_sizes=True)
     assert len(report.shape) == 1
     close(model.base_model.model.lin1.lora_A.default.weight, tensors[Q.replace("lin0", "lin1")])
+
+
+def test_what_is_missing_and_unexpected_is_named_as_the_model_names_it(model: inlay.PeftModel, saved: Path) -> None:
+    def change(values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        del tensors[Q]
+        tensors["base_model.model.lin0.lora_C.weight"] = torch.zeros(2)
+
+    rewrite(saved, change)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name in ("default", "new"):
+        with pytest.warns(PeftWarning, match="missing from the file"):
+            report = model.load_adapter(saved, name, strict=False)
+        assert report.missing_keys == [Q.replace("lora_A", f"lora_A.{name}")]
+        assert report.unexpected_keys == ["base_model.model.lin0.lora_C.weight"] == list(report)[1]
+    # What is given new values in place is trained on as it was.
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_key_of_another_naming_is_one_that_nothing_takes(
+    model: inlay.PeftModel, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite(saved, lambda values, tensors: tensors.update(odd=torch.zeros(2)))
+    with raises_and_leaves(model, LoadError, "mixes two ways"):
+        model.load_adapter(saved, "new")
+    monkeypatch.setattr(inlay.settings, "strict_load", False)
+    with pytest.warns(PeftWarning, match="1 tensor in the file that nothing takes: 'odd'"):
+        report = model.load_adapter(saved, "new")
+    assert report.missing_keys == []
+    assert report.unexpected_keys == ["odd"]

@@ -228,3 +228,12 @@ def test_what_is_trained_beside_layers_names_its_adapter_as_in_peft(mlp: Any) ->
         model.base_model.set_adapter(names)
         assert wrapper.active_adapter == wrapper._active_adapter == told
     assert (wrapper.adapter_layer_names, wrapper.other_param_names) == (("modules_to_save",), ())
+
+
+def test_an_embedding_tells_which_tokens_are_trained() -> None:
+    table = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+    tokens = {"trainable_token_indices": {"0": [3, 1]}, "target_modules": ["1"]}
+    wrapper = inlay.get_peft_model(table, inlay.LoraConfig(r=2, **tokens), "a").base_model.model[0]
+    assert (wrapper.active_adapter, wrapper.active_adapters) == ("a", ["a"])
+    assert wrapper.token_adapter.token_indices == {"a": [3, 1]}
+    assert wrapper.adapter_layer_names == ("token_adapter.trainable_tokens_delta",)

@@ -10,7 +10,7 @@ import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -82,6 +82,15 @@ class Survey:
         """Whether another module owns the same parameter."""
         W = module._parameters.get(parameter)
         return W is not None and len(self.owners.get(id(W), ())) > 1
+
+    def tied_to(self, path: str) -> list[str]:
+        """The other modules that own the weight of this one."""
+        W = _unwrapped(self.modules[path])._parameters.get("weight")
+        return [name for name in self.owners.get(id(W), ()) if name != path]
+
+    def is_table(self, path: str) -> bool:
+        """Whether it is an embedding: replicated layers share weights too, and each has an adapter of its own."""
+        return isinstance(_unwrapped(self.modules[path]) if path else self.model, nn.Embedding)
 
 
 def survey(model: nn.Module, head: nn.Module | None = None, parameters: bool = False) -> Survey:
@@ -321,10 +330,12 @@ def prepare(
         prepared.works += _parameter_works(found, config, group)
     if config.ensure_weight_tying:
         _follow_ties(prepared)
+    _check_ties(prepared)
     for path in prepared.saved:
         ModulesToSaveWrapper.check(_unwrapped_saved(found.modules[path]), path)
     prepared.tokens = _token_works(found, config)
     _check_apart(prepared)
+    prepared.plan = replace(plan, warnings=(*plan.warnings, *_told_of_ties(prepared)))
     return prepared
 
 
@@ -367,25 +378,55 @@ def check_at_hand(prepared: Prepared) -> None:
 
 
 def _follow_ties(prepared: Prepared) -> None:
-    """Has layers that share a weight with an adapted or saved one follow it."""
+    """Has layers that share a weight with an adapted or saved one follow it: of adapted ones, the first table."""
     found, config = prepared.survey, prepared.config
-    planned = {work.path for work in prepared.works} | set(prepared.saved)
-    for path in [*prepared.saved, *(work.path for work in prepared.works if isinstance(work.layer, nn.Embedding))]:
-        W = _unwrapped(found.modules[path])._parameters.get("weight")
-        for other in found.owners.get(id(W), ()) if W is not None else ():
-            both_saved = path in prepared.saved and other in prepared.saved
-            if other == path or path in prepared.ties or (other in planned and not both_saved):
-                continue
-            planned.add(other)
-            if path in prepared.saved:
-                prepared.saved += [] if both_saved else [other]
+    for path in [*prepared.saved]:
+        for other in found.tied_to(path):
+            if path not in prepared.ties and other not in prepared.ties:
+                prepared.saved += [] if other in prepared.saved else [other]
                 prepared.ties[other] = path
-                continue
+    following: set[str] = set()
+    for work in sorted(prepared.works, key=lambda work: not work.kind.indexed):
+        if work.target is None or work.nested or work.path in following:
+            continue
+        others = found.tied_to(work.path)
+        for other in others if any(map(found.is_table, (work.path, *others))) else ():
+            following.add(other)
             layer = _unwrapped(found.modules[other])
             kind = trainable_kind(layer, other)
-            values = next(work.target.overrides for work in prepared.works if work.path == path and work.target)
-            adapter = _adapter(found, config, kind, layer, other, {**values, "tied": True}, key=path)
-            prepared.works.append(Work(other, *found.parent(other), kind, adapter, tied=True, source=path))
+            values = {**work.target.overrides, "tied": True}
+            adapter = _adapter(found, config, kind, layer, other, values, key=work.path)
+            prepared.works = [own for own in prepared.works if own.path != other]
+            prepared.works.append(Work(other, *found.parent(other), kind, adapter, tied=True, source=work.path))
+
+
+def _check_ties(prepared: Prepared) -> None:
+    """Raises `UnsupportedLayerError` where one adapter of a layer would follow another layer's, and another not."""
+    for work in prepared.works:
+        there = prepared.survey.modules.get(work.path)
+        if isinstance(there, Adapted) and isinstance(there, Tied) != (work.source is not None):
+            raise UnsupportedLayerError(
+                f"{work.path} has adapters {sorted(there.methods)} already, and ensure_weight_tying is not the same "
+                "for them and the new one: the layer follows another one for all of its adapters, or for none."
+            )
+
+
+def _told_of_ties(prepared: Prepared) -> Iterator[str]:
+    """What to warn of where a tie is broken that could be kept, or kept where there is none."""
+    found, config = prepared.survey, prepared.config
+    groups = (names for names in found.owners.values() if len(names) > 1 and any(map(found.is_table, names)))
+    shared = {name for names in groups for name in names}
+    paths = [*(work.path for work in prepared.works), *prepared.saved]
+    tied = next((path for path in paths if path in shared), None)
+    if config.ensure_weight_tying and not shared:
+        yield "ensure_weight_tying is set, but there are no tied modules in the model."
+    elif config.ensure_weight_tying and not (tied or any(work.source for work in prepared.tokens)):
+        yield "ensure_weight_tying is set, but no tied module is in modules_to_save or target_modules."
+    elif tied and not config.ensure_weight_tying and model_config(found.model).get("tie_word_embeddings"):
+        yield (
+            f"The model has tie_word_embeddings=True, and {tied!r} is adapted apart from what it is tied to. Set "
+            "ensure_weight_tying=True to keep the tie."
+        )
 
 
 def _unwrapped_saved(module: nn.Module) -> nn.Module:
@@ -592,11 +633,12 @@ def _token_works(found: Survey, config: AdapterConfig) -> list[TokenWork]:
 
 
 def _check_apart(prepared: Prepared) -> None:
-    adapted = {work.path for work in prepared.works}
+    adapted = {work.path for work in prepared.works} | {*prepared.ties, *prepared.ties.values()}
     both = [tokens.path for tokens in prepared.tokens if tokens.path in adapted]
     if both:
         raise UnsupportedLayerError(
-            f"{both[0]} is adapted and has trained tokens, its own or those of a layer it is tied to: it can have one."
+            f"{both[0]} is adapted or trained whole, and has trained tokens, its own or those of a layer it is tied "
+            "to: it can have one."
         )
 
 
@@ -620,7 +662,13 @@ def _token_work(found: Survey, config: AdapterConfig, path: str, asked: dict[str
     works = [TokenWork(path, parent, attribute, kind, TrainableTokensAdapter(config, kind, layer, {"tokens": tokens}))]
     W = layer._parameters.get("weight")
     for other in found.owners.get(id(W), ()) if W is not None and kind.indexed else ():
-        if other != path and asked.get(other, tokens) == tokens:
+        alike = asked.get(other, tokens) == tokens
+        if config.ensure_weight_tying and not alike:
+            raise PlanError(
+                f"ensure_weight_tying is set, and trainable_token_indices has other tokens for {path} than for "
+                f"{other}, which are tied: give both the same, or name one of them."
+            )
+        if other != path and alike:
             tied_layer = _unwrapped(found.modules[other])
             tied_kind = trainable_kind(tied_layer, other)
             adapter = TrainableTokensAdapter(config, tied_kind, tied_layer, {"tokens": tokens})
@@ -869,12 +917,20 @@ def remove(model: nn.Module, merge: bool, safe_merge: bool = False, adapter_name
     if merge:
         tell_rounding(layers)
         for wrapper in layers:
+            if isinstance(wrapper, Tied):
+                wrapper.share()
+        for wrapper in layers:
             wrapper.forget()
     for parent, attribute, module in list(_places(model)):
         setattr(parent, attribute, _replacement(module, merge, adapter_names))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and module.__dict__.get("use_nested_tensor", False) is None:
             module.use_nested_tensor = True
+
+
+def shared_weights(model: nn.Module) -> list[list[str]]:
+    """The names of modules that share a parameter, by parameter."""
+    return [names for names in survey(model).owners.values() if len(names) > 1]
 
 
 def unmerge_first(model: nn.Module, stacklevel: int) -> None:

@@ -741,7 +741,7 @@ class PeftModel(nn.Module):
     ) -> LoadReport:
         """Loads another saved adapter, which `set_adapter` then activates.
 
-        An adapter of the same name and config is given the file's values in place.
+        An adapter of the same name and config is given the file's values in place, and is trained on if it was before.
 
         Args:
             model_id (`str` or `Path`): A directory, or an id on the hub.
@@ -820,6 +820,7 @@ class PeftModel(nn.Module):
         self.base_model.add(name, config, prepared, activate)
         if trainable:
             self.base_model.set_requires_grad(name)
+        state.name_live(report, self, name, source.weights.header)
         self.__dict__["load_report"] = report
         return report
 
@@ -863,8 +864,9 @@ class PeftModel(nn.Module):
             Prompts.check_resumable(prompt, trainable)
         with self.base_model.router.writing():
             report = state.reload(self, source, name, key_mapping, strict)
-        if name in self.active_adapters:
-            self.base_model.set_requires_grad(name, trainable)
+        if trainable and name in self.active_adapters:
+            self.base_model.set_requires_grad(name)
+        state.name_live(report, self, name, source.weights.header)
         return report
 
     def __getattr__(self, name: str) -> Any:

@@ -20,6 +20,8 @@ from inlay.layers import LayerKind, Resolve, innermost
 class ParameterKind(LayerKind):
     """The kind of one named parameter of a module: W_OI, or W_EOI with one matrix for each of E experts.
 
+    Experts may be stored as W_EIO, which transformers' modules tell by ``is_transposed``.
+
     Args:
         parameter (`str`): The parameter's name in its module.
     """
@@ -44,7 +46,14 @@ class ParameterKind(LayerKind):
                 f"target_parameters reached {self.weight_name!r} of shape {tuple(W.shape)}: it must have 2 "
                 "dimensions, or 3 with the experts first."
             )
-        return W.shape[-2], W.shape[-1]
+        W_OI = self.to_matrix(layer, W)
+        return W_OI.shape[-2], W_OI.shape[-1]
+
+    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+        return W.mT if W.dim() == 3 and getattr(innermost(layer), "is_transposed", False) else W
+
+    def from_matrix(self, layer: nn.Module, W_OI: Tensor) -> Tensor:
+        return self.to_matrix(layer, W_OI)
 
     def experts(self, layer: nn.Module) -> int:
         W = self._weight(layer)

@@ -56,12 +56,12 @@ class LoadReport:
 
     @property
     def unexpected_keys(self) -> list[str]:
-        """``unexpected``, under torch's name."""
-        return self.unexpected
+        """``unexpected``, likewise."""
+        return [self.live.get(key, key) for key in self.unexpected]
 
     def __iter__(self) -> Iterator[list[str]]:
         yield self.missing_keys
-        yield self.unexpected
+        yield self.unexpected_keys
 
     def summary(self) -> str:
         """One line per kind of finding, with the first few keys, and what to do."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -332,7 +332,7 @@ def set_peft_model_state_dict(
         UnknownAdapterError: No such adapter.
         LoadError: A tensor has another shape; nothing was changed.
     """
-    root, prefix = root_of(model)
+    root, _ = root_of(model)
     targets = _targets(root, adapter_name, config_of(model, adapter_name))
     _check_unmerged(root, adapter_name)
     prompt = prompt_of(model, adapter_name)
@@ -345,11 +345,23 @@ def set_peft_model_state_dict(
         raise LoadError(f"Tensors do not fit the adapter {adapter_name!r}; nothing was changed.\n{report}", report)
     for key in (key for key, *_ in report.shape):
         tensors.pop(key)
-    report.live.update({p.key: prefix + p.live for p in places(root, adapter_name)} if report.missing else {})
+    if ignore_mismatched_sizes and report.shape:
+        warnings.warn(f"ignore_mismatched_sizes leaves out:\n{report}", PeftWarning, stacklevel=2)
+    name_live(report, model, adapter_name, peft_model_state_dict)
     report.dtype.extend(assign(root, targets, {**tensors, **frozen}))
     if prompt is not None:
         prompt.take(tensors)
     return report
+
+
+def name_live(report: LoadReport, model: nn.Module, adapter_name: str, given: Container[str]) -> None:
+    """Has a report give its keys as the model would: beginning as a handle's names, and with the adapter's name.
+
+    What is not expected is named as it was ``given``.
+    """
+    root, prefix = root_of(model)
+    report.live.update({key: key if key in given else prefix + key for key in report.unexpected})
+    report.live.update({p.key: prefix + p.live for p in places(root, adapter_name)} if report.missing else {})
 
 
 def _frozen(root: nn.Module, names: Iterable[str]) -> dict[str, Target]:
@@ -400,7 +412,10 @@ _REPEATED = (".original_module.bias", ".modules_to_save.bias")
 def _renamed(
     entries: Mapping[str, Any], key_mapping: Mapping[str, str] | None, prompt: AbstractPrompt | None = None
 ) -> dict[str, Any]:
-    if prompt is None:
+    bare = {key: value for key, value in entries.items() if not key.startswith(PREFIX)}
+    if prompt is None and not settings.strict_load and len(bare) < len(entries):  # what is named otherwise is reported
+        stripped = {**bare, **strip_prefix({key: value for key, value in entries.items() if key not in bare})}
+    elif prompt is None:
         stripped = strip_prefix(entries)
     else:
         stripped = {key.removeprefix(PREFIX).removeprefix(PROMPT_PREFIX): value for key, value in entries.items()}

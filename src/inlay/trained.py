@@ -12,7 +12,7 @@ from inlay.activation import Tokens
 from inlay.adapted import Adapted
 from inlay.errors import RowsError, UnsupportedLayerError
 from inlay.layers import LayerKind, kind_of
-from inlay.methods._abstract import AbstractAdapter, Slot
+from inlay.methods._abstract import AbstractAdapter, Params, Slot
 from inlay.routing import Route, Router, Rows
 from inlay.storage import stored_parameters
 from inlay.storage.placement import HOOK_NAMES, copied
@@ -200,6 +200,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """An embedding some of whose rows are trained; the layer with its adapter is at ``token_adapter``."""
 
+    adapter_layer_names = ("token_adapter.trainable_tokens_delta",)
+
     def __init__(self, token_adapter: TrainableTokensLayer | TiedTokensLayer) -> None:
         super().__init__()
         self.token_adapter = token_adapter
@@ -258,6 +260,12 @@ class TrainableTokensLayer(Adapted):
     """An embedding, and for each adapter the rows that it trains in the place of some of the embedding's."""
 
     @property
+    def token_indices(self) -> dict[str, list[int]]:
+        """By adapter, which rows."""
+        methods: dict[str, Any] = self.methods
+        return {name: list(method.tokens) for name, method in methods.items()}
+
+    @property
     def trainable_tokens_original(self) -> Mapping[str, Tensor]:
         """By adapter, what these rows are without it."""
         return _Originals(self)
@@ -288,8 +296,13 @@ class Tied(Adapted):
         self._refresh()
 
     def params(self, name: str) -> dict[str, Tensor]:
-        method = self.methods[name]
-        return super().params(name) if method.ties_whole else dict(method.tied(self._source[0].params(name)))
+        own = self.methods[name].ties_whole
+        return super().params(name) if own else self._turned(name, self._source[0].params(name))
+
+    def _turned(self, name: str, p: Params) -> dict[str, Tensor]:
+        """The other layer's tensors as this one takes them: a table's head has the transposed weight."""
+        alike = self.kind.indexed == self._source[0].kind.indexed
+        return dict(p if alike else self.methods[name].tied(p))
 
     def tensors(self, name: str) -> Iterator[tuple[Slot, nn.Module, str]]:
         return iter(())
@@ -300,11 +313,19 @@ class Tied(Adapted):
         self._active = tuple(n for n in self._active if n in self.methods)
         self._refresh()
 
+    def share(self) -> None:
+        """Uses the other layer's weight again, where the same adapters are merged into both."""
+        source = self._source[0]
+        if self._merged == source._merged:
+            W = source.get_base_layer()._parameters[source.kind.weight_name]
+            assert W is not None, "a merged layer has a weight"
+            self._put(self.kind.weight_name, W)
+
     def computed(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """(name in files, tensor) of what files repeat for this layer."""
         if name in self.methods and not self.methods[name].ties_whole:
             source = self._source[0]
-            p = self.methods[name].tied(source.methods[name].saved(source.methods[name].own(source.params(name))))
+            p = self._turned(name, source.methods[name].saved(source.methods[name].own(source.params(name))))
             for key, slot in self.methods[name].slots.items():
                 yield slot.saved_name(), p[key].detach()
 
@@ -312,6 +333,7 @@ class Tied(Adapted):
 class TiedTokensLayer(Tied):
     """A head that is tied to such an embedding."""
 
+    token_indices = TrainableTokensLayer.token_indices
     trainable_tokens_original = TrainableTokensLayer.trainable_tokens_original
 
 

@@ -35,6 +35,7 @@ from inlay.inject import (
     model_config,
     prepare,
     remove,
+    shared_weights,
     tell_rounding,
     told_by_config,
     with_targets,
@@ -459,15 +460,15 @@ class Tuner(nn.Module):
                 "Replicated layers share one weight and have an adapter each: they cannot merge."
             )
         with self.router.writing():
-            untied = any(
-                layer.tied and set(adapter_names or layer._active) & set(layer.methods) for _, layer in self.layers()
-            )
+            shared = shared_weights(self.model)
             remove(self.model, merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
-        if untied:
-            self._untie()
+        self._untie(shared)
         return self._released()
 
-    def _untie(self) -> None:
+    def _untie(self, shared: list[list[str]]) -> None:
+        owned = [[set(map(id, self.model.get_submodule(n)._parameters.values())) for n in names] for names in shared]
+        if all(set.intersection(*group) for group in owned):
+            return
         config = getattr(self.model, "config", None)
         if config is not None and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
@@ -478,8 +479,8 @@ class Tuner(nn.Module):
                         module._parameters[key] = nn.Parameter(W.detach().clone(), requires_grad=W.requires_grad)
                     seen.add(id(W))
             warnings.warn(
-                "One of two tied layers was adapted, so after merging they differ: config.tie_word_embeddings is "
-                "False now.",
+                "Of tied layers not all were adapted alike, so after merging they differ: config.tie_word_embeddings "
+                "is False now.",
                 PeftWarning,
                 stacklevel=4,
             )

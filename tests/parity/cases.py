@@ -64,6 +64,9 @@ CASES: dict[str, Case] = {
     "parameters-two": Case(
         "fused", {"r": 4, "target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
     ),
+    "parameters-turned": Case(
+        "fused-turned", {"r": 4, "target_modules": [], "target_parameters": ["experts.up", "experts.flat"]}
+    ),
     "parameters-three-and-module": Case(
         "fused",
         {"r": 4, "target_modules": ["lin"], "target_parameters": ["experts.up", "experts.down", "experts.flat"]},

@@ -85,6 +85,13 @@ class WithFused(nn.Module):
         return self.experts(torch.relu(self.lin(x_BI)))
 
 
+def turned() -> nn.Module:
+    """Its experts say that their matrices have the input first."""
+    model = WithFused()
+    model.experts.is_transposed = True
+    return model
+
+
 class TwoLinears(nn.Module):
     """One with a bias, one without."""
 
@@ -174,6 +181,7 @@ BASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]
     "attention-unbatched": (Attention, partial(_floats, 5, 12)),
     "attention-no-bias": (partial(Attention, bias=False), partial(_floats, 5, 2, 12)),
     "fused": (WithFused, partial(_floats, 5, 12)),
+    "fused-turned": (turned, partial(_floats, 5, 12)),
 }
 
 

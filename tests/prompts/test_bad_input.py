@@ -307,13 +307,17 @@ def test_masks_that_cannot_be_lengthened(name: str, how: str) -> None:
             call(model, how, input_ids=ids, attention_mask=torch.ones(shape))
 
 
-@pytest.mark.parametrize("how", ["forward", "generate"])
 @pytest.mark.parametrize("name", ["p5", "k4"])
-def test_no_input_at_all(name: str, how: str) -> None:
+def test_no_input_at_all(name: str) -> None:
     model = handle("llama", "CAUSAL_LM", name)
     for given in ({}, {"input_ids": None}, {"attention_mask": torch.ones(2, 6)}):
         with refused(PromptError, "give input_ids or inputs_embeds", model):
-            call(model, how, **given)
+            call(model, "forward", **given)
+    with refused(PromptError, r"attention_mask has shape \(2, 6\).*1 rows of 1 tokens", model):
+        call(model, "generate", attention_mask=torch.ones(2, 6))  # it begins with one token
+    model.base_model.model.generation_config.bos_token_id = None
+    with refused(PromptError, "give input_ids or inputs_embeds", model):
+        call(model, "generate")
 
 
 @pytest.mark.parametrize("how", ["forward", "generate"])

@@ -106,6 +106,15 @@ def test_embeddings_for_ids(way: str, name: str, seq2seq: bool) -> None:
     assert torch.equal(found[:, -5:], handle.generate(input_ids=ids_BL, **GREEDY)[:, -5:])
 
 
+@ways
+@decoders
+def test_without_an_input_it_begins_as_the_bare_model_does(way: str, name: str) -> None:
+    handle = handle_of(way, name)
+    for begin in (3, 5):
+        found = handle.generate(bos_token_id=begin, **GREEDY)
+        assert torch.equal(found, handle.generate(input_ids=torch.tensor([[begin]]), **GREEDY))
+
+
 def empty(kind: str, handle: Any, size: int) -> Any:
     from transformers import DynamicCache, StaticCache
 
@@ -261,7 +270,6 @@ def test_what_is_asked_in_a_config(way: str, name: str, seq2seq: bool, asked: st
     ("way", "name", "task", "given", "match"),
     [
         ("front", "bert", "SEQ_CLS", {}, "cannot generate"),
-        ("front", "llama", "CAUSAL_LM", {"input_ids": None}, "input_ids"),
         ("front", "llama", "CAUSAL_LM", {"position_ids": torch.arange(L)[None]}, "position_ids"),
         ("cache", "llama", "CAUSAL_LM", {"cache_implementation": "quantized"}, "quantized"),
         ("cache", "t5", "SEQ_2_SEQ_LM", {"cache_implementation": "offloaded"}, "offloaded"),

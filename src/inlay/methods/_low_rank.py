@@ -172,6 +172,11 @@ class AbstractLowRank(AbstractDelta):
 
     def prepare_start(self, config: Any, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
         """Adds the offset's slots. A layer tied to another uses that one's tensors, and has none of its own."""
+        if self.use_dora and "tied" in values:
+            raise UnsupportedLayerError(
+                "with use_dora, layers that share a weight would each have magnitudes of their own, and no tie is "
+                "left: set ensure_weight_tying=False."
+            )
         name = inits.name_of(self.init)
         if name not in ("true", "false", "gaussian") and not kind.experts(base) == kind.groups(base) == 1:
             raise UnsupportedLayerError(

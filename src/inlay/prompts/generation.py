@@ -49,11 +49,14 @@ class Generation:
         self.host = host
         self.ids_BL = self.given.pop("input_ids", self.given.pop("inputs", None))
         self.x_BLD = self.given.pop("inputs_embeds", None)
+        self.config = self.given.get("generation_config")
+        if self.ids_BL is None and self.x_BLD is None and not host.seq2seq:
+            begin = self._asked("bos_token_id")  # as transformers begins where it is given no input
+            self.ids_BL = None if begin is None else torch.tensor([[begin]], device=host.table.device)
         self.B, self.L = sized(self.ids_BL, self.x_BLD)
         tasks_B = self.given.pop("task_ids", None)
         self.front = choice.placed(False, self.B, tasks_B)
         self.cached = choice.placed(True, self.B, tasks_B)
-        self.config = self.given.get("generation_config")
         for name in ("encoder_outputs", "past_key_values"):
             if host.seq2seq and name in self.given:
                 raise PromptError(f"generate() makes {name} itself, with the prompt in it: leave it out.")
