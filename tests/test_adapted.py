@@ -412,7 +412,7 @@ def test_who_is_trained(model: inlay.PeftModel) -> None:
     assert trained() == set()
     model.base_model.enable_adapter_layers()
     assert trained() == {"a"}
-    with pytest.warns(PeftWarning, match="'b' is active now"):
+    with pytest.warns(PeftWarning, match="Setting active adapter to b"):
         model.delete_adapter("a")
     assert trained() == {"b"}
     assert not any(p.requires_grad for name, p in model.named_parameters() if "base_layer" in name or "head" in name)
@@ -443,7 +443,7 @@ def test_deleting_the_active_one_falls_back(model: inlay.PeftModel, x: Tensor) -
     model.add_adapter("b", inlay.LoraConfig(r=2, target_modules=["lin0"], init_lora_weights=False))
     with model.use_adapter("b"):
         expected = model(x)
-    with pytest.warns(PeftWarning, match="'a' was active") as warned:
+    with pytest.warns(PeftWarning, match="Adapter a was active") as warned:
         model.delete_adapter("a")
     assert len(warned) == 1
     assert model.active_adapters == ["b"]

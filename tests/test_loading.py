@@ -501,6 +501,8 @@ def test_set_state_dict_checks_before_it_writes(model: inlay.PeftModel) -> None:
     tensors[Q] = torch.zeros(4, 11)
     with raises_and_leaves(model, LoadError, "lin0"):
         inlay.set_peft_model_state_dict(model, tensors)
-    report = inlay.set_peft_model_state_dict(model, tensors, ignore_mismatched_sizes=True)
+    with pytest.warns(PeftWarning, match="not initialized from the model checkpoint.*ignore_mismatched_sizes"):
+        report = inlay.set_peft_model_state_dict(model, tensors, ignore_mismatched_sizes=True)
     assert len(report.shape) == 1
+    assert report.missing_keys == [Q.replace("lora_A", "lora_A.default")]
     close(model.base_model.model.lin1.lora_A.default.weight, tensors[Q.replace("lin0", "lin1")])

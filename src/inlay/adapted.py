@@ -690,9 +690,9 @@ class Adapted(_Light):
                     owner.get_parameter(attribute).requires_grad_(requires_grad and slot.trainable)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Makes adapters this layer's default for all threads; trains these and freezes the ones they replace."""
+        """Makes adapters this layer's default for all threads; trains these and freezes the others."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.set_requires_grad([n for n in self._active if n not in names], False)
+        self.set_requires_grad([n for n in self.methods if n not in names], False)
         self.set_requires_grad(names, not inference_mode)
         self._active = names
         self._refresh()
@@ -727,11 +727,8 @@ class Adapted(_Light):
             self._active = tuple(n for n in self._active if n != adapter_name)
             if not self._active and self.methods:
                 self._active = (next(iter(self.methods)),)
-                warnings.warn(
-                    f"Adapter {adapter_name!r} was active and is deleted: {self._active[0]!r} is active now.",
-                    PeftWarning,
-                    stacklevel=2,
-                )
+                text = f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to"
+                warnings.warn(f"{text} {self._active[0]}.", PeftWarning, stacklevel=2)
         self._refresh()
 
     def renumber(self, name: str, other: AbstractAdapter) -> None:
@@ -983,6 +980,9 @@ class Adapted(_Light):
 
     def _all_available_adapter_names(self) -> list[str]:
         return list(self.methods)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.methods)
 
     @property
     def merged(self) -> bool:

@@ -343,9 +343,17 @@ def set_peft_model_state_dict(
     report = _compared(root, adapter_name, targets, tensors, prompt)
     if report.shape and not ignore_mismatched_sizes:
         raise LoadError(f"Tensors do not fit the adapter {adapter_name!r}; nothing was changed.\n{report}", report)
+    if report.shape:
+        warnings.warn(
+            f"Some weights of {type(model).__name__} were not initialized from the model checkpoint and are being "
+            f"ignored because you passed `ignore_mismatched_sizes=True`: {report}",
+            PeftWarning,
+            stacklevel=2,
+        )
     for key in (key for key, *_ in report.shape):
         tensors.pop(key)
-    report.live.update({p.key: prefix + p.live for p in places(root, adapter_name)} if report.missing else {})
+    odd = report.missing or report.shape
+    report.live.update({p.key: prefix + p.live for p in places(root, adapter_name)} if odd else {})
     report.dtype.extend(assign(root, targets, {**tensors, **frozen}))
     if prompt is not None:
         prompt.take(tensors)
@@ -401,7 +409,7 @@ def _renamed(
     entries: Mapping[str, Any], key_mapping: Mapping[str, str] | None, prompt: AbstractPrompt | None = None
 ) -> dict[str, Any]:
     if prompt is None:
-        stripped = strip_prefix(entries)
+        stripped = strip_prefix(entries, settings.strict_load)
     else:
         stripped = {key.removeprefix(PREFIX).removeprefix(PROMPT_PREFIX): value for key, value in entries.items()}
     names = apply_key_mapping(stripped, key_mapping)

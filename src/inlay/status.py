@@ -50,8 +50,8 @@ class TunerModelStatus:
     """A whole model; a field is ``"irregular"`` where its layers differ.
 
     Args:
-        base_model_type, adapter_model_type (`str`): Classes, for a handle; ``"other"`` and ``"None"`` for a model
-            with adapters inside.
+        base_model_type, adapter_model_type (`str`): The class of the model, and of what holds its adapters; ``"None"``
+            for a model with adapters inside.
         peft_types (`dict[str, str]`): Method by adapter.
         trainable_params, total_params (`int`): Numbers of parameters.
         num_adapter_layers (`int`): How many layers have adapters.
@@ -143,7 +143,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     configs: dict[str, Any] = getattr(model, "peft_config", {}) if prefix else {}
     sizes = [(storage.numel(p), p.requires_grad) for p, storage in stored_parameters(root)]
     return TunerModelStatus(
-        base_model_type=type(root).__name__ if prefix else "other",
+        base_model_type=type(root).__name__,
         adapter_model_type=next((type(c).__name__.replace("Config", "Model") for c in configs.values()), "None"),
         peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()},
         trainable_params=sum(n for n, trained in sizes if trained),

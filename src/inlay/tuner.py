@@ -214,8 +214,12 @@ class Tuner(nn.Module):
     def tell_biases(self, stacklevel: int = 3) -> None:
         """Warns where switching adapters off does not give the base model back."""
         if any(config.bias != "none" for config in [*self.peft_config.values()]):
-            text = "Trained biases are the model's own: they stay in place while adapters are off."
-            warnings.warn(text, PeftWarning, stacklevel)
+            warnings.warn(
+                "Careful, disabling adapter layers with bias trained does not give the base model back: biases are "
+                "the model's own and stay in place.",
+                PeftWarning,
+                stacklevel,
+            )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter.
@@ -231,7 +235,7 @@ class Tuner(nn.Module):
         if not left and others:
             left = (others[0],)
             warnings.warn(
-                f"Adapter {adapter_name!r} was active and is deleted: {left[0]!r} is active now.",
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
                 PeftWarning,
                 stacklevel=3,
             )

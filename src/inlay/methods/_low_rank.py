@@ -143,10 +143,13 @@ class AbstractLowRank(AbstractDelta):
     def check(self, kind: LayerKind, base: nn.Module) -> None:
         if self.use_dora and (kind.by_weight or kind.groups(base) > 1):
             why = "is adapted through its weight" if kind.by_weight else "is grouped, so B A is no weight of it"
-            raise UnsupportedLayerError(f"use_dora must be off: this {kind.name} {why}.")
+            raise UnsupportedLayerError(f"This {kind.name} {why}, and does not work with use_dora=True.")
         if "bias" in self.slots and kind.indexed:
             raise UnsupportedLayerError("lora_bias=True is not supported for Embedding.")
-        if "bias" in self.slots and not kind.by_weight and getattr(base, kind.bias_name, None) is None:
+        if "bias" in self.slots and getattr(base, kind.bias_name, None) is None:
+            if kind.by_weight:
+                told = "and does not work with lora_bias=True: it has no bias to add to"
+                raise UnsupportedLayerError(f"This {kind.name} is adapted through its weight, {told}.")
             told = f"`lora_bias=True` was passed but the targeted layer of type {type(base).__name__} has no bias"
             warnings.warn(f"{told} to merge it into.", PeftWarning, stacklevel=2)
         super().check(kind, base)

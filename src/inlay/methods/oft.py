@@ -103,7 +103,8 @@ class OFTAdapter(AbstractRotation):
         divisors = [d for d in range(1, width + 1) if width % d == 0]
         found = min(divisors, key=lambda d: abs(d - wanted))  # of two as near the smaller, as PEFT has it
         block = width // found if r else found
-        told = [f"{name}={wanted} does not divide a layer's width {width}: {found} is used there."] * (found != wanted)
+        text = f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({found}):"
+        told = [f"{text} {wanted} does not divide a layer's width {width}."] * (found != wanted)
         told += ["A block of one channel rotates nothing: that layer is not adapted."] * (block == 1)
         if told:
             warnings.warn(" ".join(told), PeftWarning, stacklevel=5)
