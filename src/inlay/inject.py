@@ -10,7 +10,7 @@ import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -318,6 +318,7 @@ def prepare(
         ModulesToSaveWrapper.check(_unwrapped_saved(found.modules[path]), path)
     prepared.tokens = _token_works(found, config)
     _check_apart(prepared)
+    prepared.plan = replace(plan, warnings=(*plan.warnings, *_about_ties(prepared)))
     return prepared
 
 
@@ -379,6 +380,24 @@ def _follow_ties(prepared: Prepared) -> None:
             values = next(work.target.overrides for work in prepared.works if work.path == path and work.target)
             adapter = _adapter(found, config, kind, layer, other, {**values, "tied": True}, key=path)
             prepared.works.append(Work(other, *found.parent(other), kind, adapter, tied=True, source=path))
+
+
+def _about_ties(prepared: Prepared) -> list[str]:
+    """What to say where `ensure_weight_tying` has nothing to do, or an adapter parts layers that are tied."""
+    found, asked = prepared.survey, prepared.config.ensure_weight_tying
+    if prepared.ties or any(w.source for w in prepared.works) or any(t.source for t in prepared.tokens):
+        return []
+    tied = {path for paths in found.owners.values() if len(paths) > 1 for path in paths}
+    parted = sorted(tied.intersection([*(work.path for work in prepared.works), *prepared.saved]))
+    if parted and model_config(found.model).get("tie_word_embeddings"):
+        told = (
+            "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying`"
+        )
+        return [f"{told} {'has nothing follow it' if asked else 'is not set'}: {parted} part from what they share."]
+    if asked and not parted:
+        where = "are added in either `modules_to_save` or `target_modules`" if tied else "were found in the model"
+        return [f"You have requested `ensure_weight_tying`, but no tied modules {where}."]
+    return []
 
 
 def _unwrapped_saved(module: nn.Module) -> nn.Module:
@@ -872,7 +891,7 @@ def unmerge_first(model: nn.Module, stacklevel: int) -> None:
     """Unmerges what is merged, with a warning, before other adapters are made the active ones."""
     merged = [w for _, w in wrappers(model) if isinstance(w, Adapted) and w.merged]
     if merged:
-        text = "Adapters are merged: they are unmerged first, then others are set."
+        text = "Adapter cannot be set when the model is merged. Unmerging the model first."
         warnings.warn(text, PeftWarning, stacklevel=stacklevel + 1)
     for layer in merged:
         layer.check_unmerge()

@@ -134,8 +134,8 @@ def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targe
     check_layers(targeting.target_modules, targeting.layers_to_transform, targeting.layers_pattern)
     if not targeting.target_modules and not targeting.target_parameters and not targeting.optional:
         raise NoMatchingPeftModuleError(
-            "No `target_modules` passed but also no `target_parameters` found. Name the layers, as in "
-            "target_modules=['q_proj', 'v_proj'], or pass target_modules='all-linear'."
+            "No `target_modules` passed but also no `target_parameters` found: there is nothing to adapt. Name the "
+            "layers, as in target_modules=['q_proj', 'v_proj'], or pass target_modules='all-linear'."
         )
     planner = _Planner(modules, parameters, targeting)
     planner.choose_saved()

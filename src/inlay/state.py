@@ -162,7 +162,17 @@ def get_peft_model_state_dict(
             out[prefix + key] = found
     if prompt is not None:
         out.update(_filed_prompt(prompt, adapter_name, state_dict))
+    _tell_shards(adapter_name, out)
     return {without_foreign(k): v for k, v in out.items()}
+
+
+def _tell_shards(adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Warns of what ZeRO-3 and FSDP leave of a tensor that nobody gathered: nothing, or a flat piece."""
+    flat = [k for k, t in tensors.items() if t.dim() < 2 and k.endswith(("lora_A.weight", "lora_B.weight"))]
+    if odd := flat or [k for k, t in tensors.items() if not t.numel()]:
+        told = f"Adapter {adapter_name!r}: {len(odd)} tensors have an invalid shape, as {odd[0]}"
+        text = f"{told} of {list(tensors[odd[0]].shape)}: gather their shards first, and save then."
+        warnings.warn(text, PeftWarning, stacklevel=3)
 
 
 def prompt_of(model: nn.Module, adapter_name: str) -> AbstractPrompt | None:

@@ -170,7 +170,7 @@ class Tuner(nn.Module):
         self.check_known(names)
         if any(layer.merged for _, layer in self.layers()):
             warnings.warn(
-                "Adapters are merged: they are unmerged first, then others are set.", PeftWarning, stacklevel=3
+                "Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=3
             )
             self.unmerge_adapter()
         with self._changing():
@@ -410,7 +410,7 @@ class Tuner(nn.Module):
         with self.router.writing():
             merged = [layer for _, layer in self.layers() if layer.merged]
             if not merged:
-                warnings.warn("nothing is merged, nothing to unmerge.", PeftWarning, stacklevel=2)
+                warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
             for layer in merged:
                 layer.check_unmerge()
             for layer in merged:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft import functional, mapping
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
@@ -231,3 +235,86 @@ def test_warnings_have_the_words_that_are_looked_for() -> None:
         peft.get_peft_model(llama(), config(rank_pattern={"foo": 3}))
     with pytest.warns(UserWarning, match=r"Invalid `oft_block_size` \(5\)! Adjusted `oft_block_size` to"):
         peft.get_peft_model(nn.Sequential(nn.Linear(6, 2)), peft.OFTConfig(target_modules=["0"], oft_block_size=5))
+
+
+# ---------------------------------------------------------------------------------------------------------------- ties
+
+PARTED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
+ALONE = "You have requested `ensure_weight_tying`, but no tied modules"
+
+
+@pytest.mark.parametrize(
+    ("tied", "fields", "message"),
+    [
+        (True, {"target_modules": ["embed_tokens"]}, PARTED),
+        (True, {"modules_to_save": ["lm_head"]}, PARTED),
+        (True, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, None),
+        (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, None),
+        (True, {"ensure_weight_tying": True}, f"{ALONE} are added"),
+        (True, {}, None),
+        (False, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, f"{ALONE} were found"),
+        (False, {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]}, None),
+    ],
+)
+def test_ties_are_told_of(tied: bool, fields: dict[str, Any], message: str | None) -> None:
+    made = transformers.LlamaConfig(**tiny.DECODER, tie_word_embeddings=tied)
+    model = transformers.LlamaForCausalLM(made)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft.get_peft_model(model, config(**fields))
+    assert [str(w.message).startswith(message or "") for w in caught] == [True] * (message is not None)
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+def test_shards_that_nobody_gathered_are_told_of() -> None:
+    model = peft.get_peft_model(llama(), config())
+    given = {k: t.flatten()[:5] if f"{Q}.lora_A" in k else t for k, t in model.state_dict().items()}
+    with pytest.warns(peft.PeftWarning, match="Adapter 'default': 1 tensors have an invalid shape"):
+        peft.get_peft_model_state_dict(model, state_dict=given)
+
+
+def test_a_card_has_the_models_own_tags(tmp_path: Path) -> None:
+    base = llama()
+    base.add_model_tags(["mine"])
+    peft.get_peft_model(base, config()).save_pretrained(tmp_path)
+    assert "- mine" in (tmp_path / "README.md").read_text()
+
+
+def test_a_model_that_says_that_it_is_packed_is_checkpointed() -> None:
+    base = llama()
+    base.is_loaded_in_4bit = True
+    assert peft.prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False}) is base
+    assert base.is_gradient_checkpointing
+
+
+# --------------------------------------------------------------------------------------------------- what layers tell
+
+
+def test_numbers_are_dicts_that_stay_as_they_were_read() -> None:
+    model = peft.get_peft_model(llama(), config(lora_alpha=4))
+    layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    before = layer.scaling
+    with peft.helpers.rescale_adapter_scale(model, 0.5):
+        assert (before, layer.scaling.copy()) == ({"default": 2.0}, {"default": 1.0})
+    assert isinstance(before, dict)
+    assert type(copy.deepcopy(before)) is type(pickle.loads(pickle.dumps(before))) is dict
+    layer.scaling.update(default=7.0)
+    assert layer.scaling == {"default": 7.0}
+    with pytest.raises(TypeError, match="delete the adapter"):
+        del layer.scaling["default"]
+
+
+def test_a_dropouts_mode_is_its_layers() -> None:
+    model = peft.get_peft_model(llama(), config(lora_dropout=0.5)).train()
+    layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    assert layer.lora_dropout["default"].training
+    model.eval()
+    assert not layer.lora_dropout["default"].training
+
+
+def test_a_layer_tells_whether_it_is_feedforward() -> None:
+    fields = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    layer = peft.get_peft_model(llama(), fields).base_model.model.model.layers[0]
+    assert (layer.self_attn.k_proj.is_feedforward, layer.mlp.down_proj.is_feedforward) == (False, True)

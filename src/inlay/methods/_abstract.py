@@ -87,6 +87,8 @@ class AbstractAdapter(ABC):
 
     # Field names whose values stand as `layer.<name>[adapter]`, as users of PEFT read them.
     numbers: ClassVar[tuple[str, ...]] = ()
+    # Attribute of the layer in PEFT, without an adapter's name -> attribute here.
+    read_as: ClassVar[dict[str, str]] = {}
     # The name under which the dropout is a module of the layer, as in PEFT; "" for none.
     dropout_name: ClassVar[str] = ""
     # Slots that it has on other kinds of layers or with other fields: they read as empty here, as in PEFT.
