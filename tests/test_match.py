@@ -262,7 +262,7 @@ def test_overrides_that_serve_nothing() -> None:
         target_modules=["q_proj", "k_proj"], patterns={"r": {"q_prj": 4, "q_proj": 8, "0.self_attn.q_proj": 1}}
     )
     assert result.warnings == (
-        "patterns for 'r' did not match any targeted module and were ignored, as none fits or an earlier pattern "
+        "The following r keys did not match any targeted module and were ignored, as none fits or an earlier pattern "
         "does: 'q_prj'; closest: q_proj, k_proj, '0.self_attn.q_proj'.",
     )
 

@@ -410,11 +410,11 @@ REFUSED_BESIDE: dict[str, tuple[Act, type[BaseException], str]] = {
         ConfigError,
         "biases",
     ),
-    "an unknown one": (lambda net: net.set_adapter("b"), ValueError, "Adapter b does not exist"),
+    "an unknown one": (lambda net: net.set_adapter("b"), ValueError, "Adapter b not found"),
     "one of several unknown": (
         lambda net: net.set_adapter(["first", "b"]),
         UnknownAdapterError,
-        "Adapter b does not exist",
+        "Adapter b not found",
     ),
     "no name at all": (lambda net: net.set_adapter(None), AdapterNameError, "None"),
     "deleting no name at all": (lambda net: net.delete_adapter(None), AdapterNameError, "None"),

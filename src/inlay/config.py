@@ -181,7 +181,8 @@ class PeftConfig:
         for name in kwargs:
             if name not in known:
                 raise UnknownFieldError(
-                    f"{cls.__name__} has no field '{name}'{nearest(name, known)}. Its fields: {', '.join(known)}."
+                    f"{cls.__name__} got an unexpected keyword argument '{name}'{nearest(name, known)}. Its fields: "
+                    f"{', '.join(known)}."
                 )
         return super().__new__(cls)
 

@@ -438,6 +438,7 @@ def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Itera
         modules_to_save=config.modules_to_save,
         target_parameters=config.target_parameters,
         patterns=config.patterns(),
+        tables=config.patterned,
         supported=method.kinds,
         adapter_layers=config.topmost() if only is None else None,
         optional=config.trainable_token_indices is not None,

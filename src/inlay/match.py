@@ -108,6 +108,7 @@ class Targeting:
     adapter_layers: int | None = None  # only so many of the modules that target_modules names, the last ones
     # For every field that varies by layer its table: ``{"r": rank_pattern}``.
     patterns: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    tables: Mapping[str, str] = field(default_factory=dict)  # key of `patterns` -> the config's field
     supported: frozenset[str]  # kinds of layer that the method adapts
     method: str = "LoRA"  # the method, for messages
     optional: bool = False  # whether a plan without any target is fine, because something else is trained
@@ -564,8 +565,8 @@ class _Planner:
                 named = ", ".join(f"{key!r}{hints(key)}" for key in unused[:_MAX_HINTS])
                 more = f" (and {len(unused) - _MAX_HINTS} more)" if len(unused) > _MAX_HINTS else ""
                 self.warnings.append(
-                    f"patterns for {label!r} did not match any targeted module and were ignored, as none fits or an "
-                    f"earlier pattern does: {named}{more}."
+                    f"The following {self.asked.tables.get(label, label)} keys did not match any targeted module and "
+                    f"were ignored, as none fits or an earlier pattern does: {named}{more}."
                 )
 
 

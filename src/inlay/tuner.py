@@ -149,11 +149,11 @@ class Tuner(nn.Module):
             self.hooks[adapter_name] = hooks(config)
             self._hooked.pop(adapter_name, None)
 
-    def check_known(self, names: Sequence[str]) -> None:
+    def check_known(self, names: Sequence[str], missing: str = "does not exist") -> None:
         """Raises `UnknownAdapterError` for a name that is no adapter."""
         for name in names:
             if name not in self.peft_config:
-                raise UnknownAdapterError(f"Adapter {name} does not exist: there are {list(self.peft_config)}.")
+                raise UnknownAdapterError(f"Adapter {name} {missing}: there are {list(self.peft_config)}.")
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes adapters the default for all threads.
@@ -167,7 +167,7 @@ class Tuner(nn.Module):
             UnknownAdapterError: One of them does not exist.
         """
         names = as_names(adapter_name)
-        self.check_known(names)
+        self.check_known(names, "not found")
         if any(layer.merged for _, layer in self.layers()):
             warnings.warn(
                 "Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=3

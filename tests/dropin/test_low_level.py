@@ -208,6 +208,9 @@ def fails(**fields: Any) -> Callable[[], Any]:
             ValueError,
             "You passed an invalid `selected_adapters` argument",
         ),
+        (lambda: peft.get_peft_model(llama(), config()).set_adapter("b"), ValueError, "Adapter b not found"),
+        (lambda: peft.LoraConfig(nonsense=1), TypeError, "got an unexpected keyword argument 'nonsense'"),
+        (lambda: peft.AutoPeftModelForCausalLM(), OSError, "is designed to be instantiated using the"),
         (
             lambda: peft.get_peft_model(llama(), config()).save_pretrained(__file__),
             ValueError,
@@ -231,7 +234,7 @@ def test_warnings_have_the_words_that_are_looked_for() -> None:
         model.delete_adapter("default")
     with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
         peft.get_peft_model(base, config(), "c")
-    with pytest.warns(RuntimeWarning, match="'r' did not match any targeted module and were ignored"):
+    with pytest.warns(RuntimeWarning, match="The following rank_pattern keys did not match any targeted module"):
         peft.get_peft_model(llama(), config(rank_pattern={"foo": 3}))
     with pytest.warns(UserWarning, match=r"Invalid `oft_block_size` \(5\)! Adjusted `oft_block_size` to"):
         peft.get_peft_model(nn.Sequential(nn.Linear(6, 2)), peft.OFTConfig(target_modules=["0"], oft_block_size=5))
