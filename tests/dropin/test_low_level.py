@@ -223,6 +223,17 @@ def test_errors_have_the_words_that_are_looked_for(act: Any, error: type[Excepti
         act()
 
 
+def test_auto_classes_say_what_they_do_not_load(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    peft.get_peft_model(net, peft.LoraConfig(target_modules=["0"])).save_pretrained(tmp_path / "net")
+    saved(tmp_path / "net", peft.PeftConfig.from_pretrained(tmp_path / "net"), auto_mapping={"parent_library": "mine"})
+    with pytest.raises(ValueError, match=r"auto mapping wants to import .* not in the import allowlist"):
+        peft.AutoPeftModel.from_pretrained(tmp_path / "net")
+    peft.get_peft_model(llama(), config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="Expected target PEFT class"):
+        peft.AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "llama")
+
+
 def test_warnings_have_the_words_that_are_looked_for() -> None:
     base = llama()
     with pytest.warns(UserWarning, match="You have passed exclude_modules={'foo'} but no modules were excluded"):
