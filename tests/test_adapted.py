@@ -312,6 +312,7 @@ def _tied(tiny: Tiny) -> nn.Module:
     return base
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_merging_one_of_two_tied_layers(tiny: Tiny, tokens_BT: Tensor, target: str) -> None:
     base = _tied(tiny)
@@ -340,6 +341,7 @@ def test_merging_one_of_two_tied_layers(tiny: Tiny, tokens_BT: Tensor, target: s
     assert plain.lm_head.weight is not plain.model.embed_tokens.weight
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_merged_tied_layers_move_and_are_copied(tiny: Tiny) -> None:
     model = handle(_tied(tiny), target_modules=["lm_head"])
     before = bits(model)
@@ -353,6 +355,7 @@ def test_merged_tied_layers_move_and_are_copied(tiny: Tiny) -> None:
         assert inner.lm_head.base_layer.weight is inner.model.embed_tokens.weight
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_both_tied_layers_adapted(tiny: Tiny, tokens_BT: Tensor) -> None:
     model = handle(_tied(tiny), target_modules=["lm_head", "embed_tokens"])
     before = bits(model)
