@@ -168,8 +168,8 @@ def get_peft_model_state_dict(
 
 def _tell_shards(adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     """Warns of what ZeRO-3 and FSDP leave of a tensor that nobody gathered: nothing, or a flat piece."""
-    flat = [k for k, t in tensors.items() if t.dim() < 2 and k.endswith(("lora_A.weight", "lora_B.weight"))]
-    if odd := flat or [k for k, t in tensors.items() if not t.numel()]:
+    matrices = ("lora_A.weight", "lora_B.weight")
+    if odd := [k for k, t in tensors.items() if t.dim() < 2 and (not t.numel() or k.endswith(matrices))]:
         told = f"Adapter {adapter_name!r}: {len(odd)} tensors have an invalid shape, as {odd[0]}"
         text = f"{told} of {list(tensors[odd[0]].shape)}: gather their shards first, and save then."
         warnings.warn(text, PeftWarning, stacklevel=3)
