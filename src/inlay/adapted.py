@@ -980,9 +980,6 @@ class Adapted(_Light):
     def _all_available_adapter_names(self) -> list[str]:
         return list(self.methods)
 
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.methods)
-
     @property
     def merged(self) -> bool:
         """Whether any adapter is merged."""

@@ -71,11 +71,9 @@ class OFTConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.r == 0) == (self.oft_block_size == 0):
-            raise ConfigError(
-                f"one of r and oft_block_size must be positive and the other 0, got r={self.r} and "
-                f"oft_block_size={self.oft_block_size}. (A file that has r alone is of before PEFT 0.14, whose OFT "
-                "was another one: train it anew.)"
-            )
+            given = f"got r={self.r} and oft_block_size={self.oft_block_size}"
+            old = "(A file that has r alone is of before PEFT 0.14, whose OFT was another one: train it anew.)"
+            raise ConfigError(f"one of r and oft_block_size must be positive and the other 0, {given}. {old}")
 
 
 class OFTAdapter(AbstractRotation):
