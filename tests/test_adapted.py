@@ -966,7 +966,7 @@ def test_a_layer_keeps_what_it_has_where_another_cannot_be(model: inlay.PeftMode
         layer.update_layer("b", 0, 6, config=config)
     with raises_and_leaves(model, UnsupportedLayerError, "even"):
         layer.update_layer("b", 3, config=inlay.LoraConfig(init_lora_weights="orthogonal"))
-    with raises_and_leaves(model, ConfigError, "no field 'lora_alpah'"):
+    with raises_and_leaves(model, ConfigError, "unexpected keyword argument 'lora_alpah'"):
         layer.update_layer("b", 2, lora_alpah=6, config=config)
     layer.merge()
     with raises_and_leaves(model, MergeError, "unmerge"):
