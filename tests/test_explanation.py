@@ -106,6 +106,7 @@ PLANS: list[tuple[str, dict[str, Any]]] = [
     ("mixed", {"target_modules": ["head"], "target_parameters": ["experts.stack_EOI", "gate_OI"]}),
     ("mixed", {"target_modules": ["head"], "modules_to_save": ["norm"]}),
 ]
+TIES = ("ignore:Model has `tie_word_embeddings=True`", "ignore:You have requested `ensure_weight_tying`")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -115,7 +116,7 @@ def label(value: Any) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", *TIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 @pytest.mark.parametrize(("name", "fields"), PLANS, ids=label)
 def test_counts_and_bytes_are_those_of_the_real_thing(
@@ -139,6 +140,7 @@ def bytes_of(model: nn.Module) -> int:
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
+@pytest.mark.filterwarnings(*TIES)
 @pytest.mark.parametrize(("name", "fields"), PLANS, ids=label)
 def test_layers_are_those_that_are_adapted(tiny: Tiny, name: str, fields: dict[str, Any]) -> None:
     model = build(tiny, name)
@@ -290,7 +292,7 @@ def inputs_for(name: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[
     return (x,), {}, {"batch": 3} if name == "mlp" else {"example": x}
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", *TIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 @pytest.mark.parametrize(("name", "fields"), ALL_CASES, ids=label)
 def test_activations_are_what_a_run_keeps(tiny: Tiny, name: str, fields: dict[str, Any], dtype: torch.dtype) -> None:
@@ -424,7 +426,7 @@ def test_without_sizes_nothing_is_traced(llama: nn.Module) -> None:
 TRAINERS = {"adamw": "adamw_torch", "adam": "adamw_torch", "sgd_momentum": "sgd", "lion": "lion_32bit"}
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", *TIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.bnb if "lion" in n or "8bit" in n else ()) for n in OPTIMIZERS]

@@ -562,6 +562,7 @@ def test_set_state_dict_checks_before_it_writes(model: inlay.PeftModel) -> None:
     with pytest.warns(inlay.PeftWarning, match="ignore_mismatched_sizes leaves out:\n1 tensor of another shape"):
         report = inlay.set_peft_model_state_dict(model, tensors, ignore_mismatched_sizes=True)
     assert len(report.shape) == 1
+    assert report.missing_keys == [Q.replace("lora_A", "lora_A.default")]
     close(model.base_model.model.lin1.lora_A.default.weight, tensors[Q.replace("lin0", "lin1")])
 
 

@@ -262,8 +262,8 @@ def test_overrides_that_serve_nothing() -> None:
         target_modules=["q_proj", "k_proj"], patterns={"r": {"q_prj": 4, "q_proj": 8, "0.self_attn.q_proj": 1}}
     )
     assert result.warnings == (
-        "patterns for 'r' that serve none of the 6 targets, because none fits or an earlier pattern does: "
-        "'q_prj'; closest: q_proj, k_proj, '0.self_attn.q_proj'.",
+        "The following r keys did not match any targeted module and were ignored, as none fits or an earlier pattern "
+        "does: 'q_prj'; closest: q_proj, k_proj, '0.self_attn.q_proj'.",
     )
 
 
@@ -339,8 +339,8 @@ def test_a_parameter_of_a_saved_module() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "there is nothing to adapt: neither target_modules nor target_parameters is given"),
-        ({"target_modules": []}, "there is nothing to adapt: neither target_modules nor target_parameters is given"),
+        ({}, "No `target_modules` passed but also no `target_parameters` found"),
+        ({"target_modules": []}, "No `target_modules` passed but also no `target_parameters` found"),
         (
             {"target_modules": ["q_prj"]},
             "there is nothing to adapt: 'q_prj' in target_modules matched 0 of 37 modules; closest: q_proj, v_proj",
@@ -429,7 +429,8 @@ def test_many_entries_that_match_nothing() -> None:
 def test_an_exclusion_that_excludes_nothing(exclude: Any, message: str) -> None:
     result = made(target_modules=["v_proj"], exclude_modules=exclude)
     assert len(result.targets) == 3
-    assert result.warnings == (message,)
+    passed = f"You have passed exclude_modules={exclude} but no modules were excluded: "
+    assert result.warnings == (passed + message,)
 
 
 def test_the_advice_on_exclusions_works() -> None:
@@ -477,13 +478,17 @@ def test_targets_that_are_all_left_out_beside_parameters() -> None:
     [
         (
             ["norm"],
-            "'norm' in target_modules names 'model.layers.0.norm' (and 2 more), which is a container or a layer",
+            "Target module 'model.layers.0.norm' (and 2 more) is not supported: 'norm' in target_modules names it, "
+            "which is a container or a layer",
         ),
-        (["self_attn"], "names 'model.layers.0.self_attn' (and 2 more)"),
-        (".*attn.*", "'.*attn.*' in target_modules names 'model.layers.0.self_attn' (and 2 more)"),
+        (["self_attn"], "'model.layers.0.self_attn' (and 2 more)"),
+        (
+            ".*attn.*",
+            "'model.layers.0.self_attn' (and 2 more) is not supported: '.*attn.*' in target_modules",
+        ),
         (
             ["conv"],
-            "'conv' in target_modules names 'conv', which is a Conv2d; LoRA adapts Conv1D, Embedding, Linear, Mu",
+            "'conv' in target_modules names it, which is a Conv2d; LoRA adapts Conv1D, Embedding, Linear, Mu",
         ),
     ],
 )
@@ -611,9 +616,9 @@ def test_default_targets() -> None:
     [
         (
             "lama",
-            "there are no default target_modules for the architecture 'lama'; closest: llama. Pass target_modules",
+            "there are no default target_modules for the architecture 'lama'; closest: llama. Give names of",
         ),
-        (None, "the model names no architecture (it has no config.model_type). Pass target_modules"),
+        (None, "the model names no architecture (it has no config.model_type). Give names of"),
         (
             "custom",
             "The model's linear layers: q_proj (3), k_proj (3), v_proj (3), o_proj (3), gate_proj (3), up_proj (3), "

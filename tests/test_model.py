@@ -284,6 +284,7 @@ def test_what_was_merged_is_what_is_subtracted(mlp: nn.Module, change: str) -> N
         close(getattr(mlp, name).base_layer.weight, W, 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_tied_head_of_bart_merged_and_saved(tmp_path: Path) -> None:
     from transformers import BartConfig, BartForConditionalGeneration
 

@@ -121,9 +121,10 @@ def tuner(method: str) -> type:
     return Tuner
 
 
-def described(name: str, of: type, describes: Any, **attributes: Any) -> type:
+def described(name: str, of: type, describes: Any, base: type | None = None, **attributes: Any) -> type:
     """A class under this name, whose instances are those of ``of`` that ``describes`` accepts."""
-    return Described(name, (of,), {"of": of, "describes": staticmethod(describes), "__slots__": (), **attributes})
+    below = {"of": of, "describes": staticmethod(describes), "__slots__": (), **attributes}
+    return Described(name, (base or of,), below)
 
 
 @cache
@@ -141,7 +142,10 @@ def layer(package: str, name: str) -> type:
     def new(cls: type, base_layer: Any, adapter_name: str, config: Any, *values: Any, **numbers: Any) -> Adapted:
         return Adapted.around(base_layer, adapter_name, config, *values, **numbers)
 
-    return described(name, Adapted, describes, adapter_layer_names=family.slots, __new__=new)
+    above = next((base for base, of in BASES.items() if of == package and base != name), None)
+    above = "LoraLayer" if name == "AdaLoraLayer" else above
+    base = None if above is None else layer(BASES[above], above)
+    return described(name, Adapted, describes, base, adapter_layer_names=family.slots, __new__=new)
 
 
 @cache
@@ -149,8 +153,10 @@ def model(package: str, name: str) -> type:
     """The class of what holds a method's layers: ``handle.base_model``."""
     family = FAMILIES[package]
 
+    counted = {family.method, *(("ADALORA",) if name == "LoraModel" else ())}  # as for its layers
+
     def describes(tuner: Tuner) -> bool:
-        return family.method in {config.method for config in tuner.peft_config.values()}
+        return not counted.isdisjoint(config.method for config in tuner.peft_config.values())
 
     # AdaLoraModel has it as `config`
     def new(
@@ -167,4 +173,5 @@ def model(package: str, name: str) -> type:
         tuner.inject_adapter(model, adapter_name, **how)
         return tuner
 
-    return described(name, Tuner, describes, __new__=new, __module__=f"peft.tuners.{package}.model")
+    base = model("lora", "LoraModel") if package == "adalora" else None  # as it is in PEFT
+    return described(name, Tuner, describes, base, __new__=new, __module__=f"peft.tuners.{package}.model")

@@ -31,7 +31,7 @@ class Rows(Mapping[Any, Any]):
         return {PeftType(key): self._column(key, row) for table in self._tables for key, row in table.items()}
 
     def __getitem__(self, key: Any) -> Any:
-        return self._rows()[PeftType(key)]
+        return self._rows()[key]
 
     def __repr__(self) -> str:
         return repr(self._rows())

@@ -6,13 +6,14 @@ base and its adapters. Where each row's adapter begins is found once per call, o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from inlay.errors import ConfigError, InvocationError, RowsError
+from inlay.errors import ConfigError, InvocationError, PeftWarning, RowsError
 
 NEVER = torch.iinfo(torch.int64).max  # where a row has no invocation
 
@@ -45,7 +46,8 @@ def check_invocation(tokens: Sequence[int], task_type: str | None) -> None:
     if not tokens or min(tokens) < 0:
         raise ConfigError(f"alora_invocation_tokens must be one or more tokens, got {tokens}.")
     if task_type not in (None, "CAUSAL_LM"):
-        raise ConfigError(f"alora_invocation_tokens is for task_type='CAUSAL_LM', got {task_type!r}.")
+        text = f"aLoRA is currently only supported for CAUSAL_LM task, got {task_type!r}."
+        warnings.warn(text, PeftWarning, stacklevel=5)
 
 
 PROBES = ("Some text.{}", "Some text. {}", "Some text.\n{}", "{}Yes", "{} Yes", "{}\nYes")

@@ -12,7 +12,7 @@ import copy
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -159,39 +159,38 @@ class Group(_Light):
         return tensor
 
     def train(self, mode: bool = True) -> Group:
-        # Nothing below reads the flag, and there may be thousands of leaves.
+        # Nothing below reads the flag, and there may be thousands of leaves; of rates people may ask it.
         self.training = mode
+        if isinstance(next(iter(self._modules.values()), None), Rate):
+            for rate in self._modules.values():
+                rate.__dict__["training"] = mode
         return self
 
 
-class _Numbers(MutableMapping[str, Any]):
+class _Numbers(dict[str, Any]):
     """``layer.scaling``: one number of every adapter on a layer as it is now; what is set reaches the adapter."""
 
     def __init__(self, methods: Mapping[str, AbstractAdapter], field: str, changed: Callable[[], None]) -> None:
         self._holders = {name: m for name, m in methods.items() if field in m.numbers}
-        self._values = {name: getattr(m, field) for name, m in self._holders.items()}
+        super().__init__({name: getattr(m, field) for name, m in self._holders.items()})
         self._field, self._changed = field, changed
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
         holder = self._holders[name]
         holder.put(self._field, value)
-        self._values[name] = getattr(holder, self._field)
+        super().__setitem__(name, getattr(holder, self._field))
         self._changed()
+
+    def update(self, *others: Any, **values: Any) -> None:
+        """Sets several."""
+        for name, value in dict(*others, **values).items():
+            self[name] = value
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # a copy is only numbers
 
     def __delitem__(self, name: str) -> None:
         raise TypeError(f"{self._field} belongs to the adapter {name!r}: delete the adapter instead.")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._holders)
-
-    def __len__(self) -> int:
-        return len(self._holders)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
 
 
 class _Memo:
@@ -697,9 +696,9 @@ class Adapted(_Light):
                     owner.get_parameter(attribute).requires_grad_(requires_grad and slot.trainable)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Makes adapters this layer's default for all threads; trains these and freezes the ones they replace."""
+        """Makes adapters this layer's default for all threads; trains these and freezes the others."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.set_requires_grad([n for n in self._active if n not in names], False)
+        self.set_requires_grad([n for n in self.methods if n not in names], False)
         self.set_requires_grad(names, not inference_mode)
         self._active = names
         self._refresh()
@@ -734,11 +733,8 @@ class Adapted(_Light):
             self._active = tuple(n for n in self._active if n != adapter_name)
             if not self._active and self.methods:
                 self._active = (next(iter(self.methods)),)
-                warnings.warn(
-                    f"Adapter {adapter_name!r} was active and is deleted: {self._active[0]!r} is active now.",
-                    PeftWarning,
-                    stacklevel=2,
-                )
+                text = f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to"
+                warnings.warn(f"{text} {self._active[0]}.", PeftWarning, stacklevel=2)
         self._refresh()
 
     def renumber(self, name: str, other: AbstractAdapter) -> None:
@@ -926,7 +922,7 @@ class Adapted(_Light):
             BaseGoneError: They were merged with ``keep_base=False`` and cannot be subtracted.
         """
         if not self._merged:
-            warnings.warn("nothing is merged, nothing to unmerge.", PeftWarning, stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
             return
         factors = self.check_unmerge()
         self.router.changing(self, self._run, self._merged)
@@ -1205,6 +1201,8 @@ class Adapted(_Light):
                 return self._rates(name, methods, self.training)
             if any(name in m.slots_elsewhere for m in methods.values()):
                 return Group(self.training)
+            if (holder := next((m for m in methods.values() if name in m.read_as), None)) is not None:
+                return getattr(holder, holder.read_as[name])
             if name in HOOK_NAMES or name == "base_layer" or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_layer, name)

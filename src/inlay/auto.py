@@ -49,7 +49,9 @@ class AutoPeftModel:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         name = type(self).__name__
-        raise AutoNotConstructibleError(f"{name} cannot be constructed: use {name}.from_pretrained(path_or_id).")
+        raise AutoNotConstructibleError(
+            f"{name} is designed to be instantiated using the `{name}.from_pretrained(path_or_id)`."
+        )
 
     @classmethod
     def from_pretrained(
@@ -82,11 +84,11 @@ class AutoPeftModel:
         own = config or PeftConfig.from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, revision=revision, **hub
         )
+        base_cls = cls._base_class(own, tuple(import_allowlist or DEFAULT_ALLOWLIST))
         if not own.base_model_name_or_path:
             raise ConfigError(
                 f"The adapter at {pretrained_model_name_or_path} names no base model: load the base yourself."
             )
-        base_cls = cls._base_class(own, tuple(import_allowlist or DEFAULT_ALLOWLIST))
         base = base_cls.from_pretrained(own.base_model_name_or_path, revision=own.revision, **kwargs)
         _fit_embeddings(base, pretrained_model_name_or_path)
         return PeftModel.from_pretrained(
@@ -102,7 +104,10 @@ class AutoPeftModel:
     @classmethod
     def _base_class(cls, config: PeftConfig, allowed: tuple[str, ...]) -> Any:
         if cls.task is not None and config.task_type is not None and config.task_type != cls.task:
-            raise ConfigError(f"{cls.__name__} loads {cls.task.value}, the adapter is for {config.task_type}.")
+            task = getattr(config.task_type, "value", config.task_type)
+            raise ConfigError(
+                f"Expected target PEFT class: that of {task}, but {cls.__name__} loads {cls.task.value}."
+            )
         auto_class = cls.auto_class or next(
             (c.auto_class for c in _BY_TASK if c.task == config.task_type and config.task_type is not None), None
         )
@@ -114,8 +119,9 @@ class AutoPeftModel:
         library, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
         if not check_import_allowlist(allowed, library) or not name.isidentifier():
             raise ConfigError(
-                f"The adapter asks for the class {name!r} of {library!r}; only classes of {', '.join(allowed)} are "
-                "loaded for a file. Load the base yourself, or pass import_allowlist if you trust the file."
+                f"The auto mapping wants to import the class {name!r} of {library!r}, which is not in the import "
+                f"allowlist: only classes of {', '.join(allowed)} are loaded for a file. Load the base yourself, or "
+                "pass import_allowlist if you trust the file."
             )
         import importlib
 

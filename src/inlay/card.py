@@ -55,6 +55,7 @@ def text(directory: Path, config: PeftConfig, model: nn.Module) -> str:
     tags = list(data.get("tags") or [])
     library = type(model).__module__.partition(".")[0]
     new = [f"base_model:adapter:{base}" if base else None, method, library if library == "transformers" else None]
+    new += getattr(model, "model_tags", None) or []
     data["tags"] = sorted({*tags, *(t for t in new if t)})
     if base:
         data["base_model"] = base

@@ -181,7 +181,8 @@ class PeftConfig:
         for name in kwargs:
             if name not in known:
                 raise UnknownFieldError(
-                    f"{cls.__name__} has no field '{name}'{nearest(name, known)}. Its fields: {', '.join(known)}."
+                    f"{cls.__name__} got an unexpected keyword argument '{name}'{nearest(name, known)}. Its fields: "
+                    f"{', '.join(known)}."
                 )
         return super().__new__(cls)
 
@@ -222,14 +223,14 @@ class PeftConfig:
                 raise ConfigError(f"{f.name} must be in {interval}, got {str(found)[:20]}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as values that JSON can hold: sets become sorted lists, and what is a `str` enum stays one."""
+        """The config's values by field, as they are; files have sets in sorted order."""
         out: dict[str, Any] = {}
         for f in fields(self):
             value, written = getattr(self, f.name), f.metadata.get("written")
             unset = value == _default(f) and f.name not in self.always_written
             if written == "never" or (written == "when set" and unset):
                 continue
-            out[f.name] = value if isinstance(value, enum.Enum) else _plain(value)
+            out[f.name] = value if isinstance(value, enum.Enum | set) else _plain(value)
         return out
 
     def as_loaded(self) -> Self:
@@ -268,10 +269,27 @@ class PeftConfig:
             where (`str`, *optional*): What to call the source in messages.
 
         Raises:
-            WrongMethodError: ``peft_type`` is missing, or is another method's than ``cls``'s.
+            WrongMethodError: ``peft_type`` is missing, or is another method's than ``cls``'s and `inlay.settings` asks
+                for strict loading.
             UnknownMethodError: ``peft_type`` is no method of this library.
             ConfigError: A value has the wrong type or is out of range.
         """
+        config_cls = cls.named_in(values, where)
+        known = {f.name: f for f in fields(config_cls)}
+        extra = sorted(set(values) - set(known))
+        if extra:
+            warnings.warn(
+                f"Unexpected keyword arguments {extra} for class {config_cls.__name__}, these are ignored. A newer "
+                f"library may have written {where}; check that the adapter does not depend on them.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        kept = {k: v for k, v in values.items() if k in known and known[k].metadata.get("written") != "never"}
+        return config_cls(**kept if where == GIVEN else config_cls.check_kwargs(**kept))
+
+    @classmethod
+    def named_in(cls, values: dict[str, Any], where: str = GIVEN) -> type[PeftConfig]:
+        """The class of the config that ``values["peft_type"]`` names; raises as `from_dict` does."""
         from inlay.methods import METHODS
         from inlay.prompts import PROMPTS
 
@@ -287,31 +305,14 @@ class PeftConfig:
             )
         else:
             config_cls = table[key].config
-        if not issubclass(config_cls, cls):
+        if settings.strict_load and not issubclass(config_cls, cls):
             raise WrongMethodError(f"{where} is a {config_cls.__name__}, asked for was a {cls.__name__}.")
-        known = {f.name: f for f in fields(config_cls)}
-        extra = sorted(set(values) - set(known))
-        if extra:
-            warnings.warn(
-                f"Unexpected keyword arguments {extra} for class {config_cls.__name__}, these are ignored. A newer "
-                f"library may have written {where}; check that the adapter does not depend on them.",
-                PeftWarning,
-                stacklevel=3,
-            )
-        kept = {k: v for k, v in values.items() if k in known and known[k].metadata.get("written") != "never"}
-        return config_cls(**kept if where == GIVEN else config_cls.check_kwargs(**kept))
+        return config_cls
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
         """Reads a config file as a dict, without making a config of it or taking how it is run from there."""
-        values = files.read_json(Path(path_json_file))
-        if values.pop("runtime_config", None) is not None:
-            warnings.warn(
-                f"{path_json_file} has a `runtime_config`, which was dropped: it is set where an adapter is run.",
-                PeftWarning,
-                stacklevel=2,
-            )
-        return values
+        return _without_runtime(files.read_json(Path(path_json_file)), path_json_file)
 
     @classmethod
     def from_pretrained(
@@ -332,7 +333,7 @@ class PeftConfig:
         """
         hub, own = sources.split_hub_arguments(kwargs)
         directory = sources.locate(pretrained_model_name_or_path, subfolder=subfolder, weights=False, **hub)
-        values = files.read_config(directory)
+        values = _without_runtime(files.read_config(directory), directory / CONFIG_NAME)
         known = {f.name for f in fields(cls)}
         if "peft_type" not in values and (cls is PeftConfig or not known.issuperset(values)):
             raise WrongMethodError(
@@ -361,10 +362,17 @@ class PeftConfig:
         Raises:
             UnwritableError: The path is a file, or cannot be written.
         """
-        values = self.to_dict()
+        values = _plain(self.to_dict())
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
         files.write_config(Path(save_directory), values)
+
+
+def _without_runtime(values: dict[str, Any], where: object) -> dict[str, Any]:
+    if values.pop("runtime_config", None) is not None:
+        told = f"{where} contains a `runtime_config` key, which is ignored: it is set where an adapter is run."
+        warnings.warn(told, PeftWarning, stacklevel=3)
+    return values
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:
@@ -430,6 +438,9 @@ class AdapterConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
                 setattr(self, name, set(value) if name != "target_parameters" else sorted(value))
+        for name in ("modules_to_save", "trainable_token_indices", "layers_to_transform"):
+            if isinstance(value := getattr(self, name), tuple | range):
+                setattr(self, name, list(value))
         super().__post_init__()
         if self.bias not in ("none", "all", self.bias_only):
             raise UnsupportedFieldError(f"bias must be 'none', 'all' or '{self.bias_only}', got {self.bias!r}.")

@@ -426,7 +426,7 @@ def _work_row(
     if work.source is not None:
         reason = f"tied to {work.source!r}, whose tensors it uses"
     elif isinstance(work, inject.TokenWork):
-        reason = f"{len(work.adapter.tokens)} tokens in trainable_token_indices"
+        reason = f"{len(work.adapter.token_indices)} tokens in trainable_token_indices"
     elif work.target is None:
         name = f"{name.partition('.base_layer')[0]}.{work.kind.weight_name}"
         pattern, reason = parameters[name].pattern, parameters[name].reason

@@ -34,7 +34,7 @@ from inlay.tuner import Tuner
 def set_adapter(
     model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: type = Adapted
 ) -> None:
-    """Makes adapters the active ones of every layer: trains these, freezes the ones they replace, unmerges first.
+    """Makes adapters the active ones of every layer: trains these, freezes the others, unmerges first.
 
     Args:
         model (`nn.Module`): A model with adapters inside.
@@ -249,11 +249,7 @@ def spell_out_all_linear(peft_config: AdapterConfig, model: nn.Module) -> Adapte
     """
     targets = peft_config.target_modules
     if isinstance(targets, str) and targets.lower() == SHORTHAND:
-        found = prepare(model, peft_config)
-        selected = {target.name for target in found.plan.targets}
-        peft_config.target_modules = find_minimal_target_modules(
-            selected, {fact.name for fact in found.survey.facts} - selected
-        )
+        peft_config.target_modules = {target.name for target in prepare(model, peft_config).plan.targets}
     return peft_config
 
 

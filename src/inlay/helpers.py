@@ -61,7 +61,7 @@ def update_signature(model: PeftModel, method: str = "all") -> None:
         MissingMethodError: The model cannot generate.
     """
     if method not in ("forward", "generate", "all"):
-        raise ConfigError(f"method must be 'forward', 'generate' or 'all', got {method!r}.")
+        raise ConfigError(f"method {method} is not supported: it must be 'forward', 'generate' or 'all'.")
     for name in ("forward", "generate") if method == "all" else (method,):
         _sign(model, name)
 

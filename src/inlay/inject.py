@@ -467,6 +467,7 @@ def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Itera
         modules_to_save=config.modules_to_save,
         target_parameters=config.target_parameters,
         patterns=config.patterns(),
+        tables=config.patterned,
         supported=method.kinds,
         adapter_layers=config.topmost() if only is None else None,
         optional=config.trainable_token_indices is not None,
@@ -937,7 +938,7 @@ def unmerge_first(model: nn.Module, stacklevel: int) -> None:
     """Unmerges what is merged, with a warning, before other adapters are made the active ones."""
     merged = [w for _, w in wrappers(model) if isinstance(w, Adapted) and w.merged]
     if merged:
-        text = "Adapters are merged: they are unmerged first, then others are set."
+        text = "Adapter cannot be set when the model is merged. Unmerging the model first."
         warnings.warn(text, PeftWarning, stacklevel=stacklevel + 1)
     for layer in merged:
         layer.check_unmerge()

@@ -26,6 +26,8 @@ from inlay.patterns import KeyTable, compile_pattern, suffixes
 # How many unmatched entries are compared with the model's names, and with how many of them: comparing is slow.
 _MAX_HINTS = 5
 _MAX_CANDIDATES = 1_000
+# How many of the names that were asked for an error repeats.
+_MAX_SHOWN = 20
 # Lists at least this long are written to files as the shortest suffixes that say the same.
 _SHRINK_FROM = 20
 # The value of target_modules that stands for every linear layer but the output head.
@@ -106,6 +108,7 @@ class Targeting:
     adapter_layers: int | None = None  # only so many of the modules that target_modules names, the last ones
     # For every field that varies by layer its table: ``{"r": rank_pattern}``.
     patterns: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    tables: Mapping[str, str] = field(default_factory=dict)  # key of `patterns` -> the config's field
     supported: frozenset[str]  # kinds of layer that the method adapts
     method: str = "LoRA"  # the method, for messages
     optional: bool = False  # whether a plan without any target is fine, because something else is trained
@@ -132,8 +135,8 @@ def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targe
     check_layers(targeting.target_modules, targeting.layers_to_transform, targeting.layers_pattern)
     if not targeting.target_modules and not targeting.target_parameters and not targeting.optional:
         raise NoMatchingPeftModuleError(
-            "there is nothing to adapt: neither target_modules nor target_parameters is given. Name the layers, as in "
-            "target_modules=['q_proj', 'v_proj'], or pass target_modules='all-linear'."
+            "No `target_modules` passed but also no `target_parameters` found: there is nothing to adapt. Name the "
+            "layers, as in target_modules=['q_proj', 'v_proj'], or pass target_modules='all-linear'."
         )
     planner = _Planner(modules, parameters, targeting)
     planner.choose_saved()
@@ -221,7 +224,7 @@ class _Layers:
 
     def __init__(self, indices: list[int] | int | None, patterns: list[str] | str | None) -> None:
         self.wanted = frozenset([indices] if isinstance(indices, int) else indices or ())
-        given = [patterns] if isinstance(patterns, str) else patterns or ()
+        given = [patterns] if isinstance(patterns, str) and patterns else patterns or ()
         # The integer after one of the given names, or the first one after any word; it is never the name's last part.
         before = [re.escape(name) for name in given] or [r"(?!\d+\.)[^.]+"]
         self.places = [re.compile(rf"\.{word}\.(\d+)\.") for word in before]
@@ -261,7 +264,8 @@ def names_module(
     """
     if exclude and matcher(exclude)(name):
         return False
-    return matcher(targets)(name) and not _Layers(layers, pattern).reject(name)
+    alone = not isinstance(targets, str) and name in targets
+    return matcher(targets)(name) and (alone or not _Layers(layers, pattern).reject(name))
 
 
 class _Hints:
@@ -390,8 +394,9 @@ class _Planner:
             else "a container or a layer of another kind"
         )
         raise UnsupportedLayerError(
-            f"{entry!r} in target_modules names {module.name!r}{more}, which is {kind}; {self.asked.method} adapts "
-            f"{', '.join(sorted(self.asked.supported))}. Name the layers inside it, or put it into exclude_modules."
+            f"Target module {module.name!r}{more} is not supported: {entry!r} in target_modules names it, which is "
+            f"{kind}; {self.asked.method} adapts {', '.join(sorted(self.asked.supported))}. Name the layers inside "
+            "it, or put it into exclude_modules."
         )
 
     def _keep_topmost(self) -> None:
@@ -491,10 +496,20 @@ class _Planner:
             told = "No `target_modules` passed but also no `target_parameters` found."
             return f"{told} Please check the values for these arguments."
         if not self.left_out:
-            names = ", ".join(map(repr, self.targets.unmatched()[:_MAX_HINTS]))
-            return f"Target modules {names} not found in the base model:"
+            return f"Target modules {self._asked_for()} not found in the base model:"
+        if [*self.left_out] == ["layers_to_transform"]:
+            layers = f"You specified 'layers_to_transform': {sorted(self.layers.wanted)}."
+            return f"Target modules {self._asked_for()} not found in the base model. {layers}"
         only_excluded = [*self.left_out] == ["exclude_modules"] and not missing
         return "All modules were excluded:" if only_excluded else "No modules were targeted for adaptation:"
+
+    def _asked_for(self) -> str:
+        targets = self.asked.target_modules
+        if isinstance(targets, str):
+            return targets
+        names = [repr(entry) for entry in self.targets.entries]
+        more = "" if len(names) <= _MAX_SHOWN else ", ..."
+        return f"{{{', '.join(names[:_MAX_SHOWN])}{more}}}"
 
     def _why_nothing(self) -> str:
         if not self.left_out:
@@ -536,7 +551,9 @@ class _Planner:
                 hint = self.hints(entry, self.excluded.regex is not None)
                 self.unmatched.append((entry, hint))
                 text = f"matched 0 of {len(self.modules)} modules{hint}."
-            self.warnings.append(f"{entry!r} in exclude_modules {text}")
+            passed = f"You have passed exclude_modules={self.asked.exclude_modules} but no modules were excluded: "
+            none = passed if len(idle) == len(self.excluded.entries) else ""
+            self.warnings.append(f"{none}{entry!r} in exclude_modules {text}")
         if len(idle) > _MAX_HINTS:
             self.warnings.append(f"{len(idle) - _MAX_HINTS} more entries of exclude_modules exclude nothing.")
 
@@ -548,8 +565,8 @@ class _Planner:
                 named = ", ".join(f"{key!r}{hints(key)}" for key in unused[:_MAX_HINTS])
                 more = f" (and {len(unused) - _MAX_HINTS} more)" if len(unused) > _MAX_HINTS else ""
                 self.warnings.append(
-                    f"patterns for {label!r} that serve none of the {len(names)} targets, because none fits or an "
-                    f"earlier pattern does: {named}{more}."
+                    f"The following {self.asked.tables.get(label, label)} keys did not match any targeted module and "
+                    f"were ignored, as none fits or an earlier pattern does: {named}{more}."
                 )
 
 
@@ -612,4 +629,6 @@ def default_targets(
     if model_type is not None:
         found = f"there are no default target_modules for the architecture {model_type!r}{nearest(model_type, table)}"
     choices, of = ("layers, or 'all-linear'", "linear layers") if linear else ("layers", "layers of a kind it adapts")
-    raise UnknownArchitectureError(f"{found}. Pass target_modules: names of {choices}. The model's {of}: {listed}.")
+    raise UnknownArchitectureError(
+        f"Please specify `target_modules`: {found}. Give names of {choices}. The model's {of}: {listed}."
+    )

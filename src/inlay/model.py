@@ -200,7 +200,8 @@ class PeftModel(nn.Module):
                 continue
             if not self.mixed and method_of(standing) is not method:
                 raise ConfigError(
-                    f"{name!r} is of {config.method} and {one!r} of {standing.method}: a PeftModel holds one method. "
+                    "Cannot combine adapters with different peft types in a PeftModel: "
+                    f"{name!r} is of {config.method} and {one!r} of {standing.method}. "
                     "Make the model with get_peft_model(..., mixed=True), or load it by PeftMixedModel."
                 )
         check_biases({n: c for n, c in [*self.peft_config.items()] if n != name}, config)
@@ -625,7 +626,11 @@ class PeftModel(nn.Module):
         if isinstance(selected_adapters, str):
             raise AdapterNameError(f"selected_adapters must be a list: write [{selected_adapters!r}].")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        self.base_model.check_known(names)
+        if strange := [name for name in names if name not in self.peft_config]:
+            raise UnknownAdapterError(
+                f"You passed an invalid `selected_adapters` argument: there are {list(self.peft_config)}, and not "
+                f"{strange}."
+            )
         initial = path_initial_model_for_weight_conversion
         directory = folder_to_write(save_directory)
         if not is_main_process:
@@ -1136,7 +1141,7 @@ def folder_to_write(directory: str | Path) -> Path:
     if not str(directory):  # a Path of it would be the working directory
         raise MissingFileError("The directory's name is empty: name a directory to save into.")
     if Path(directory).is_file():
-        raise UnwritableError(f"{directory} is a file: name a directory to save into.")
+        raise UnwritableError(f"Provided path ({directory}) should be a directory, not a file.")
     return Path(directory)
 
 
@@ -1160,10 +1165,15 @@ def write_adapter(
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
-    """The config that ``config_dict["peft_type"]`` names.
+    """The config that ``config_dict["peft_type"]`` names, made of the rest.
+
+    Raises:
+        WrongMethodError, UnknownMethodError: There is no method of this name.
+        UnknownFieldError: A key is no field of its config.
 
     Example:
         >>> get_peft_config({"peft_type": "LORA", "r": 4}).r
         4
     """
-    return PeftConfig.from_dict(config_dict)
+    cls = PeftConfig.named_in(config_dict)
+    return cls(**{name: value for name, value in config_dict.items() if name != "peft_type"})

@@ -9,6 +9,9 @@ from torch import nn
 
 from inlay.storage import stored_parameters
 
+# What loaders leave on a packed model, in ways too that no storage here reads.
+_TOLD = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
 
 def prepare_model_for_kbit_training(
     model: nn.Module,
@@ -35,7 +38,7 @@ def prepare_model_for_kbit_training(
         >>> layer.weight.dtype, layer.weight.requires_grad
         (torch.float32, False)
     """
-    packed = False
+    packed = any(getattr(model, told, False) for told in _TOLD)
     for parameter, storage in stored_parameters(model):
         parameter.requires_grad_(False)
         packed = packed or not storage.in_place

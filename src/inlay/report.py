@@ -51,8 +51,8 @@ class LoadReport:
 
     @property
     def missing_keys(self) -> list[str]:
-        """``missing``, under torch's name, and as torch would name them: with the adapter's name in them."""
-        return [self.live.get(key, key) for key in self.missing]
+        """``missing``, and what is of another shape, as torch would name them: with the adapter's name in them."""
+        return [self.live.get(key, key) for key in [*self.missing, *(key for key, *_ in self.shape)]]
 
     @property
     def unexpected_keys(self) -> list[str]:
@@ -73,7 +73,7 @@ class LoadReport:
             ("made for another base model", self.base),
             ("config contradicts the weights", self.config),
             (f"{_tensors(shapes)} of another shape (size mismatch)", shapes),
-            (f"{_tensors(self.missing)} missing from the file", [*map(repr, self.missing)]),
+            (f"missing adapter keys: {_tensors(self.missing)} missing from the file", [*map(repr, self.missing)]),
             (f"{_tensors(self.unexpected)} in the file that nothing takes", [*map(repr, self.unexpected)]),
             (f"{_tensors(self.non_finite)} with NaN or infinity", [*map(repr, self.non_finite)]),
             (f"note: {_tensors(dtypes)} converted", dtypes),

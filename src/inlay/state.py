@@ -162,7 +162,17 @@ def get_peft_model_state_dict(
             out[prefix + key] = found
     if prompt is not None:
         out.update(_filed_prompt(prompt, adapter_name, state_dict))
+    _tell_shards(adapter_name, out)
     return {without_foreign(k): v for k, v in out.items()}
+
+
+def _tell_shards(adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Warns of what ZeRO-3 and FSDP leave of a tensor that nobody gathered: nothing, or a flat piece."""
+    matrices = ("lora_A.weight", "lora_B.weight")
+    if odd := [k for k, t in tensors.items() if t.dim() < 2 and (not t.numel() or k.endswith(matrices))]:
+        told = f"Adapter {adapter_name!r}: {len(odd)} tensors have an invalid shape, as {odd[0]}"
+        text = f"{told} of {list(tensors[odd[0]].shape)}: gather their shards first, and save then."
+        warnings.warn(text, PeftWarning, stacklevel=3)
 
 
 def prompt_of(model: nn.Module, adapter_name: str) -> AbstractPrompt | None:
@@ -361,7 +371,9 @@ def name_live(report: LoadReport, model: nn.Module, adapter_name: str, given: Co
     """
     root, prefix = root_of(model)
     report.live.update({key: key if key in given else prefix + key for key in report.unexpected})
-    report.live.update({p.key: prefix + p.live for p in places(root, adapter_name)} if report.missing else {})
+    report.live.update(
+        {p.key: prefix + p.live for p in places(root, adapter_name)} if report.missing or report.shape else {}
+    )
 
 
 def _frozen(root: nn.Module, names: Iterable[str]) -> dict[str, Target]:
@@ -412,11 +424,8 @@ _REPEATED = (".original_module.bias", ".modules_to_save.bias")
 def _renamed(
     entries: Mapping[str, Any], key_mapping: Mapping[str, str] | None, prompt: AbstractPrompt | None = None
 ) -> dict[str, Any]:
-    bare = {key: value for key, value in entries.items() if not key.startswith(PREFIX)}
-    if prompt is None and not settings.strict_load and len(bare) < len(entries):  # what is named otherwise is reported
-        stripped = {**bare, **strip_prefix({key: value for key, value in entries.items() if key not in bare})}
-    elif prompt is None:
-        stripped = strip_prefix(entries)
+    if prompt is None:
+        stripped = strip_prefix(entries, settings.strict_load)
     else:
         stripped = {key.removeprefix(PREFIX).removeprefix(PROMPT_PREFIX): value for key, value in entries.items()}
     names = apply_key_mapping(stripped, key_mapping)

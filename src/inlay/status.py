@@ -50,8 +50,8 @@ class TunerModelStatus:
     """A whole model; a field is ``"irregular"`` where its layers differ.
 
     Args:
-        base_model_type, adapter_model_type (`str`): Classes, for a handle; ``"other"`` and ``"None"`` for a model
-            with adapters inside.
+        base_model_type, adapter_model_type (`str`): Classes, for a handle. For a model with adapters inside
+            ``"None"``, and ``"other"`` where it is not one of transformers'.
         peft_types (`dict[str, str]`): Method by adapter.
         trainable_params, total_params (`int`): Numbers of parameters.
         num_adapter_layers (`int`): How many layers have adapters.
@@ -142,8 +142,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     names = sorted({n for layer in layers for n in layer.available_adapters})
     configs: dict[str, Any] = getattr(model, "peft_config", {}) if prefix else {}
     sizes = [(storage.numel(p), p.requires_grad) for p, storage in stored_parameters(root)]
+    named = prefix or "PreTrainedModel" in [base.__name__ for base in type(root).__mro__]
     return TunerModelStatus(
-        base_model_type=type(root).__name__ if prefix else "other",
+        base_model_type=type(root).__name__ if named else "other",
         adapter_model_type=next((type(c).__name__.replace("Config", "Model") for c in configs.values()), "None"),
         peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()},
         trainable_params=sum(n for n, trained in sizes if trained),

@@ -140,7 +140,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Makes the first of these adapters' copies the default for all threads and trains it."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         first = self._first(names)
-        self.set_requires_grad({*self._active, *names}.difference(first), False)
+        self.set_requires_grad(set(self.modules_to_save).difference(first), False)
         self.set_requires_grad(first, not inference_mode)
         self._active = names
         self._refresh()

@@ -151,11 +151,11 @@ class Tuner(nn.Module):
             self.hooks[adapter_name] = hooks(config)
             self._hooked.pop(adapter_name, None)
 
-    def check_known(self, names: Sequence[str]) -> None:
+    def check_known(self, names: Sequence[str], missing: str = "does not exist") -> None:
         """Raises `UnknownAdapterError` for a name that is no adapter."""
         for name in names:
             if name not in self.peft_config:
-                raise UnknownAdapterError(f"Adapter {name} does not exist: there are {list(self.peft_config)}.")
+                raise UnknownAdapterError(f"Adapter {name} {missing}: there are {list(self.peft_config)}.")
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes adapters the default for all threads.
@@ -169,10 +169,10 @@ class Tuner(nn.Module):
             UnknownAdapterError: One of them does not exist.
         """
         names = as_names(adapter_name)
-        self.check_known(names)
+        self.check_known(names, "not found")
         if any(layer.merged for _, layer in self.layers()):
             warnings.warn(
-                "Adapters are merged: they are unmerged first, then others are set.", PeftWarning, stacklevel=3
+                "Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=3
             )
             self.unmerge_adapter()
         with self._changing():
@@ -216,8 +216,12 @@ class Tuner(nn.Module):
     def tell_biases(self, stacklevel: int = 3) -> None:
         """Warns where switching adapters off does not give the base model back."""
         if any(config.bias != "none" for config in [*self.peft_config.values()]):
-            text = "Trained biases are the model's own: they stay in place while adapters are off."
-            warnings.warn(text, PeftWarning, stacklevel)
+            warnings.warn(
+                "Careful, disabling adapter layers with bias trained does not give the base model back: biases are "
+                "the model's own and stay in place.",
+                PeftWarning,
+                stacklevel,
+            )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter.
@@ -233,7 +237,7 @@ class Tuner(nn.Module):
         if not left and others:
             left = (others[0],)
             warnings.warn(
-                f"Adapter {adapter_name!r} was active and is deleted: {left[0]!r} is active now.",
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
                 PeftWarning,
                 stacklevel=3,
             )
@@ -428,7 +432,7 @@ class Tuner(nn.Module):
         with self.router.writing():
             merged = [layer for _, layer in self.layers() if layer.merged]
             if not merged:
-                warnings.warn("nothing is merged, nothing to unmerge.", PeftWarning, stacklevel=2)
+                warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
             for layer in merged:
                 layer.check_unmerge()
             for layer in merged:

@@ -48,6 +48,7 @@ def own(made: nn.Module, name: str = "default") -> set[str]:
     return {key for key, _ in made.named_parameters() if f".{name}." in f"{key}."}
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @over(CASES)
 def test_an_adapter_goes_through_a_folder(model: str, adapter: str, tmp_path: Path, bases: Path) -> None:
     base = tiny.saved(model, bases)

@@ -58,7 +58,7 @@ def test_a_name_is_a_name_and_the_last_layers_have_one(given: Any, tiny: Make) -
 
 def test_files_have_one_name_as_a_string() -> None:
     assert config(target_modules=["self_attn"]).to_dict()["target_modules"] == "self_attn"
-    assert config(target_modules=["attn", "self_attn"]).to_dict()["target_modules"] == ["attn", "self_attn"]
+    assert config(target_modules=["attn", "self_attn"]).to_dict()["target_modules"] == {"attn", "self_attn"}
     assert config().to_dict()["target_modules"] is None
 
 

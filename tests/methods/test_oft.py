@@ -33,7 +33,7 @@ def test_contradictions_are_refused(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("wanted", "used"), [(5, 4), (9, 6), (10, 12), (1000, 12)])
 def test_a_block_size_that_does_not_divide_becomes_the_nearest(wanted: int, used: int) -> None:
-    with pytest.warns(PeftWarning, match=f"{used} is used"):
+    with pytest.warns(PeftWarning, match=rf"Adjusted `oft_block_size` to \({used}\)"):
         model = adapted(nn.Linear(12, 3), oft_block_size=wanted)
     assert dict(model.base_model.model[0].oft_block_size) == {"default": used}
 

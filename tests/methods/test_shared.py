@@ -102,7 +102,7 @@ def test_law(law: Law, case: Case) -> None:
 
 @pytest.mark.parametrize("kind", ["Parameter", "MultiheadAttention"])
 def test_lengths_of_rows_need_a_layer_with_one_matrix(kind: str) -> None:
-    with pytest.raises(UnsupportedLayerError, match="use_dora must be off"):
+    with pytest.raises(UnsupportedLayerError, match="does not work with use_dora=True"):
         Case("WDLOHA", "plain", kind).fresh()
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 import inlay
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*dropout has no effect there")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*dropout has no effect there", "ignore:Model has `tie_word_embeddings=True`"
+)
 
 _ATTENTION = ("attention-rslora", "attention-bias-of-b")
 FILE_CASES = {k: c for k, c in CASES.items() if not k.startswith("attention-") or k in _ATTENTION}

@@ -25,7 +25,9 @@ from parity.helpers import (
 
 import inlay
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*dropout has no effect there")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*dropout has no effect there", "ignore:Model has `tie_word_embeddings=True`"
+)
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 

@@ -62,6 +62,7 @@ def both(name: str, fields: dict[str, Any]) -> tuple[Any, Any]:
     return theirs, inlay.get_peft_model(base(name), inlay.LoraConfig(**fields))
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(("name", "fields"), CASES, ids=ident)
 def test_the_same_modules(name: str, fields: dict[str, Any]) -> None:
     theirs, ours = both(name, fields)

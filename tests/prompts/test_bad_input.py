@@ -101,6 +101,7 @@ def test_a_length_has_to_be_said(kind: str) -> None:
     cannot_stand(base("llama", "SEQ_CLS"), KINDS[kind](task_type="SEQ_CLS"), ConfigError, "num_virtual_tokens")
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @kinds
 @pytest.mark.parametrize("length", [POSITIONS, 10**9])
 def test_longer_than_the_positions(kind: str, length: int) -> None:
@@ -110,6 +111,7 @@ def test_longer_than_the_positions(kind: str, length: int) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(
     ("kind", "arch", "fields", "match"),
     [

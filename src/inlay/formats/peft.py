@@ -22,15 +22,16 @@ _WRAPPED = re.compile(r"((module|_orig_mod|_forward_module|_fsdp_wrapped_module)
 T = TypeVar("T")
 
 
-def strip_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
+def strip_prefix(tensors: Mapping[str, T], strict: bool = True) -> dict[str, T]:
     """The entries under names that start at the user's model, with or without ``base_model.model.`` in the file.
 
     Args:
         tensors (`dict[str, T]`): By key.
+        strict (`bool`, *optional*, defaults to `True`): Refuse a file that names its tensors in both ways.
 
     Raises:
-        LoadError: Some keys have the prefix and others have not, or another one is before it. ``report.unexpected``
-            has them.
+        LoadError: Some keys have the prefix and others have not, and ``strict``; or another one is before it.
+            ``report.unexpected`` has them.
 
     Example:
         >>> strip_prefix({"base_model.model.fc.lora_A.weight": 1})
@@ -46,7 +47,7 @@ def strip_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
             LoadReport(unexpected=wrapped),
         )
     bare = [key for key in tensors if not key.startswith(PREFIX)]
-    if bare and len(bare) != len(tensors):
+    if strict and bare and len(bare) != len(tensors):
         raise LoadError(
             f"{len(tensors) - len(bare)} of {len(tensors)} keys begin with {PREFIX!r} and {len(bare)} do not, as "
             f"{bare[0]!r}: the file mixes two ways of naming. Save the adapter again, or pass key_mapping.",

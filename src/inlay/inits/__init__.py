@@ -43,8 +43,8 @@ def checked(init: bool | str, loftq_config: LoftQConfig | Mapping[str, Any] | No
     """
     if not (name := name_of(init)):
         raise UnsupportedFieldError(
-            f"init_lora_weights={init!r} is not built; there are True, False, 'gaussian', 'orthogonal', 'pissa', "
-            "'pissa_niter_[n]' (n below 100), 'olora' and 'loftq'."
+            f"Unknown initialization init_lora_weights={init!r}: there are True, False, 'gaussian', 'orthogonal', "
+            "'pissa', 'pissa_niter_[n]' (n below 100), 'olora' and 'loftq'."
         )
     given = asdict(loftq_config) if isinstance(loftq_config, LoftQConfig) else dict(loftq_config or {})
     if name != "loftq":

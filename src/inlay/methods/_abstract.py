@@ -87,6 +87,8 @@ class AbstractAdapter(ABC):
 
     # Field names whose values stand as `layer.<name>[adapter]`, as users of PEFT read them.
     numbers: ClassVar[tuple[str, ...]] = ()
+    # Attribute of the layer in PEFT, without an adapter's name -> attribute here.
+    read_as: ClassVar[dict[str, str]] = {}
     # The name under which the dropout is a module of the layer, as in PEFT; "" for none.
     dropout_name: ClassVar[str] = ""
     # Slots that it has on other kinds of layers or with other fields: they read as empty here, as in PEFT.
@@ -165,10 +167,10 @@ class AbstractAdapter(ABC):
             except NotMergeableError as error:
                 raise UnsupportedLayerError(f"{kind.name} is adapted through its weight: {error}") from error
         if (kind.by_weight or self.through_weight) and self.drops():
-            told = f"{kind.name} is adapted through its weight: dropout"
+            told = f"{kind.name} is adapted through its weight, and"
             if not (kind.ignores_dropout and self.dropout):
-                raise UnsupportedLayerError(f"{told} must be 0 for it.")
-            warnings.warn(f"{told} has no effect there.", PeftWarning, stacklevel=3)
+                raise UnsupportedLayerError(f"{told} does not work with {self.dropout_name or 'dropout'} != 0.")
+            warnings.warn(f"{told} dropout has no effect there.", PeftWarning, stacklevel=3)
 
     def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
         """Raises `NotMergeableError` where no such layer exists."""

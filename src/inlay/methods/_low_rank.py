@@ -145,7 +145,10 @@ class AbstractLowRank(AbstractDelta):
             raise UnsupportedLayerError(f"use_dora must be off: this {kind.name} is adapted through its weight.")
         if "bias" in self.slots and kind.indexed:
             raise UnsupportedLayerError("lora_bias=True is not supported for Embedding.")
-        if "bias" in self.slots and not kind.by_weight and getattr(base, kind.bias_name, None) is None:
+        if "bias" in self.slots and getattr(base, kind.bias_name, None) is None:
+            if kind.by_weight:
+                told = "and does not work with lora_bias=True: it has no bias to add to"
+                raise UnsupportedLayerError(f"This {kind.name} is adapted through its weight, {told}.")
             told = f"`lora_bias=True` was passed but the targeted layer of type {type(base).__name__} has no bias"
             warnings.warn(f"{told} to merge it into.", PeftWarning, stacklevel=2)
         if self._beyond_groups(kind, base):

@@ -63,8 +63,8 @@ class AdaptionPromptConfig(AdapterConfig):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        if isinstance(names := values["target_modules"], list) and len(names) == 1:
-            values["target_modules"] = names[0]  # PEFT knows a single name only
+        if isinstance(names := values["target_modules"], set) and len(names) == 1:
+            (values["target_modules"],) = names  # PEFT knows a single name only
         return values
 
     def topmost(self) -> int | None:

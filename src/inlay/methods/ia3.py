@@ -93,6 +93,7 @@ class IA3Adapter(AbstractAdapter):
     """(IA)^3 on one layer; see the module's text for the mathematics."""
 
     stacks = True  # all experts share the vector
+    read_as: ClassVar[dict[str, str]] = {"is_feedforward": "changes_input"}
 
     def __init__(self, config: IA3Config, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
         self.changes_input: bool = values["feedforward"]

@@ -71,11 +71,9 @@ class OFTConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.r == 0) == (self.oft_block_size == 0):
-            raise ConfigError(
-                f"one of r and oft_block_size must be positive and the other 0, got r={self.r} and "
-                f"oft_block_size={self.oft_block_size}. (A file that has r alone is of before PEFT 0.14, whose OFT "
-                "was another one: train it anew.)"
-            )
+            given = f"got r={self.r} and oft_block_size={self.oft_block_size}"
+            old = "(A file that has r alone is of before PEFT 0.14, whose OFT was another one: train it anew.)"
+            raise ConfigError(f"one of r and oft_block_size must be positive and the other 0, {given}. {old}")
 
 
 class OFTAdapter(AbstractRotation):
@@ -103,7 +101,8 @@ class OFTAdapter(AbstractRotation):
         divisors = [d for d in range(1, width + 1) if width % d == 0]
         found = min(divisors, key=lambda d: abs(d - wanted))  # of two as near the smaller, as PEFT has it
         block = width // found if r else found
-        told = [f"{name}={wanted} does not divide a layer's width {width}: {found} is used there."] * (found != wanted)
+        text = f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({found}):"
+        told = [f"{text} {wanted} does not divide a layer's width {width}."] * (found != wanted)
         told += ["A block of one channel rotates nothing: that layer is not adapted."] * (block == 1)
         if told:
             warnings.warn(" ".join(told), PeftWarning, stacklevel=5)

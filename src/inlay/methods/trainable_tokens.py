@@ -23,22 +23,23 @@ class TrainableTokensAdapter(AbstractAdapter):
     """Rows of a table: ``values["tokens"]`` says which."""
 
     ties_whole = True
+    numbers = ("token_indices",)
 
     def __init__(self, config: Any, kind: LayerKind, base: nn.Module, values: Mapping[str, Any]) -> None:
-        self.tokens: list[int] = values["tokens"]
+        self.token_indices: list[int] = values["tokens"]
         self.indexed = kind.indexed
         out, inner = kind.shape(base)
         vocabulary, width = (inner, out) if kind.indexed else (out, inner)
-        bad = [i for i in self.tokens if not 0 <= i < vocabulary]
-        if bad or not self.tokens or len(set(self.tokens)) < len(self.tokens):
+        bad = [i for i in self.token_indices if not 0 <= i < vocabulary]
+        if bad or not self.token_indices or len(set(self.token_indices)) < len(self.token_indices):
             raise TokenIndexError(
                 f"trainable_token_indices must be some, different and below the vocabulary of {vocabulary}, got "
-                f"{bad or self.tokens}."
+                f"{bad or self.token_indices}."
             )
-        self.slots = {"delta": Slot((len(self.tokens), width), "trainable_tokens_delta")}
+        self.slots = {"delta": Slot((len(self.token_indices), width), "trainable_tokens_delta")}
 
     def _index(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.tokens, device=like.device)
+        return torch.tensor(self.token_indices, device=like.device)
 
     def rows(self, W_OI: Tensor) -> Tensor:
         """The trained tokens' rows of a table or head."""

@@ -119,7 +119,9 @@ class MultitaskPromptEmbedding(AbstractPrompt):
 
     def forward(self, task_ids_B: Tensor | None = None) -> Tensor:
         if task_ids_B is None:
-            raise PromptError("This prompt is one of several tasks': give task_ids, one for each row.")
+            raise PromptError(
+                "task_ids cannot be None, as it is one of several tasks' prompts: give task_ids of the rows."
+            )
         K = len(self.prefix_task_cols)
         low, high = (0, 0) if task_ids_B.is_meta else (int(v) for v in task_ids_B.aminmax())
         if low < 0 or high >= K:
