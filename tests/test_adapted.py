@@ -415,7 +415,7 @@ def test_who_is_trained(model: inlay.PeftModel) -> None:
     assert trained() == set()
     model.base_model.enable_adapter_layers()
     assert trained() == {"a"}
-    with pytest.warns(PeftWarning, match="Setting active adapter to b"):
+    with pytest.warns(PeftWarning, match="is deleted: b is active"):
         model.delete_adapter("a")
     assert trained() == {"b"}
     assert not any(p.requires_grad for name, p in model.named_parameters() if "base_layer" in name or "head" in name)
@@ -569,7 +569,7 @@ def test_other_adapters_are_set_after_unmerging(owned: Any, x: Tensor, verb: str
         "set_adapter": lambda: functional.set_adapter(owned, []),
         "inject": lambda: inlay.inject_adapter_in_model(inlay.LoraConfig(target_modules=["head"]), owned, "c"),
     }
-    with pytest.warns(PeftWarning, match="Unmerging the model first"):
+    with pytest.warns(PeftWarning, match="they are unmerged first"):
         verbs[verb]()
     assert not any(layer.merged for layer in layers_of(owned))
     same_bits(owned(x), plain)

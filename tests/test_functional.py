@@ -96,11 +96,11 @@ def test_adapters_that_are_left_to_be_merged() -> None:
     assert functional.check_adapters_to_merge(layer, ["b", "a"]) == ["b", "a"]
     layer.merge()
     for names, left, told in (
-        (None, [], "nothing to do"),
+        (None, [], "All adapters are already merged"),
         (["a", "b"], ["b"], "merged are"),
         (["b"], ["b"], "merged"),
     ):
         with pytest.warns(PeftWarning, match=told):
             assert functional.check_adapters_to_merge(layer, names) == left
-    with pytest.raises(FieldTypeError, match="list of strings"):
+    with pytest.raises(FieldTypeError, match="list of names"):
         functional.check_adapters_to_merge(layer, "a")

@@ -1046,7 +1046,7 @@ def test_invocations_that_are_no_tokens(tokens: Any) -> None:
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"])
 def test_other_tasks_warn(task: str) -> None:
-    with pytest.warns(PeftWarning, match=r"only supported for CAUSAL_LM task.*" + task):
+    with pytest.warns(PeftWarning, match=r"is for task_type=.CAUSAL_LM.*" + task):
         inlay.LoraConfig(alora_invocation_tokens=JUDGE, task_type=task)
     inlay.LoraConfig(alora_invocation_tokens=JUDGE, task_type=None)
 
@@ -1229,7 +1229,7 @@ def test_the_hook_goes_with_the_last_activated_adapter() -> None:
     assert len(inner._forward_pre_hooks) == 1
     with handle.use_adapter("critic"):
         critic = handle(ids).logits
-    with pytest.warns(PeftWarning, match="was active which is now deleted"):
+    with pytest.warns(PeftWarning, match="was active and is deleted"):
         handle.delete_adapter("judge")
     assert len(inner._forward_pre_hooks) == 1
     same_bits(handle(ids).logits, critic)

@@ -262,8 +262,8 @@ def test_overrides_that_serve_nothing() -> None:
         target_modules=["q_proj", "k_proj"], patterns={"r": {"q_prj": 4, "q_proj": 8, "0.self_attn.q_proj": 1}}
     )
     assert result.warnings == (
-        "The following r keys did not match any targeted module and were ignored, as none fits or an earlier pattern "
-        "does: 'q_prj'; closest: q_proj, k_proj, '0.self_attn.q_proj'.",
+        "r: these keys did not match any targeted module, because none fits or an earlier pattern does: 'q_prj'; "
+        "closest: q_proj, k_proj, '0.self_attn.q_proj'.",
     )
 
 
@@ -339,8 +339,8 @@ def test_a_parameter_of_a_saved_module() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "No `target_modules` passed but also no `target_parameters` found"),
-        ({"target_modules": []}, "No `target_modules` passed but also no `target_parameters` found"),
+        ({}, "Neither `target_modules` nor `target_parameters`"),
+        ({"target_modules": []}, "Neither `target_modules` nor `target_parameters`"),
         (
             {"target_modules": ["q_prj"]},
             "there is nothing to adapt: 'q_prj' in target_modules matched 0 of 37 modules; closest: q_proj, v_proj",
@@ -512,7 +512,7 @@ def test_a_kind_that_cannot_be_adapted_may_be_excluded() -> None:
         ),
         (
             {"target_modules": ["q_proj"], "layers_pattern": "h"},
-            "`layers_to_transform` must also be specified",
+            "`layers_pattern` needs `layers_to_transform`",
         ),
     ],
 )

@@ -144,7 +144,7 @@ BROKEN: dict[str, Callable[[str, str, str], dict[str, Any]]] = {
 @pytest.mark.parametrize("fields", BROKEN.values(), ids=BROKEN)
 @models
 def test_a_tie_that_is_broken_is_told_of_when_made_and_when_merged(name: str, fields: Any, ids_BT: Tensor) -> None:
-    with pytest.warns(inlay.PeftWarning, match="has tie_word_embeddings=True, and '[a-z._]*' is adapted apart"):
+    with pytest.warns(inlay.PeftWarning, match="has `tie_word_embeddings=True`, and '[a-z._]*' is adapted apart"):
         model = inlay.get_peft_model(build(name), inlay.LoraConfig(r=2, **fields(*TIED[name])))
     expected = run(changed(model), ids_BT)
     with pytest.warns(inlay.PeftWarning, match="config.tie_word_embeddings is False now"):
@@ -156,9 +156,9 @@ def test_a_tie_that_is_broken_is_told_of_when_made_and_when_merged(name: str, fi
 @pytest.mark.parametrize(
     ("tie", "more", "told"),
     [
-        (False, {}, "no tied modules in the model"),
-        (True, {}, "no tied module is in modules_to_save or target_modules"),
-        (True, {"modules_to_save": ["norm"]}, "no tied module is in modules_to_save or target_modules"),
+        (False, {}, "no tied modules are in the model"),
+        (True, {}, "no tied modules are in modules_to_save or target_modules"),
+        (True, {"modules_to_save": ["norm"]}, "no tied modules are in modules_to_save or target_modules"),
     ],
 )
 def test_a_tie_to_be_kept_that_is_not_there(tie: bool, more: dict[str, Any], told: str) -> None:

@@ -46,7 +46,7 @@ def check_invocation(tokens: Sequence[int], task_type: str | None) -> None:
     if not tokens or min(tokens) < 0:
         raise ConfigError(f"alora_invocation_tokens must be one or more tokens, got {tokens}.")
     if task_type not in (None, "CAUSAL_LM"):
-        text = f"aLoRA is currently only supported for CAUSAL_LM task, got {task_type!r}."
+        text = f"aLoRA is for task_type='CAUSAL_LM', got {task_type!r}."
         warnings.warn(text, PeftWarning, stacklevel=5)
 
 

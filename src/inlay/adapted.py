@@ -733,8 +733,8 @@ class Adapted(_Light):
             self._active = tuple(n for n in self._active if n != adapter_name)
             if not self._active and self.methods:
                 self._active = (next(iter(self.methods)),)
-                text = f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to"
-                warnings.warn(f"{text} {self._active[0]}.", PeftWarning, stacklevel=2)
+                text = f"Adapter {adapter_name} was active and is deleted: {self._active[0]} is active now."
+                warnings.warn(text, PeftWarning, stacklevel=2)
         self._refresh()
 
     def renumber(self, name: str, other: AbstractAdapter) -> None:
@@ -1240,7 +1240,7 @@ class Adapted(_Light):
 def merged_already(wanted: Iterable[str], merged: Iterable[str]) -> str:
     """What to warn of when adapters that are merged are to be merged again."""
     standing = f"merged are {sorted(merged)}."
-    return standing if set(wanted) - set(merged) else f"All adapters are already merged, nothing to do: {standing}"
+    return standing if set(wanted) - set(merged) else f"All adapters are already merged: {standing}"
 
 
 def _input_of(layer: nn.Module, kwargs: Mapping[str, Any]) -> str:

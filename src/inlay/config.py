@@ -148,7 +148,7 @@ class PeftConfig:
         peft_version (`str`, *optional*): Level of the file format.
         base_model_name_or_path (`str`, *optional*): The base model that the adapter was made for.
         revision (`str`, *optional*): Revision of the base model.
-        inference_mode (`bool`, *optional*, defaults to `False`): Whether the adapter is loaded frozen.
+        inference_mode (`bool`, *optional*, defaults to `False`): Load the adapter frozen.
 
     Raises:
         UnknownFieldError: A keyword names no field of this config.
@@ -197,7 +197,7 @@ class PeftConfig:
                 self.task_type = TaskType(self.task_type)
             except ValueError as error:
                 valid = ", ".join(t.value for t in TaskType)
-                told = f"Invalid task type: {self.task_type!r}. Must be one of the following task types: {valid}."
+                told = f"Invalid task type: {self.task_type!r}. Task types are {valid}."
                 raise ConfigError(told) from error
         if self.peft_type is not None:
             try:
@@ -337,8 +337,8 @@ class PeftConfig:
         known = {f.name for f in fields(cls)}
         if "peft_type" not in values and (cls is PeftConfig or not known.issuperset(values)):
             raise WrongMethodError(
-                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
-                f"{directory / CONFIG_NAME} is not the config of an adapter."
+                f"{directory / CONFIG_NAME}, to be a {cls.__name__}, is missing required keys: {{'peft_type'}}. It is "
+                "not the config of an adapter."
             )
         made = cls.from_dict(values, where=str(directory / CONFIG_NAME))
         known = {f.name for f in fields(made)}

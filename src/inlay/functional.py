@@ -268,9 +268,7 @@ def find_minimal_target_modules(target_modules: Collection[str], other_module_na
         True
     """
     if isinstance(target_modules, str) or not target_modules:
-        raise ConfigError(
-            f"target_modules should be a list or set of strings that is not empty, got {target_modules!r}."
-        )
+        raise ConfigError(f"target_modules should be a list of names, or a set, not empty; got {target_modules!r}.")
     if "" in target_modules:
         raise ConfigError("target_modules should not contain an empty string, which is the model itself.")
     if both := sorted(set(target_modules) & set(other_module_names)):
@@ -289,7 +287,7 @@ def check_adapters_to_merge(module: Adapted, adapter_names: Sequence[str] | None
         FieldTypeError: ``adapter_names`` is a `str`.
     """
     if isinstance(adapter_names, str):
-        raise FieldTypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        raise FieldTypeError(f"adapter_names should be a list of names, got {adapter_names!r}.")
     wanted, merged = module.active_adapters if adapter_names is None else adapter_names, module.merged_adapters
     if merged:
         warnings.warn(merged_already(wanted, merged), PeftWarning, stacklevel=2)

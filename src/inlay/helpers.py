@@ -101,7 +101,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         {'default': 0.5}
     """
     if not isinstance(multiplier, int | float):
-        raise FieldTypeError(f"Argument multiplier should be of type float, got {type(multiplier)}.")
+        raise FieldTypeError(f"multiplier should be of type float, got {type(multiplier)}.")
     scales = [w.scaling for _, w in wrappers(model) if isinstance(w, Adapted) and "scaling" in w.other_param_names]
     if not scales:
         raise PlanError("scaling is only supported for models with adapters that have a scale, such as LoRA's.")
@@ -199,7 +199,7 @@ def get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> in
     """
     given = inputs_embeds if input_ids is None else input_ids
     if given is None:
-        raise ConfigError("You have to provide either input_ids or inputs_embeds")
+        raise ConfigError("Neither input_ids nor inputs_embeds is given: one of them tells how many rows there are.")
     return given.shape[0]
 
 

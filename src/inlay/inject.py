@@ -419,12 +419,12 @@ def _told_of_ties(prepared: Prepared) -> Iterator[str]:
     paths = [*(work.path for work in prepared.works), *prepared.saved]
     tied = next((path for path in paths if path in shared), None)
     if config.ensure_weight_tying and not shared:
-        yield "ensure_weight_tying is set, but there are no tied modules in the model."
+        yield "`ensure_weight_tying` is set, but no tied modules are in the model."
     elif config.ensure_weight_tying and not (tied or any(work.source for work in prepared.tokens)):
-        yield "ensure_weight_tying is set, but no tied module is in modules_to_save or target_modules."
+        yield "`ensure_weight_tying` is set, but no tied modules are in modules_to_save or target_modules."
     elif tied and not config.ensure_weight_tying and model_config(found.model).get("tie_word_embeddings"):
         yield (
-            f"The model has tie_word_embeddings=True, and {tied!r} is adapted apart from what it is tied to. Set "
+            f"Model has `tie_word_embeddings=True`, and {tied!r} is adapted apart from what it is tied to. Set "
             "ensure_weight_tying=True to keep the tie."
         )
 
@@ -938,7 +938,7 @@ def unmerge_first(model: nn.Module, stacklevel: int) -> None:
     """Unmerges what is merged, with a warning, before other adapters are made the active ones."""
     merged = [w for _, w in wrappers(model) if isinstance(w, Adapted) and w.merged]
     if merged:
-        text = "Adapter cannot be set when the model is merged. Unmerging the model first."
+        text = "Adapters are merged: they are unmerged first, then others are set."
         warnings.warn(text, PeftWarning, stacklevel=stacklevel + 1)
     for layer in merged:
         layer.check_unmerge()

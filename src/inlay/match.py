@@ -135,8 +135,8 @@ def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targe
     check_layers(targeting.target_modules, targeting.layers_to_transform, targeting.layers_pattern)
     if not targeting.target_modules and not targeting.target_parameters and not targeting.optional:
         raise NoMatchingPeftModuleError(
-            "No `target_modules` passed but also no `target_parameters` found: there is nothing to adapt. Name the "
-            "layers, as in target_modules=['q_proj', 'v_proj'], or pass target_modules='all-linear'."
+            "Neither `target_modules` nor `target_parameters` is given: there is nothing to adapt. Name the layers, "
+            "as in target_modules=['q_proj', 'v_proj'], or pass target_modules='all-linear'."
         )
     planner = _Planner(modules, parameters, targeting)
     planner.choose_saved()
@@ -151,11 +151,13 @@ def check_layers(targets: Iterable[str] | str | None, layers: object, pattern: o
         for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
             if value is not None:
                 raise ConfigError(
-                    f"`{name}` cannot be used when `target_modules` is a str: put the layer indices into the regular "
-                    f"expression {targets!r} instead."
+                    f"`{name}` cannot be used when `target_modules` is one pattern: put the layer indices into the "
+                    f"pattern, {targets!r}, instead."
                 )
     if pattern and layers is None:
-        raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        raise ConfigError(
+            "`layers_pattern` needs `layers_to_transform`: it says where in a name the layer's number stands."
+        )
 
 
 # ------------------------------------------------------------------------------------------------- matching one name
@@ -493,8 +495,7 @@ class _Planner:
     def _lead(self, missing: list[str]) -> str:
         """How PEFT's complaint begins, which callers look for."""
         if not self.asked.target_modules:
-            told = "No `target_modules` passed but also no `target_parameters` found."
-            return f"{told} Please check the values for these arguments."
+            return "`target_modules` is not given, and none of `target_parameters` was found in the model:"
         if not self.left_out:
             return f"Target modules {self._asked_for()} not found in the base model:"
         if [*self.left_out] == ["layers_to_transform"]:
@@ -565,8 +566,8 @@ class _Planner:
                 named = ", ".join(f"{key!r}{hints(key)}" for key in unused[:_MAX_HINTS])
                 more = f" (and {len(unused) - _MAX_HINTS} more)" if len(unused) > _MAX_HINTS else ""
                 self.warnings.append(
-                    f"The following {self.asked.tables.get(label, label)} keys did not match any targeted module and "
-                    f"were ignored, as none fits or an earlier pattern does: {named}{more}."
+                    f"{self.asked.tables.get(label, label)}: these keys did not match any targeted module, because "
+                    f"none fits or an earlier pattern does: {named}{more}."
                 )
 
 

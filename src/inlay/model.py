@@ -338,13 +338,12 @@ class PeftModel(nn.Module):
             raise RowsError(f"adapter_names must hold one name per row, got {names!r}.")
         if unknown := sorted({n for n in names if n != BASE and n not in self.peft_config}):
             raise UnknownAdapterError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are "
-                f"{list(self.peft_config)}."
+                f"adapter_names has non-existing adapter(s): {', '.join(unknown)}; there are {list(self.peft_config)}."
             )
         batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if batch is not None and batch != len(names):
             raise RowsError(
-                "Length of `adapter_names` should be the same as the number of inputs, got "
+                "Length of `adapter_names` should be that of the batch, a name for each row: got "
                 f"{len(names)} names for a batch of {batch} rows."
             )
         product = 1
@@ -482,8 +481,7 @@ class PeftModel(nn.Module):
         """
         if self.base_model.only_prompts:
             raise WrongMethodError(
-                "Setting `requires_grad` is not supported for prompt learning methods: set_adapter trains the one "
-                "that it activates."
+                "Setting `requires_grad` is not supported for prompts: set_adapter trains the one that it activates."
             )
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
@@ -1002,8 +1000,8 @@ def get_peft_model(
         warnings.warn(f"The config names its base model {old!r}; it is {new!r} now.", PeftWarning, stacklevel=2)
     if any(True for _ in wrappers(model)):
         warnings.warn(
-            "You are trying to modify a model with PEFT for a second time. To have this adapter alone, call unload() "
-            "on the first handle before; to have it beside others, its add_adapter: a new handle does not list them.",
+            "The model is modified with PEFT for a second time. To have this adapter alone, call unload() on the "
+            "first handle before; to have it beside others, its add_adapter: a new handle does not list them.",
             PeftWarning,
             stacklevel=2,
         )
@@ -1099,8 +1097,8 @@ def tell_adapted(model: nn.Module, stacklevel: int = 3) -> None:
     """Warns where an adapter is put into a model that has some, outside of the handle that may know of these."""
     if any(True for _ in wrappers(model)):
         text = (
-            "Already found a `peft_config` attribute in the model, or adapters in its layers: the new one stands "
-            "beside them, or takes the place of one of its name."
+            "Already found a `peft_config`, or adapters in the layers of the model: the new one stands beside them, "
+            "or takes the place of one of its name."
         )
         warnings.warn(text, PeftWarning, stacklevel)
 

@@ -172,7 +172,7 @@ class Tuner(nn.Module):
         self.check_known(names, "not found")
         if any(layer.merged for _, layer in self.layers()):
             warnings.warn(
-                "Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=3
+                "Adapters are merged: they are unmerged first, then others are set.", PeftWarning, stacklevel=3
             )
             self.unmerge_adapter()
         with self._changing():
@@ -237,7 +237,7 @@ class Tuner(nn.Module):
         if not left and others:
             left = (others[0],)
             warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                f"Adapter {adapter_name} was active and is deleted: {left[0]} is active now.",
                 PeftWarning,
                 stacklevel=3,
             )
@@ -259,7 +259,7 @@ class Tuner(nn.Module):
         self.check_known(names)
         merged = {n for _, layer in self.layers() for n in layer.merged_adapters}
         if found := [n for n in names if n in merged]:
-            raise PlanError(f"Cannot delete adapter(s) {found} while they are merged. Please unmerge them first.")
+            raise PlanError(f"Cannot delete adapter(s) {found} while they are merged: call unmerge_adapter() before.")
 
     def _forget_invocation(self, *names: str) -> None:
         for name in names if self.invocations is not None else ():

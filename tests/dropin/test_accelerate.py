@@ -78,7 +78,7 @@ def test_policy_takes_layers_and_trained_modules_for_units(monkeypatch: pytest.M
     assert units(model) == head
     assert units(accelerate_runs.handle("prompt")) == set()
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP,Nope")
-    with pytest.raises(TypeError, match="Could not find the transformer layer class to wrap in the model: 'Nope'"):
+    with pytest.raises(TypeError, match="Could not find the layer class to wrap: no module is 'Nope'"):
         fsdp_auto_wrap_policy(model)
 
 

@@ -213,7 +213,7 @@ def test_loading_beside_fused_adapters_unfuses_them(kind: str) -> None:
     model, _, _ = two(kind)
     c = lora(made(kind), 9)
     model.fuse_lora()
-    with pytest.warns(UserWarning, match="Unmerging the model first"):
+    with pytest.warns(UserWarning, match="they are unmerged first"):
         model.load_lora_adapter(dict(c), prefix=None, adapter_name="c")
     close(output(kind, model), expected(kind, (c, 1.0)))
 

@@ -97,7 +97,7 @@ def test_a_table_lacks_what_is_not_there() -> None:
 
 
 def test_an_activated_adapter_of_another_task_warns() -> None:
-    with pytest.warns(UserWarning, match="aLoRA is currently only supported for CAUSAL_LM task"):
+    with pytest.warns(UserWarning, match="aLoRA is for task_type='CAUSAL_LM'"):
         config(alora_invocation_tokens=[1], task_type="SEQ_CLS")
 
 
@@ -157,7 +157,7 @@ def test_a_tensor_of_another_shape_is_left_out_with_a_warning() -> None:
     tensors = {**peft.get_peft_model_state_dict(model), key: torch.ones(3, 3)}
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.set_peft_model_state_dict(model, tensors)
-    with pytest.warns(UserWarning, match="being ignored because you passed `ignore_mismatched_sizes=True`"):
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes leaves out"):
         report = peft.set_peft_model_state_dict(model, tensors, ignore_mismatched_sizes=True)
     assert report.missing_keys == [key.replace("lora_A", "lora_A.default")]
 
@@ -189,7 +189,7 @@ def fails(**fields: Any) -> Callable[[], Any]:
         (fails(target_modules=["foo"]), ValueError, r"Target modules \{'foo'\} not found in the base model"),
         (fails(target_modules="fo+"), ValueError, r"Target modules fo\+ not found in the base model"),
         (fails(layers_to_transform=[7]), ValueError, r"not found in the base model.*'layers_to_transform': \[7\]"),
-        (fails(target_modules=[]), ValueError, "No `target_modules` passed but also no `target_parameters` found"),
+        (fails(target_modules=[]), ValueError, "Neither `target_modules` nor `target_parameters`"),
         (fails(exclude_modules=["q_proj", "v_proj"]), ValueError, "All modules were excluded"),
         (fails(target_modules=["norm"]), ValueError, "Target module .* is not supported"),
         (fails(init_lora_weights="nonsense"), ValueError, "Unknown initialization init_lora_weights='nonsense'"),
@@ -241,11 +241,11 @@ def test_warnings_have_the_words_that_are_looked_for() -> None:
     with pytest.warns(UserWarning, match="Careful, disabling adapter layers with bias"), model.disable_adapter():
         pass
     model.add_adapter("b", config())
-    with pytest.warns(UserWarning, match="was active which is now deleted. Setting active adapter to b"):
+    with pytest.warns(UserWarning, match="was active and is deleted: b is active"):
         model.delete_adapter("default")
-    with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
+    with pytest.warns(UserWarning, match="with PEFT for a second time"):
         peft.get_peft_model(base, config(), "c")
-    with pytest.warns(RuntimeWarning, match="The following rank_pattern keys did not match any targeted module"):
+    with pytest.warns(RuntimeWarning, match="rank_pattern.* keys did not match any targeted module"):
         peft.get_peft_model(llama(), config(rank_pattern={"foo": 3}))
     with pytest.warns(UserWarning, match=r"Invalid `oft_block_size` \(5\)! Adjusted `oft_block_size` to"):
         peft.get_peft_model(nn.Sequential(nn.Linear(6, 2)), peft.OFTConfig(target_modules=["0"], oft_block_size=5))
@@ -253,8 +253,8 @@ def test_warnings_have_the_words_that_are_looked_for() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- ties
 
-PARTED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
-ALONE = "You have requested `ensure_weight_tying`, but no tied modules"
+PARTED = "Model has `tie_word_embeddings=True`"
+ALONE = "`ensure_weight_tying` is set, but no tied modules are in"
 
 
 @pytest.mark.parametrize(
@@ -264,9 +264,9 @@ ALONE = "You have requested `ensure_weight_tying`, but no tied modules"
         (True, {"modules_to_save": ["lm_head"]}, PARTED),
         (True, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, None),
         (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, None),
-        (True, {"ensure_weight_tying": True}, f"{ALONE} are added"),
+        (True, {"ensure_weight_tying": True}, f"{ALONE} modules_to_save"),
         (True, {}, None),
-        (False, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, f"{ALONE} were found"),
+        (False, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, f"{ALONE} the model"),
         (False, {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]}, None),
     ],
 )

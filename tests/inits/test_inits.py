@@ -241,7 +241,7 @@ def test_orthogonal_starts_at_zero_with_both_factors() -> None:
     layer = model.base_model.model[0]
     assert layer.lora_A["default"].weight.norm() > 0.1
     assert layer.lora_B["default"].weight.norm() > 0.1
-    with pytest.raises(UnsupportedLayerError, match="to be even"):
+    with pytest.raises(UnsupportedLayerError, match="an even rank"):
         fresh(init_lora_weights="orthogonal", r=3)
 
 

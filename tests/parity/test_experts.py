@@ -20,7 +20,7 @@ from inlay.experts import FORMER
 from inlay.integrations import conversion as ours
 
 # PEFT warns that the patterns it has just written match nothing.
-pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern")
 FIELDS = ("target_parameters", "rank_pattern", "alpha_pattern")
 IDS = torch.arange(10).reshape(2, 5)
 TARGETS: list[tuple[str, Any]] = [

@@ -483,8 +483,8 @@ def test_injecting_a_second_one() -> None:
     }
 
 
-ALREADY = "Already found a `peft_config` attribute"
-SECOND = "You are trying to modify a model"
+ALREADY = "Already found a `peft_config`"
+SECOND = "with PEFT for a second time"
 
 
 @pytest.mark.parametrize("name", ["default", "other"])

@@ -304,7 +304,7 @@ def test_what_is_given_back(prompt: str, lora_first: bool) -> None:
 def test_deleting(prompt: str) -> None:
     model, inputs = handle(ARCH, TASK, prompt, "lora", "q3"), rows()
     expected = {n: logits(model, n, **inputs) for n in ("lora", "q3")}
-    with pytest.warns(PeftWarning, match=f"{prompt} was active which is now deleted. Setting active adapter to lora"):
+    with pytest.warns(PeftWarning, match=f"{prompt} was active and is deleted: lora is active"):
         model.delete_adapter(prompt)
     equal(logits(model, **inputs), expected["lora"])
     assert {k for k, p in model.named_parameters() if p.requires_grad} == {

@@ -46,7 +46,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     found = {type(module).__name__: type(module) for module in model.modules()}
     if unknown := sorted(names - found.keys()):
         raise UnsupportedLayerError(
-            f"Could not find the transformer layer class to wrap in the model: {', '.join(map(repr, unknown))}, from "
+            f"Could not find the layer class to wrap: no module is {' or '.join(map(repr, unknown))}, from "
             f"{CHOSEN if CHOSEN in os.environ else '_no_split_modules'}."
         )
     units = tuple(found[name] for name in names)

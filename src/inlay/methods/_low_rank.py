@@ -142,17 +142,19 @@ class AbstractLowRank(AbstractDelta):
 
     def check(self, kind: LayerKind, base: nn.Module) -> None:
         if self.use_dora and kind.by_weight:
-            raise UnsupportedLayerError(f"use_dora must be off: this {kind.name} is adapted through its weight.")
+            raise UnsupportedLayerError(
+                f"This {kind.name} is adapted through its weight, and does not work with use_dora=True."
+            )
         if "bias" in self.slots and kind.indexed:
             raise UnsupportedLayerError("lora_bias=True is not supported for Embedding.")
         if "bias" in self.slots and getattr(base, kind.bias_name, None) is None:
             if kind.by_weight:
                 told = "and does not work with lora_bias=True: it has no bias to add to"
                 raise UnsupportedLayerError(f"This {kind.name} is adapted through its weight, {told}.")
-            told = f"`lora_bias=True` was passed but the targeted layer of type {type(base).__name__} has no bias"
-            warnings.warn(f"{told} to merge it into.", PeftWarning, stacklevel=2)
+            told = f"`lora_bias=True`, but a layer of type {type(base).__name__} has no bias to merge it into."
+            warnings.warn(told, PeftWarning, stacklevel=2)
         if self._beyond_groups(kind, base):
-            told = "LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported."
+            told = "A low-rank adapter on a convolution with groups > 1: Merging is not supported."
             warnings.warn(told, PeftWarning, stacklevel=2)
         super().check(kind, base)
 
@@ -163,8 +165,8 @@ class AbstractLowRank(AbstractDelta):
 
     def check_mergeable(self, kind: LayerKind, base: nn.Module) -> None:
         if "bias" in self.slots and getattr(base, kind.bias_name, None) is None:
-            told = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
-            raise NotMergeableError(f"{told} to merge into: leave it unmerged.")
+            told = "Impossible to merge LoRA with `lora_bias=True` here: the layer has no bias to merge into."
+            raise NotMergeableError(f"{told} Leave it unmerged.")
         if self._beyond_groups(kind, base):
             raise NotMergeableError(
                 "its factors see all channels of a grouped convolution, which a grouped weight cannot: leave it "
@@ -187,7 +189,7 @@ class AbstractLowRank(AbstractDelta):
                 "stacks of experts."
             )
         if name == "orthogonal" and (self.start_rank or self.r) % 2:
-            told = f"Orthogonal initialization requires the LoRA rank to be even, got {self.r} instead."
+            told = f"Orthogonal initialization requires an even rank, got {self.r}."
             raise UnsupportedLayerError(told)
         self.converts = name in ("pissa", "olora")
         # PEFT starts a table as ever, whatever is asked for.

@@ -71,7 +71,7 @@ class AdaLoraConfig(LoraConfig):
         super().__post_init__()
         self.check_schedule()
         if self.r != 8:
-            warnings.warn("Note that `r` is not used in AdaLora and will be ignored.", PeftWarning, stacklevel=3)
+            warnings.warn("`r` is not used in AdaLora: init_r and target_r are its ranks.", PeftWarning, stacklevel=3)
         if self.target_r > self.init_r:
             warnings.warn(f"target_r={self.target_r} is above init_r: ranks will not fall.", PeftWarning, stacklevel=3)
         for key, kept in (self.rank_pattern or {}).items():
@@ -82,7 +82,7 @@ class AdaLoraConfig(LoraConfig):
         """Raises `ConfigError` where the steps leave no time for ranks to fall."""
         if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
             found = f"tinit={self.tinit} and tfinal={self.tfinal} leave none of total_step={self.total_step}"
-            raise ConfigError(f"The supplied schedule values don't allow for a budgeting phase: {found}.")
+            raise ConfigError(f"There is no time for a budgeting phase: {found}.")
 
     def layer_values(self, path: str, model_type: str | None) -> dict[str, Any]:
         kept = (self.rank_pattern or {}).get(f"{path}.lora_E")

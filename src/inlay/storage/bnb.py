@@ -57,7 +57,7 @@ def dequantize_bnb_weight(weight: Tensor, state: Any = None) -> Tensor:
     SCB = getattr(state, "SCB", None) if SCB is None else SCB
     if kind is False or SCB is None:
         raise ConfigError(
-            "No `state` was passed for bnb 8bit quantized weights, and the weight has no statistics of its own: give "
+            "No `state` was passed, and the 8-bit weight has no statistics of its own: give "
             f"layer.state with layer.weight. Given was a {type(weight).__name__}."
         )
     dense = _bnb().functional.int8_vectorwise_dequant(weight.data, SCB)
