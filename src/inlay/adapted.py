@@ -376,12 +376,10 @@ class Adapted(_Light):
                 self._check_called(run[0])
             if method.through_weight:
                 return self._through_weight(run, x)
+            z = method.into(p, x, self) if method.changes_input else x
             # Nobody else can hold what a plain linear layer returns, so it may be written to.
             own = type(base) is nn.Linear and "forward" not in base.__dict__
             fresh = own and not base._forward_hooks and not _global_forward_hooks
-            if fresh and x.requires_grad and method.shares_input:
-                x = method.shared(p, x, self)
-            z = method.into(p, x, self) if method.changes_input else x
             return method.out(p, x, base(z, *args[1:], **kwargs), self, fresh)
         return self._forward_several(run, base, x, *args[1:], **kwargs)
 

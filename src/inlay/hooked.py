@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 _CALLS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 _SAME_WEIGHT = {Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.to}
@@ -23,11 +22,6 @@ _CONTAINERS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 def has_hooks(module: nn.Module) -> bool:
     """Whether any runs when ``module`` is called."""
     return any(module.__dict__.get(name) for name in _CONTAINERS)
-
-
-def observed(module: nn.Module) -> bool:
-    """Whether anybody can see what goes through ``module``, or the gradients of it."""
-    return has_hooks(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 class Hooked(Tensor):

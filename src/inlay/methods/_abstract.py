@@ -97,8 +97,6 @@ class AbstractAdapter(ABC):
     stacks: ClassVar[bool] = False
     # Whether `into` does anything.
     changes_input: bool = False
-    # Whether `shared` does anything.
-    shares_input: ClassVar[bool] = False
     # There is no way beside the layer's own call: the layer runs with what `weight` makes, and `out` is not asked.
     through_weight: bool = False
     # The result is a function of the frozen layer's own output: with several adapters each sees that, and the
@@ -136,10 +134,6 @@ class AbstractAdapter(ABC):
     @abstractmethod
     def initialise(self, p: Params, layer: Layer) -> None:
         """Fills fresh tensors with their starting values."""
-
-    def shared(self, p: dict[str, Tensor], x: Tensor, layer: Layer) -> Tensor:
-        """``x`` for a frozen layer that lets its gradient be written to; `out` finds what it needs in ``p``."""
-        return x
 
     def into(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
         """What the frozen layer receives instead of ``x``."""

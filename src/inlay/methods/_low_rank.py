@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from inlay import inits
 from inlay.errors import ConfigError, LoadError, NotMergeableError, PeftWarning, UnsupportedLayerError
-from inlay.hooked import observed
 from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractDelta, Layer, Params, Slot, as_dtype
 from inlay.ops.dora import dora, grouped_norm, weight_norm
-from inlay.ops.dropout import draw_mask, drop
-from inlay.ops.low_rank import low_rank, share, worth_sharing
+from inlay.ops.dropout import drop
+from inlay.ops.low_rank import low_rank
 from inlay.report import LoadReport
 
 _PACKED = "start by True, then call replace_lora_weights_loftq with the weights that it was packed from"
@@ -53,7 +52,6 @@ class AbstractLowRank(AbstractDelta):
 
     # The rank is so high that the product is cheaper than its factors: everything goes by `delta`.
     dense: bool = False
-    shares_input = True
     # How many matrices the factors stack.
     experts: int = 1
     use_dora: bool = False
@@ -96,21 +94,6 @@ class AbstractLowRank(AbstractDelta):
         change = layer.kind.mix(layer.base_layer, z, up_OR)
         return change + layer.kind.channels(p["bias"]) if "bias" in p else change
 
-    def shared(self, p: dict[str, Tensor], x: Tensor, layer: Layer) -> Tensor:
-        twice = self.use_dora and self.dropout > 0  # the frozen layer runs on both inputs
-        if (
-            self.dense
-            or twice
-            or not layer.training
-            or not worth_sharing(x, *p.values())
-            or observed(layer.base_layer)
-        ):
-            return x
-        mask = draw_mask(x.shape, self.dropout, x.device) if self.dropout else None
-        x, middle = share(x, self.pair(p)[0], mask)
-        p.update({"middle": middle} if mask is None else {"middle": middle, "mask": mask})
-        return x
-
     def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
         h = self.shifted(p, x, h, layer, fresh) if self.offset else h
         if self.use_dora:
@@ -122,10 +105,7 @@ class AbstractLowRank(AbstractDelta):
             dropout = self.dropout
             if (keep_O := self.mask(p, layer)) is not None:
                 up_OR = up_OR * keep_O[:, None]
-        return low_rank(
-            x, h, down_RI, up_OR, self.scaling, dropout, p.get("bias"),
-            mask=p.get("mask"), middle=p.get("middle"), h_is_fresh=fresh,
-        )  # fmt: skip
+        return low_rank(x, h, down_RI, up_OR, self.scaling, dropout, p.get("bias"), h_is_fresh=fresh)
 
     def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         W = self.base(p, W_OI) + self.scaling * self.delta(p)
@@ -315,7 +295,7 @@ class AbstractLowRank(AbstractDelta):
             dropped = dropped if dropped is None or bias is None else dropped + bias
             return dora(
                 x, h, down, up, self.scaling, p["magnitude"], norm_O, bias, dropout,
-                mask=mask, h_dropped_BO=dropped, middle=p.get("middle"), h_is_fresh=fresh,
+                mask=mask, h_dropped_BO=dropped, h_is_fresh=fresh,
             )  # fmt: skip
         gain = kind.channels(p["magnitude"].flatten() / norm_O)
         frozen = dropped if dropped is not None else h if bias is None else h - kind.channels(bias)

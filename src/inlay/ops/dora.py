@@ -116,7 +116,6 @@ def reference(
     *,
     mask: Tensor | None = None,
     h_dropped_BO: Tensor | None = None,
-    middle: Tensor | None = None,
     h_is_fresh: bool = False,
 ) -> Tensor:
     """The formula of `dora` in plain torch, traceable and transformable."""
@@ -143,7 +142,6 @@ def dora(
     *,
     mask: Tensor | None = None,
     h_dropped_BO: Tensor | None = None,
-    middle: Tensor | None = None,
     h_is_fresh: bool = False,
 ) -> Tensor:
     """``h + (f - 1) (h' - b) + f scale (x' @ down.T) @ up.T`` with ``f = magnitude / norm``.
@@ -170,7 +168,6 @@ def dora(
         mask (`Tensor`, *optional*): `draw_mask` of ``x``; needed with dropout.
         h_dropped_BO (`Tensor`, *optional*): The frozen layer's output for the dropped ``x``; needed with dropout. It
             may come without, where ``x`` is dropped already.
-        middle (`Tensor`, *optional*): What `share` returned with ``x``.
         h_is_fresh (`bool`, *optional*, defaults to False): ``h`` and ``h_dropped`` may be written to.
 
     Returns:
@@ -198,7 +195,7 @@ def dora(
         undropped_BO, base_BO = h_BO - h_dropped_BO, h_dropped_BO
     if bias_O is not None:
         base_BO, h_is_fresh = (base_BO - bias_O).to(h_BO.dtype), True
-    sum_BO = low_rank(x_BI, base_BO, down_RI, up_OR, scale, dropout, mask=mask, middle=middle, h_is_fresh=h_is_fresh)
+    sum_BO = low_rank(x_BI, base_BO, down_RI, up_OR, scale, dropout, mask=mask, h_is_fresh=h_is_fresh)
     out_BO: Tensor = _Stretch.apply(sum_BO, magnitude_O / norm_O.detach())  # type: ignore[no-untyped-call]
     if bias_O is not None:
         out_BO = out_BO.add_(bias_O)

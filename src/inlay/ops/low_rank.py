@@ -46,7 +46,6 @@ def reference(
     bias_O: Tensor | None = None,
     *,
     mask: Tensor | None = None,
-    middle: Tensor | None = None,
     h_is_fresh: bool = False,
 ) -> Tensor:
     """The formula of `low_rank` in plain torch, traceable and transformable; without a mask, torch draws its own."""
@@ -67,7 +66,6 @@ def low_rank(
     bias_O: Tensor | None = None,
     *,
     mask: Tensor | None = None,
-    middle: Tensor | None = None,
     h_is_fresh: bool = False,
 ) -> Tensor:
     """Adds a low-rank product to a layer's output.
@@ -81,7 +79,6 @@ def low_rank(
         dropout (`float`, *optional*, defaults to 0.0): Probability of dropping an element of ``x``; 0 in eval.
         bias_O (`Tensor`, *optional*): Bias of the second factor, scaled like the product.
         mask (`Tensor`, *optional*): ``draw_mask(x.shape, dropout)`` where the caller needs to know it.
-        middle (`Tensor`, *optional*): What `share` returned with ``x``.
         h_is_fresh (`bool`, *optional*, defaults to False): Nobody else holds ``h``: it may be written to.
 
     Returns:
@@ -120,33 +117,9 @@ def low_rank(
     in_place = h_is_fresh and h_BO.dtype == dtype and h_BO.is_contiguous() and not h_BO._is_view()
     packed, keep = (mask, drop.keep_scale(dropout)) if dropout else (None, 1.0)
     out: Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
-        x_BI, h_BO, down_RI, up_OR, bias_O, middle, packed, scale, keep, dtype, in_place
+        x_BI, h_BO, down_RI, up_OR, bias_O, packed, scale, keep, dtype, in_place
     )
     return out
-
-
-def worth_sharing(x_BI: Tensor, *factors: Tensor) -> bool:
-    """Whether `share` saves more than it costs: many tokens, on a CPU, where passes over them are what takes time."""
-    large = x_BI.numel() > _FEW and x_BI.is_cpu and x_BI.requires_grad and torch.is_grad_enabled()
-    return large and not steps_aside(x_BI, *factors)
-
-
-def share(x_BI: Tensor, down_RI: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Has the gradients that ``x`` gets from a frozen layer and from `low_rank` summed where the first stands.
-
-    Autograd would give each memory of its own, and a third to the sum.
-
-    Args:
-        x_BI (`Tensor`): The layer's input.
-        down_RI (`Tensor`): First factor.
-        mask (`Tensor`, *optional*): The mask that `low_rank` is given.
-
-    Returns:
-        `tuple`: ``x`` for the layer, and for nobody but it who keeps gradients, and for `low_rank`; and for the latter
-        what stands for the product ``dropout(x) @ down.T``, whose gradient it fills in.
-    """
-    both: tuple[Tensor, Tensor] = _Share.apply(x_BI, down_RI, mask, compute_dtype(x_BI, down_RI))  # type: ignore[no-untyped-call]
-    return both
 
 
 def _on_cpu(t: Tensor) -> bool:
@@ -227,7 +200,7 @@ class _LowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_BI, h_BO, down_RI, up_OR, bias_O, middle, packed, scale, keep, dtype, in_place):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_BI, h_BO, down_RI, up_OR, bias_O, packed, scale, keep, dtype, in_place):  # type: ignore[no-untyped-def]
         ctx.scale, ctx.factor, ctx.dtype = scale, scale if packed is None else scale * keep, dtype
         ctx.autocast = autocasts(x_BI)
         ctx.set_materialize_grads(False)
@@ -259,42 +232,15 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_BO):  # type: ignore[no-untyped-def]
         if g_BO is None:
-            return (None,) * 11
+            return (None,) * 10
         with no_autocast(g_BO):
             return (*_gradients(ctx, g_BO), None, None, None, None, None)
-
-
-class _Share(torch.autograd.Function):
-    """``x``, and in the place of the middle a tensor without memory, of which only the gradient is ever computed."""
-
-    @staticmethod
-    def forward(ctx, x_BI, down_RI, packed, dtype):  # type: ignore[no-untyped-def]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(down_RI, packed)
-        return x_BI.view_as(x_BI), x_BI.new_empty((), dtype=dtype).expand(x_BI.shape[:-1].numel(), len(down_RI))
-
-    @staticmethod
-    def backward(ctx, g_BI, dmid_TR):  # type: ignore[no-untyped-def]
-        if g_BI is None or dmid_TR is None:  # nothing came back
-            return g_BI, None, None, None
-        down_RI, packed = ctx.saved_tensors
-        g_TI = g_BI.reshape(-1, g_BI.shape[-1])
-        with no_autocast(g_BI):
-            down = down_RI.to(dmid_TR.dtype)
-            if packed is None and g_TI.dtype == dmid_TR.dtype:
-                add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
-                g_TI = add(g_TI, dmid_TR, down)
-            else:
-                dx_TI = torch.mm(dmid_TR, down).to(g_TI.dtype)
-                dx_TI = dx_TI if packed is None else drop.Mask(packed, dx_TI).zero_(dx_TI)
-                g_TI = g_TI + dx_TI if torch.is_grad_enabled() else g_TI.add_(dx_TI)
-        return g_TI.view(g_BI.shape), None, None, None
 
 
 def _gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """Gradients of x, h, down, up, bias; differentiable operations on saved inputs only, where that is asked for."""
     x_BI, down_RI, up_OR, bias_O, packed, mid_TR, down, up = ctx.saved_tensors
-    need_x, need_h, need_down, need_up, need_bias, need_middle = ctx.needs_input_grad[:6]
+    need_x, need_h, need_down, need_up, need_bias = ctx.needs_input_grad[:5]
     x_TI, g_TO = x_BI.reshape(-1, x_BI.shape[-1]), g_BO.reshape(-1, g_BO.shape[-1])
     mask = None if packed is None else drop.Mask(packed, x_TI)
     if torch.is_grad_enabled():
@@ -313,7 +259,7 @@ def _gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[
     else:
         g_TO = g_TO.to(wide)
         dmid_TR = torch.mm(g_TO, up_OR.to(wide)) * ctx.factor
-    if need_x and not need_middle:
+    if need_x:
         dx = torch.mm(dmid_TR.to(ctx.dtype), down_RI.to(ctx.dtype) if down is None else down).to(x_BI.dtype)
         dx = (dx if mask is None else mask.zero_(dx)).view(x_BI.shape)
     if ddown is None and trains:
@@ -325,7 +271,6 @@ def _gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[
         ddown.to(down_RI.dtype) if ddown is not None and need_down else None,
         dup.to(up_OR.dtype) if dup is not None and need_up else None,
         (g_TO.sum(0) * ctx.scale).to(bias_O.dtype) if need_bias else None,
-        dmid_TR if need_middle else None,
     )
 
 
