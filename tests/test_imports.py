@@ -52,6 +52,8 @@ RANKS = {
     "replicate": 3,
     "adapted": 5,
     "experts": 5,
+    "leaves": 5,
+    "memo": 5,
     "parametrized": 5,
     "trained": 5,
     "inject": 6,

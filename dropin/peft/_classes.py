@@ -9,7 +9,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-from inlay.adapted import Adapted, Group
+from inlay.adapted import Adapted
+from inlay.leaves import Group
 from inlay.methods import METHODS
 from inlay.tuner import Tuner
 

@@ -11,14 +11,12 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
@@ -39,236 +37,20 @@ from inlay.errors import (
 from inlay.hooked import Hooked, has_hooks
 from inlay.inits.draw import DRAWN
 from inlay.layers import LayerKind, kind_of
+from inlay.leaves import BARE, Group, Leaf, Light, Numbers, Rate
+from inlay.memo import Memo, Stack
 from inlay.methods import METHODS
-from inlay.methods._abstract import AbstractAdapter, Params, Slot, as_dtype
+from inlay.methods._abstract import AbstractAdapter, Slot, as_dtype
 from inlay.ops.dora import square_norm
 from inlay.ops.rows import rows as rows_product
 from inlay.routing import Router, Rows
 from inlay.storage import Rounding, Storage, facts, packing_of, storage_of
 from inlay.storage.placement import HOOK_NAMES, at_hand, brought, distributed, held, hooked, without_hooks
 
-# Kinds that PEFT's classes have another name for.
-_PRINTED = {"Conv1D": "Linear", "Parameter": "ParamWrapper"}
 _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class _Late:
-    """A container of nn.Module's own (for hooks, mostly) that is made when it is first asked for."""
-
-    def __init__(self, name: str, make: Callable[[], Any]) -> None:
-        self.name, self.make = name, make
-
-    def __get__(self, module: nn.Module | None, owner: type) -> Any:
-        # In one step, so that threads which ask at once are given the same one.
-        return self if module is None else module.__dict__.setdefault(self.name, self.make())
-
-
-class _Light(nn.Module):
-    """A module without nn.Module's dozen empty containers: a model with adapters has thousands of modules of ours."""
-
-    def __init__(self, training: bool = True) -> None:
-        self.__dict__.update(_SET_AT_ONCE, training=training, _parameters={}, _buffers={}, _modules={})
-
-
-_SET_AT_ONCE: dict[str, Any] = {}
-for _name, _value in vars(nn.Module()).items():
-    if not isinstance(_value, dict | set):
-        _SET_AT_ONCE[_name] = _value
-    elif _name not in ("_parameters", "_buffers", "_modules"):
-        setattr(_Light, _name, _Late(_name, type(_value)))
-
-
-class Leaf(_Light):
-    """One adapter's tensors of one slot: ``layer.lora_A.default``, with ``weight`` and perhaps ``bias``."""
-
-    def forward(self, x: Tensor | str, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        W: Tensor = getattr(self, x if isinstance(x, str) else "weight")
-        if isinstance(x, str):
-            return W
-        return F.linear(x, W, self._parameters.get("bias")) if run is None else run(x)
-
-    def __getattr__(self, name: str) -> Any:
-        # What kernels and scripts ask of a linear layer in this place.
-        if name == "bias" and "bias" not in self._parameters:
-            return None
-        W = self._parameters.get("weight") if name in ("in_features", "out_features") else None
-        return super().__getattr__(name) if W is None or W.dim() != 2 else W.shape[name == "in_features"]
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self._parameters.items() if v is not None)
-
-
-class Rate(_Light, nn.Dropout):
-    """One adapter's dropout as a module, ``layer.lora_dropout.default``: what sets ``p`` of it sets the adapter's."""
-
-    method: AbstractAdapter
-    inplace = False
-
-    def __init__(self, method: AbstractAdapter, training: bool = True) -> None:
-        super().__init__(training)
-        self.__dict__["method"] = method
-
-    @property
-    def p(self) -> float:
-        """The share that is dropped."""
-        return self.method.dropout
-
-    @p.setter
-    def p(self, value: float) -> None:
-        self.method.dropout = value
-
-
-_BARE = len(Leaf().__dict__)  # of one that nobody has called or hung hooks on
-
-
-class Group(_Light):
-    """One slot of all adapters: ``layer.lora_A``. Reads like a dict from adapter name to leaf or tensor."""
-
-    def _all(self) -> dict[str, Any]:
-        return {**self._parameters, **self._modules}
-
-    def __getitem__(self, name: str) -> Any:
-        return self._all()[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self, name, value)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._modules or name in self._parameters
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
-
-    def __len__(self) -> int:
-        return len(self._modules) + len(self._parameters)
-
-    def keys(self) -> Iterable[str]:
-        """Names of the adapters that have this slot."""
-        return self._all().keys()
-
-    def values(self) -> Iterable[Any]:
-        """Their leaves or tensors."""
-        return self._all().values()
-
-    def items(self) -> Iterable[tuple[str, Any]]:
-        """Pairs of both."""
-        return self._all().items()
-
-    def forward(self, name: str) -> Tensor:
-        tensor: Tensor = getattr(self, name)
-        return tensor
-
-    def train(self, mode: bool = True) -> Group:
-        # Nothing below reads the flag, and there may be thousands of leaves; of rates people may ask it.
-        self.training = mode
-        if isinstance(next(iter(self._modules.values()), None), Rate):
-            for rate in self._modules.values():
-                rate.__dict__["training"] = mode
-        return self
-
-
-class _Numbers(dict[str, Any]):
-    """``layer.scaling``: one number of every adapter on a layer as it is now; what is set reaches the adapter."""
-
-    def __init__(self, methods: Mapping[str, AbstractAdapter], field: str, changed: Callable[[], None]) -> None:
-        self._holders = {name: m for name, m in methods.items() if field in m.numbers}
-        super().__init__({name: getattr(m, field) for name, m in self._holders.items()})
-        self._field, self._changed = field, changed
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        holder = self._holders[name]
-        holder.put(self._field, value)
-        super().__setitem__(name, getattr(holder, self._field))
-        self._changed()
-
-    def update(self, *others: Any, **values: Any) -> None:
-        """Sets several."""
-        for name, value in dict(*others, **values).items():
-            self[name] = value
-
-    def __reduce__(self) -> Any:
-        return dict, (dict(self),)  # a copy is only numbers
-
-    def __delitem__(self, name: str) -> None:
-        raise TypeError(f"{self._field} belongs to the adapter {name!r}: delete the adapter instead.")
-
-
-class _Memo:
-    """Values that depend on tensors which seldom change, computed again when one of them has."""
-
-    # Writes through `.data` leave no trace in a tensor's version; up to this many elements a copy is compared as well.
-    small = 1 << 18
-
-    def __init__(self) -> None:
-        self._known: dict[Any, tuple[list[tuple[weakref.ref[Tensor], int, int, Tensor | None]], Any]] = {}
-
-    def get(self, key: Hashable, owners: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
-        at = (key, *map(id, owners))
-        known = self._known.get(at)
-        if known is not None and all(map(self._unchanged, owners, known[0])):
-            return known[1]
-        with torch.inference_mode(False):  # what is kept must serve later calls with gradients too
-            value = make()
-        self._known[at] = ([self._mark(t) for t in owners], value)
-        return value
-
-    def _mark(self, t: Tensor) -> tuple[weakref.ref[Tensor], int, int, Tensor | None]:
-        return weakref.ref(t), t._version, t.data_ptr(), t.detach().clone() if t.numel() <= self.small else None
-
-    @staticmethod
-    def _unchanged(t: Tensor, mark: tuple[weakref.ref[Tensor], int, int, Tensor | None]) -> bool:
-        ref, version, pointer, copy = mark
-        same = ref() is t and t._version == version and t.data_ptr() == pointer
-        return same and (copy is None or torch.equal(copy, t))
-
-    def forget(self, owners: Iterable[Tensor]) -> None:
-        """Drops what depends on any of these."""
-        gone = set(map(id, owners))
-        self._known = {at: value for at, value in self._known.items() if gone.isdisjoint(at[1:])}
-
-    def clear(self) -> None:
-        self._known.clear()
-
-
-class Stack:
-    """The factors of several adapters, each kind in one tensor, and the marks by which a change of any is seen.
-
-    Scales have no marks: the layer, through which they are changed, drops its stacks then.
-
-    Args:
-        parts (`dict`): For each adapter its method, its tensors, and where these are kept.
-        apart (`tuple[str, ...]`): Adapters that must run by themselves.
-    """
-
-    def __init__(self, parts: dict[str, tuple[AbstractAdapter, Params, list[Any]]], apart: tuple[str, ...]) -> None:
-        self.order, self.apart = tuple(parts), apart
-        self.trained = torch.is_grad_enabled() and any(
-            t.requires_grad for _, p, _ in parts.values() for t in p.values()
-        )
-        tensors = [(d, k, d[k]) for _, _, owners in parts.values() for d, k in owners if d.get(k) is not None]
-        self._marks = [(d, k, t, t._version, t.data_ptr()) for d, k, t in tensors]
-        if parts:
-            with torch.inference_mode(False):
-                self.factors = self._stacked([f for m, p, _ in parts.values() if (f := m.factors(p)) is not None])
-
-    @staticmethod
-    def _stacked(factors: list[tuple[Tensor, Tensor, Any]]) -> tuple[Tensor, Tensor]:
-        R = max(down.shape[0] for down, _, _ in factors)
-        downs = [F.pad(down, (0, 0, 0, R - down.shape[0])) for down, _, _ in factors]
-        ups_RO = [F.pad((up * scale).t(), (0, 0, 0, R - up.shape[1])) for _, up, scale in factors]
-        # Up factors lie transposed in memory: that is how a product with few rows reads them.
-        return torch.stack(downs), torch.stack(ups_RO).transpose(1, 2)
-
-    def current(self) -> bool:
-        """Whether nothing has changed since, and no gradient is asked for that the stack could not carry."""
-        wanted = torch.is_grad_enabled()
-        for d, k, t, version, pointer in self._marks:
-            if d.get(k) is not t or t._version != version or t.data_ptr() != pointer or (wanted and t.requires_grad):
-                return False
-        return True
-
-
-class Adapted(_Light):
+class Adapted(Light):
     """A frozen layer with adapters.
 
     Args:
@@ -294,7 +76,7 @@ class Adapted(_Light):
     _added: list[tuple[Tensor, Tensor, Any]]
     _written: dict[str, AbstractAdapter]
     rounding: Rounding | None
-    _memo: _Memo
+    _memo: Memo
     _stacks: dict[tuple[tuple[str, ...], bool], Stack]
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, router: Router, path: str, tied: bool = False) -> None:
@@ -316,7 +98,7 @@ class Adapted(_Light):
             _added=[],
             _written={},
             rounding=None,
-            _memo=_Memo(),
+            _memo=Memo(),
             _stacks={},
         )
 
@@ -432,7 +214,7 @@ class Adapted(_Light):
             t = owner._parameters.get(leaf or name)
             if t is None or t.is_meta:
                 t = getattr(owner, leaf or name) if t is None else brought(owner, leaf or name)
-            if leaf == "weight" and len(owner.__dict__) > _BARE and has_hooks(owner):
+            if leaf == "weight" and len(owner.__dict__) > BARE and has_hooks(owner):
                 t = Hooked.make(t, owner)
             p[key] = t
         return p
@@ -589,7 +371,7 @@ class Adapted(_Light):
         """Squared norm of each row of the pristine weight, O."""
         parts = () if torch.compiler.is_compiling() else self._parts()
         # Of a small weight they are computed sooner than it is known to be the same.
-        if not parts or parts[0].is_meta or parts[0].numel() <= _Memo.small:
+        if not parts or parts[0].is_meta or parts[0].numel() <= Memo.small:
             return square_norm(self.matrix())
         value: Tensor = self._memo.get("row squares", parts, lambda: square_norm(self.matrix()))
         return value
@@ -1194,7 +976,7 @@ class Adapted(_Light):
             # The numbers of the last one stay, as its slots do, when it is deleted: `len(layer.r)` is 0 then.
             last = () if methods else self.__dict__.get("_last", ())
             if name in last or any(name in m.numbers for m in methods.values()):
-                return _Numbers(methods, name, self._stacks.clear)
+                return Numbers(methods, name, self._stacks.clear)
             if any(name == m.dropout_name for m in methods.values()):
                 return self._rates(name, methods, self.training)
             if any(name in m.slots_elsewhere for m in methods.values()):
@@ -1206,7 +988,7 @@ class Adapted(_Light):
             return getattr(self.base_layer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_memo": _Memo(), "_stacks": {}}
+        return {**self.__dict__, "_memo": Memo(), "_stacks": {}}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Adapted:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -1225,8 +1007,7 @@ class Adapted(_Light):
         """What it is printed as: the first adapter's method and the kind of layer, as in ``lora.Linear``."""
         adapter = type(next(iter(self.methods.values()), None))
         method = next((key.lower() for key, row in METHODS.items() if row.adapter is adapter), None)
-        kind = _PRINTED.get(self.kind.name, self.kind.name)
-        return type(self).__name__ if method is None else f"{method}.{kind}"
+        return type(self).__name__ if method is None else f"{method}.{self.kind.printed or self.kind.name}"
 
     def extra_repr(self) -> str:
         bare = f"parameter_name={self.kind.weight_name!r}, " if self.kind.name == "Parameter" else ""

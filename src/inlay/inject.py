@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from inlay import experts, match
-from inlay.adapted import Adapted, Group
+from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftType, TaskType
 from inlay.errors import (
     ConfigError,
@@ -29,6 +29,7 @@ from inlay.errors import (
 )
 from inlay.formats.peft import check_adapter_name
 from inlay.layers import LayerKind, kind_of
+from inlay.leaves import Group
 from inlay.methods import METHODS, Method
 from inlay.methods._abstract import AbstractAdapter
 from inlay.methods.trainable_tokens import TrainableTokensAdapter

@@ -27,6 +27,8 @@ class LayerKind(ABC):
     """How one kind of layer is seen by methods. Stateless: a row of `KINDS`."""
 
     name: ClassVar[str]
+    # What PEFT calls its classes of this kind, where that is something else.
+    printed: ClassVar[str] = ""
     row_dim: ClassVar[int] = 0
     # A plain matrix product on the last dimension: fused paths and stacked rows apply.
     matrix: ClassVar[bool] = False
@@ -160,6 +162,7 @@ class _Conv1D(LayerKind):
     """GPT-2's linear layer, its weight stored in x out. Known by its class name: transformers stays unimported."""
 
     name = "Conv1D"
+    printed = "Linear"
     matrix = True
 
     def owns(self, layer: nn.Module) -> bool:

@@ -27,6 +27,7 @@ class ParameterKind(LayerKind):
     """
 
     name = "Parameter"
+    printed = "ParamWrapper"
     by_weight = True
 
     def __init__(self, parameter: str) -> None:

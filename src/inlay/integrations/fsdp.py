@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from inlay.adapted import Leaf
 from inlay.errors import UnsupportedLayerError
+from inlay.leaves import Leaf
 from inlay.prompts._abstract import AbstractPrompt
 
 #: names of classes, with commas; accelerate sets it
