@@ -970,8 +970,9 @@ def untouched_by(model: inlay.PeftModel, call: Callable[[], object], error: type
 
 def test_other_bad_calls(saved: Callable[..., Path]) -> None:
     model, folder = adapted(), saved()
-    with pytest.raises(UnknownAdapterError, match="other"):
+    with pytest.raises(UnknownAdapterError, match="other") as told:
         hotswap_adapter(model, folder, "other")
+    assert isinstance(told.value, RuntimeError)  # as in PEFT, and a ValueError as from the other verbs
     with pytest.raises(UnknownArgumentError, match="'subfoldr'; closest: subfolder"):
         hotswap_adapter(model, folder, "default", subfoldr="x")
     before = bits(model)

@@ -349,8 +349,8 @@ class PeftConfig:
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """Makes the config that ``peft_type`` names from keywords; unknown ones are dropped with a warning."""
-        return cls.from_dict(kwargs)
+        """Makes the config that ``peft_type`` names, else one of this class; warns of unknown keywords, and drops them."""
+        return PeftConfig.from_dict({"peft_type": cls.method, **kwargs} if cls.method else kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes ``adapter_config.json``.

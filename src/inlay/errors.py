@@ -146,7 +146,7 @@ class DuplicateAdapterError(AdapterNameError):
     """The adapter name is in use."""
 
 
-class UnknownAdapterError(AdapterNameError):
+class UnknownAdapterError(AdapterNameError, RuntimeError):
     """No adapter of this name."""
 
 
@@ -210,7 +210,7 @@ class TornPairError(FileError):
     """``adapter_config.json`` and the weights were not written by one save."""
 
 
-class UnwritableError(FileError, PermissionError, NotADirectoryError):
+class UnwritableError(FileError, PermissionError, NotADirectoryError, AssertionError):
     """The directory cannot be written."""
 
 

@@ -218,3 +218,16 @@ def test_files_that_are_no_config_and_what_is_not_read_of_one(tmp_path: Path) ->
         (tmp_path / "adapter_config.json").write_text('{"r": 4, "runtime_config": {}}')
         with pytest.warns(UserWarning, match="`runtime_config`"):
             assert library.LoraConfig.from_json_file(tmp_path / "adapter_config.json") == {"r": 4}
+
+
+def test_without_a_type_it_is_the_classes_own() -> None:
+    for library in (peft, inlay):
+        assert type(library.LoraConfig.from_peft_type(r=4)) is library.LoraConfig
+        assert type(library.LoraConfig.from_peft_type(peft_type="IA3")) is library.IA3Config
+
+
+def test_a_file_where_a_directory_is_to_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for library in (peft, inlay):
+        with pytest.raises(AssertionError):
+            library.LoraConfig().save_pretrained(tmp_path / "file")
