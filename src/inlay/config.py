@@ -349,7 +349,7 @@ class PeftConfig:
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """Makes the config that ``peft_type`` names, else one of this class; warns of unknown keywords, and drops them."""
+        """Makes the config that ``peft_type`` names, else one of this class; drops unknown keywords with a warning."""
         return PeftConfig.from_dict({"peft_type": cls.method, **kwargs} if cls.method else kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
