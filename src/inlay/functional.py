@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from inlay.adapted import Adapted, merged_already
 from inlay.config import AdapterConfig
 from inlay.errors import ConfigError, FieldTypeError, LoadError, NoMatchingPeftModuleError, PeftWarning
-from inlay.inject import NARROW, Prepared, apply, own_modules, prepare, prepare_saved, unmerge_first, wrappers
+from inlay.inject import (
+    NARROW,
+    Prepared,
+    adapted_layers,
+    apply,
+    own_modules,
+    prepare,
+    prepare_saved,
+    unmerge_first,
+    wrappers,
+)
 from inlay.match import SHORTHAND, names_module, shortest
 from inlay.model import inject_adapter_in_model
 from inlay.patterns import KeyTable
@@ -109,10 +119,9 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 
 def _tensors(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
-    for _, wrapper in wrappers(model):
-        if isinstance(wrapper, Adapted) and adapter_name in wrapper.methods:
-            for _, owner, attribute in wrapper.tensors(adapter_name):
-                yield owner.get_parameter(attribute)
+    for _, layer in adapted_layers(model, adapter_name):
+        for _, owner, attribute in layer.tensors(adapter_name):
+            yield owner.get_parameter(attribute)
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from inlay.adapted import Adapted
 from inlay.config import PeftConfig
 from inlay.errors import ConfigError, FieldTypeError, FileError, MissingMethodError, PlanError
-from inlay.inject import wrappers
+from inlay.inject import adapted_layers
 from inlay.model import PeftModel
 from inlay.storage import storage_of
 
@@ -102,7 +102,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, int | float):
         raise FieldTypeError(f"multiplier should be of type float, got {type(multiplier)}.")
-    scales = [w.scaling for _, w in wrappers(model) if isinstance(w, Adapted) and "scaling" in w.other_param_names]
+    scales = [w.scaling for _, w in adapted_layers(model) if "scaling" in w.other_param_names]
     if not scales:
         raise PlanError("scaling is only supported for models with adapters that have a scale, such as LoRA's.")
     before = [dict(scale) for scale in scales]

@@ -342,9 +342,8 @@ class _Swap:
         for path, wrapper in self.whole.items():
             for name, t in wrapper.modules_to_save[self.name].state_dict().items():
                 wanted[f"{path}.{name}"] = (t, f"{path}.modules_to_save.{self.name}.{name}")
-        if self.config.bias != "none":
-            for name, b in inject.biases(self.root, self.config, [w.path for w in self.layers.values()]):
-                wanted[state.without_foreign(name)] = (b, name)
+        for name, b in inject.biases(self.root, self.config, self.name):
+            wanted[state.without_foreign(name)] = (b, name)
         for name, (live, other) in wanted.items():
             if (t := self._take(name, other)) is None:
                 self.report.missing.append(name)

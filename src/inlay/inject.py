@@ -28,7 +28,7 @@ from inlay.errors import (
     UnsupportedLayerError,
 )
 from inlay.formats.peft import check_adapter_name
-from inlay.layers import LayerKind, kind_of
+from inlay.layers import LayerKind, embeddings_of, kind_of
 from inlay.leaves import Group
 from inlay.methods import METHODS, Method
 from inlay.methods._abstract import AbstractAdapter
@@ -189,6 +189,13 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Adapted | ModulesToSaveWra
             continue
         # What has no children is no wrapper, and most of what a model has is that.
         stack.extend([(prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None and m._modules])
+
+
+def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, Adapted]]:
+    """(name, wrapper) of the layers that are adapted, or that have this adapter."""
+    for name, wrapper in wrappers(model):
+        if isinstance(wrapper, Adapted) and (adapter_name is None or adapter_name in wrapper.methods):
+            yield name, wrapper
 
 
 def within(path: str, wrapper: Adapted) -> str:
@@ -435,14 +442,10 @@ def _unwrapped_saved(module: nn.Module) -> nn.Module:
 
 
 def _head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        head = get() if callable(get) else None
-    except NotImplementedError:
-        head = None
+    head = embeddings_of(model, "output")
     if head is None and config.task_type == TaskType.SEQ_CLS:
         head = next((m for k in ("classifier", "score") if (m := model._modules.get(k)) is not None), None)
-    return _unwrapped(head) if isinstance(head, nn.Module) else None
+    return None if head is None else _unwrapped(head)
 
 
 def with_experts(found: Survey, config: AdapterConfig) -> AdapterConfig:
@@ -645,8 +648,7 @@ def _check_apart(prepared: Prepared) -> None:
 
 
 def _embedding_path(found: Survey) -> str:
-    get = getattr(found.model, "get_input_embeddings", None)
-    embedding = get() if callable(get) else None
+    embedding = embeddings_of(found.model)
     for name, module in found.modules.items():
         if module is embedding or _unwrapped(module) is embedding:
             return name
@@ -755,8 +757,8 @@ def apply(
                     source: Any = getattr(*found.parent(prepared.ties[path]))
                     saved.modules_to_save[name].weight = source.modules_to_save[name].weight
             _place_tokens(prepared.tokens, found, router, done)
-            if activate:
-                _train_biases(prepared, trainable)
+            for _, parameter in biases(found.model, prepared.config, name) if activate else ():
+                parameter.requires_grad_(trainable)
     except BaseException:
         done.undo()
         for parameter in grads:
@@ -866,16 +868,11 @@ def _place_tokens(works: list[TokenWork], found: Survey, router: Router, done: _
         _add(layer, work.adapter, done)
 
 
-def _train_biases(prepared: Prepared, trainable: bool) -> None:
-    if prepared.config.bias == "none":
+def biases(model: nn.Module, config: AnyConfig, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the model's own biases that an adapter trains which stands in it."""
+    if config.bias == "none":
         return
-    for _, parameter in biases(prepared.survey.model, prepared.config, [w.path for w in prepared.works]):
-        parameter.requires_grad_(trainable)
-
-
-def biases(model: nn.Module, config: AnyConfig, paths: Iterable[str] = ()) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of the model's own biases that ``config`` trains; ``paths`` are the adapted layers."""
-    only = None if config.bias == "all" else {f"{p}.base_layer.bias" for p in paths}
+    only = None if config.bias == "all" else {f"{p}.base_layer.bias" for p, _ in adapted_layers(model, adapter_name)}
     for name, module in own_modules(model):
         bias = module._parameters.get("bias")
         full = f"{name}.bias" if name else "bias"
@@ -903,7 +900,7 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def remove(model: nn.Module, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """Takes all wrappers out of ``model``, writing adapters into the weights first where ``merge`` says so."""
-    layers = [w for _, w in wrappers(model) if isinstance(w, Adapted)]
+    layers = [w for _, w in adapted_layers(model)]
     for wrapper in layers:
         if merge:
             wrapper.check_merge(adapter_names, safe_merge)
@@ -937,7 +934,7 @@ def shared_weights(model: nn.Module) -> list[list[str]]:
 
 def unmerge_first(model: nn.Module, stacklevel: int) -> None:
     """Unmerges what is merged, with a warning, before other adapters are made the active ones."""
-    merged = [w for _, w in wrappers(model) if isinstance(w, Adapted) and w.merged]
+    merged = [w for _, w in adapted_layers(model) if w.merged]
     if merged:
         text = "Adapters are merged: they are unmerged first, then others are set."
         warnings.warn(text, PeftWarning, stacklevel=stacklevel + 1)

@@ -476,3 +476,13 @@ def attention(
         is_causal=is_causal,
     )
     return (out.transpose(0, 1) if layer.batch_first and batched else out), weights
+
+
+def embeddings_of(model: nn.Module, which: str = "input") -> nn.Module | None:
+    """The module that a model's ``get_input_embeddings`` or ``get_output_embeddings`` gives, where it gives one."""
+    get = getattr(model, f"get_{which}_embeddings", None)
+    try:
+        found = get() if callable(get) else None
+    except NotImplementedError:  # transformers' way to say that it has none
+        return None
+    return found if isinstance(found, nn.Module) else None

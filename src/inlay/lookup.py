@@ -9,6 +9,7 @@ from torch import nn
 
 from inlay.adapted import Adapted
 from inlay.inject import survey
+from inlay.layers import embeddings_of
 from inlay.state import root_of
 
 
@@ -25,7 +26,7 @@ def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module)
 
 def get_input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
     """The name of the module that a model's ``get_input_embeddings`` gives; ``default`` where it gives none."""
-    found = _input_embeddings(model)
+    found = embeddings_of(model)
     return default if found is None else find_parameter_name_by_module(model, found) or default
 
 
@@ -36,16 +37,10 @@ def get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
         model (`nn.Module`): A handle, or any model.
     """
     found = survey(root_of(model)[0])
-    embedding = _input_embeddings(found.model)
+    embedding = embeddings_of(found.model)
     layer = embedding.get_base_layer() if isinstance(embedding, Adapted) else embedding
     W = None if layer is None else layer._parameters.get("weight")
     return [name for name in found.owners.get(id(W), ()) if W is not None and found.modules[name] is not embedding]
-
-
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    get: Any = getattr(model, "get_input_embeddings", None)
-    found: nn.Module | None = get() if callable(get) else None
-    return found
 
 
 def get_no_split_modules(model: nn.Module) -> set[str]:

@@ -14,7 +14,7 @@ from inlay.adapted import Adapted
 from inlay.errors import CorruptFileError, MissingFileError, UnsupportedLayerError
 from inlay.formats import files
 from inlay.formats.peft import PREFIX
-from inlay.inject import wrappers
+from inlay.inject import adapted_layers
 from inlay.methods._low_rank import AbstractLowRank
 from inlay.state import config_of
 
@@ -65,9 +65,7 @@ def replace_lora_weights_loftq(
 
 
 def _packed(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    for path, wrapper in wrappers(model):
-        if isinstance(wrapper, Adapted) and wrapper.storage.name != "plain":
-            yield path, wrapper
+    return ((path, layer) for path, layer in adapted_layers(model) if layer.storage.name != "plain")
 
 
 def _weights(model: nn.Module, model_path: str | Path | None) -> list[Path]:

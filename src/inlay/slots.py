@@ -81,9 +81,8 @@ def prepare(
 
 def _adapters(root: nn.Module, names: Iterable[str] | None) -> Iterator[tuple[Adapted, str, AbstractAdapter]]:
     """(layer, adapter's name, adapter) of all layers, for all names or these."""
-    for _, layer in inject.wrappers(root):
-        if isinstance(layer, Adapted):
-            yield from [(layer, n, m) for n, m in layer.methods.items() if names is None or n in names]
+    for _, layer in inject.adapted_layers(root):
+        yield from [(layer, n, m) for n, m in layer.methods.items() if names is None or n in names]
 
 
 def _check(path: str, method: AbstractAdapter, rank: int | None) -> None:

@@ -23,7 +23,8 @@ from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import DuplicateAdapterError, LoadError, MergeError, PeftWarning, UnknownAdapterError
 from inlay.formats import files
 from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
-from inlay.inject import Prepared, apply, biases, model_config, own_modules, prepare, wrappers
+from inlay.inject import Prepared, adapted_layers, apply, biases, model_config, own_modules, prepare, wrappers
+from inlay.layers import embeddings_of
 from inlay.methods._abstract import AbstractAdapter
 from inlay.prompts import AbstractPrompt, AnyConfig
 from inlay.report import BASE_KEY, LoadReport, base_fingerprint
@@ -97,9 +98,8 @@ def _places_of(path: str, wrapper: Adapted | ModulesToSaveWrapper, adapter_name:
 
 def _adapted(root: nn.Module, adapter_name: str) -> Iterator[tuple[AbstractAdapter, dict[str, Place]]]:
     """(method, its places) of every layer with the adapter."""
-    for path, wrapper in wrappers(root):
-        if isinstance(wrapper, Adapted) and adapter_name in wrapper.methods:
-            yield wrapper.methods[adapter_name], _places_of(path, wrapper, adapter_name)
+    for path, wrapper in adapted_layers(root, adapter_name):
+        yield wrapper.methods[adapter_name], _places_of(path, wrapper, adapter_name)
 
 
 def get_peft_model_state_dict(
@@ -196,7 +196,7 @@ def _filed_prompt(
 
 def _past_composites(root: nn.Module, prefix: str, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Live names as `wrappers` has them, where adapters stand inside an adapted layer that is made of others."""
-    around = {f"{prefix}{path}" for path, w in wrappers(root) if isinstance(w, Adapted) and w.kind.composite}
+    around = {f"{prefix}{path}" for path, w in adapted_layers(root) if w.kind.composite}
 
     def past(key: str) -> str:
         outer, _, inner = key.partition(".base_layer.")
@@ -250,10 +250,8 @@ def _extras(
     root: nn.Module, config: AnyConfig, own: list[Place], adapter_name: str, embeddings: bool | str
 ) -> Iterator[tuple[str, str, Tensor]]:
     """The model's own tensors that go into the file too: trained biases, and embeddings."""
-    if config.bias != "none":
-        paths = [p for p, w in wrappers(root) if isinstance(w, Adapted) and adapter_name in w.methods]
-        for name, parameter in biases(root, config, paths):
-            yield name, name, parameter.detach()
+    for name, parameter in biases(root, config, adapter_name):
+        yield name, name, parameter.detach()
     wanted = _embeddings_to_save(root, config, adapter_name) if embeddings == "auto" else ("",) if embeddings else ()
     tables = dict(embedding_weights(root)) if wanted else {}
     if embeddings is True and not tables:
@@ -267,12 +265,8 @@ def _extras(
 def embedding_weights(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, weight) of the model's input and output embeddings."""
     wanted = set()
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        get = getattr(root, getter, None)
-        try:
-            module = get() if callable(get) else None
-        except NotImplementedError:
-            module = None
+    for which in ("input", "output"):
+        module = embeddings_of(root, which)
         if isinstance(module, TrainableTokensWrapper):
             module = module.original_module
         if isinstance(module, Adapted):
@@ -290,13 +284,8 @@ def _embeddings_to_save(root: nn.Module, config: AnyConfig, adapter_name: str) -
     """Beginnings of the names of embeddings that go into a file: those that are adapted, or all after a resize."""
     if config.trainable_token_indices is not None:
         return ()
-    adapted = [
-        f"{path}."
-        for path, wrapper in wrappers(root)
-        if isinstance(wrapper, Adapted)
-        and adapter_name in wrapper.methods
-        and path.rpartition(".")[2] in EMBEDDING_NAMES
-    ]
+    paths = [path for path, _ in adapted_layers(root, adapter_name)]
+    adapted = [f"{path}." for path in paths if path.rpartition(".")[2] in EMBEDDING_NAMES]
     original = sources.base_vocabulary(config.base_model_name_or_path)
     now = getattr(getattr(root, "config", None), "vocab_size", None)
     resized = original is not None and now is not None and original != now
@@ -342,26 +331,44 @@ def set_peft_model_state_dict(
         UnknownAdapterError: No such adapter.
         LoadError: A tensor has another shape; nothing was changed.
     """
-    root, _ = root_of(model)
-    targets = _targets(root, adapter_name, config_of(model, adapter_name))
-    _check_unmerged(root, adapter_name)
-    prompt = prompt_of(model, adapter_name)
-    named = _with_experts(root, _renamed(peft_model_state_dict, key_mapping, prompt))
-    tensors, frozen = _restored(root, adapter_name, named)
-    if not settings.strict_load:
-        targets = {**_frozen(root, tensors.keys() - targets.keys()), **targets}
-    report = _compared(root, adapter_name, targets, tensors, prompt)
+    fit = _Fit(model, adapter_name, peft_model_state_dict, key_mapping, beside=not settings.strict_load)
+    report = fit.report
     if report.shape and not ignore_mismatched_sizes:
         raise LoadError(f"Tensors do not fit the adapter {adapter_name!r}; nothing was changed.\n{report}", report)
-    for key in (key for key, *_ in report.shape):
-        tensors.pop(key)
-    if ignore_mismatched_sizes and report.shape:
+    for key, *_ in report.shape:
+        fit.tensors.pop(key)
+    if report.shape:
         warnings.warn(f"ignore_mismatched_sizes leaves out:\n{report}", PeftWarning, stacklevel=2)
     name_live(report, model, adapter_name, peft_model_state_dict)
-    report.dtype.extend(assign(root, targets, {**tensors, **frozen}))
-    if prompt is not None:
-        prompt.take(tensors)
+    fit.take()
     return report
+
+
+class _Fit:
+    """A file's tensors beside an adapter that stands in a model, and what they disagree on; nothing is changed yet.
+
+    With ``beside``, what is named like the frozen model's own tensors is to be put there.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, given: Any, key_mapping: Any, beside: bool) -> None:
+        self.root, _ = root_of(model)
+        self.targets = _targets(self.root, adapter_name, config_of(model, adapter_name))
+        _check_unmerged(self.root, adapter_name)
+        self.prompt = prompt_of(model, adapter_name)
+        named = _with_experts(self.root, _renamed(given, key_mapping, self.prompt))
+        self.tensors, self.frozen = _restored(self.root, adapter_name, named)
+        if beside:
+            self.targets = {**_frozen(self.root, self.tensors.keys() - self.targets.keys()), **self.targets}
+        unfiled = {place.key for place in places(self.root, adapter_name) if not place.filed}
+        shapes = {k: tuple(getattr(o, a).shape) for k, (o, a, _) in self.targets.items() if k not in unfiled}
+        shapes.update({} if self.prompt is None else self.prompt.filed_shapes())
+        self.report = compare(shapes, _shapes(self.tensors), _optional(self.root))
+
+    def take(self) -> None:
+        """Gives the adapter the tensors."""
+        self.report.dtype.extend(assign(self.root, self.targets, {**self.tensors, **self.frozen}))
+        if self.prompt is not None:
+            self.prompt.take(self.tensors)
 
 
 def name_live(report: LoadReport, model: nn.Module, adapter_name: str, given: Container[str]) -> None:
@@ -386,19 +393,6 @@ def _frozen(root: nn.Module, names: Iterable[str]) -> dict[str, Target]:
     return out
 
 
-def _compared(
-    root: nn.Module,
-    adapter_name: str,
-    targets: Mapping[str, Target],
-    tensors: Mapping[str, Tensor],
-    prompt: AbstractPrompt | None,
-) -> LoadReport:
-    unfiled = {place.key for place in places(root, adapter_name) if not place.filed}
-    shapes = {k: tuple(getattr(o, a).shape) for k, (o, a, _) in targets.items() if k not in unfiled}
-    shapes.update({} if prompt is None else prompt.filed_shapes())
-    return compare(shapes, _shapes(tensors), _optional(root))
-
-
 def _restored(
     root: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -412,8 +406,16 @@ def _restored(
     return out, frozen
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def _shapes(tensors: Mapping[str, Tensor | files.TensorInfo]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(t.shape) for key, t in tensors.items()}
+
+
+def _judge(report: LoadReport, strict: bool) -> None:
+    """Raises for what does not fit, where ``strict``; warns of it elsewhere."""
+    if strict:
+        report.raise_for_problems()
+    elif not report.ok:
+        warnings.warn(report.summary(), PeftWarning, stacklevel=5)
 
 
 # What PEFT writes with bias="all" beside the copy of a module that an adapter trains whole: the bias of the module
@@ -463,7 +465,7 @@ def _with_experts(root: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_unmerged(root: nn.Module, adapter_name: str) -> None:
-    if any(isinstance(w, Adapted) and adapter_name in w.merged_adapters for _, w in wrappers(root)):
+    if any(adapter_name in w.merged_adapters for _, w in adapted_layers(root)):
         raise MergeError(
             f"Adapter {adapter_name!r} is merged: new values would not reach the merged weight. Unmerge it first."
         )
@@ -474,11 +476,9 @@ Target = tuple[nn.Module, str, torch.device]
 
 def _targets(root: nn.Module, adapter_name: str, config: AnyConfig) -> dict[str, Target]:
     targets: dict[str, Target] = {p.key: (p.owner, p.attribute, p.device) for p in places(root, adapter_name)}
-    if config.bias != "none":
-        paths = [p for p, w in wrappers(root) if isinstance(w, Adapted) and adapter_name in w.methods]
-        for name, parameter in biases(root, config, paths):
-            above, _, attribute = name.rpartition(".")
-            targets[without_foreign(name)] = (root.get_submodule(above), attribute, parameter.device)
+    for name, parameter in biases(root, config, adapter_name):
+        above, _, attribute = name.rpartition(".")
+        targets[without_foreign(name)] = (root.get_submodule(above), attribute, parameter.device)
     return targets
 
 
@@ -656,10 +656,9 @@ def load_into(
         optional.update(_filed(work.path, work.adapter) if work.source is not None else {})
     named = _naming(root, source.weights.header, key_mapping, wanted.keys() | optional.keys(), present)
     header = named(source.weights.header)
-    report = compare(wanted, {k: tuple(info.shape) for k, info in header.items()}, optional)
-    odd = sorted({str(info.dtype) for info in header.values() if not info.dtype.is_floating_point})
-    if odd and not prepared.saved:
-        report.config.append(f"an adapter's tensors are floats, the file has {', '.join(odd)}")
+    report = compare(wanted, _shapes(header), optional)
+    if not prepared.saved:
+        _floats_only(report, "an adapter", header.values())
     _config_notes(report, prepared)
     _base_notes(report, prepared, source, base_name)
     if strict:
@@ -668,10 +667,7 @@ def load_into(
         raise LoadError(f"The adapter does not fit; nothing was loaded.\n{report}", report)
     tensors = named(source.weights.read())
     report.non_finite.extend(non_finite(_as_kept(prepared, tensors, autocast)))
-    if strict:
-        report.raise_for_problems()
-    elif not report.ok:
-        warnings.warn(report.summary(), PeftWarning, stacklevel=4)
+    _judge(report, strict)
     for key, *_ in report.shape:
         tensors.pop(key)
     whole = not report.missing and not report.shape
@@ -745,11 +741,8 @@ def live_fingerprint(root: nn.Module, adapter_name: str) -> str:
     """The same of an adapter that stands in a model."""
     return base_fingerprint(
         (without_foreign(path), w.kind.shape(w.get_base_layer()))
-        for path, w in wrappers(root)
-        if isinstance(w, Adapted)
-        and adapter_name in w.methods
-        and not w.methods[adapter_name].vacant
-        and not path.endswith(".token_adapter")
+        for path, w in adapted_layers(root, adapter_name)
+        if not w.methods[adapter_name].vacant and not path.endswith(".token_adapter")
     )
 
 
@@ -789,24 +782,14 @@ def reload(
     Raises:
         LoadError: The file does not fit and ``strict``; the adapter is as it was.
     """
-    root, _ = root_of(model)
-    _check_unmerged(root, adapter_name)
-    prompt = prompt_of(model, adapter_name)
-    targets = _targets(root, adapter_name, config_of(model, adapter_name))
-    named = _with_experts(root, _renamed(source.weights.read(), key_mapping, prompt))
-    tensors, frozen = _restored(root, adapter_name, named)
-    report = _compared(root, adapter_name, targets, tensors, prompt)
-    report.non_finite.extend(non_finite(tensors))
-    if settings.strict_load if strict is None else strict:
-        report.raise_for_problems()
-    elif report.shape:
-        raise LoadError(f"The adapter does not fit; nothing was loaded.\n{report}", report)
-    elif not report.ok:
-        warnings.warn(report.summary(), PeftWarning, stacklevel=4)
-    report.dtype.extend(assign(root, targets, {**tensors, **frozen}))
-    if prompt is not None:
-        prompt.take(tensors)
-    return report
+    fit = _Fit(model, adapter_name, source.weights.read(), key_mapping, beside=False)
+    fit.report.non_finite.extend(non_finite(fit.tensors))
+    strict = settings.strict_load if strict is None else strict
+    if fit.report.shape and not strict:
+        raise LoadError(f"The adapter does not fit; nothing was loaded.\n{fit.report}", fit.report)
+    _judge(fit.report, strict)
+    fit.take()
+    return fit.report
 
 
 def load_prompt(
@@ -830,19 +813,14 @@ def load_prompt(
     header = _renamed(source.weights.header, None, prompt)
     own = prompt.filed_shapes()
     wanted = {**expected(prepared), **own}
-    report = compare(wanted, {k: tuple(info.shape) for k, info in header.items()}, _optional(root))
-    dtypes = {header[key].dtype for key in own if key in header}
-    if odd := sorted(str(dtype) for dtype in dtypes if not dtype.is_floating_point):
-        report.config.append(f"a prompt's tensors are floats, the file has {', '.join(odd)}")
+    report = compare(wanted, _shapes(header), _optional(root))
+    _floats_only(report, "a prompt", (header[key] for key in own if key in header))
     _base_notes(report, prepared, source, base_name)
-    if strict or report.shape or odd or any(key in own for key in report.missing):
+    if strict or report.shape or report.config or any(key in own for key in report.missing):
         report.raise_for_problems()
     tensors = _renamed(source.weights.read(), None, prompt)
     report.non_finite.extend(non_finite(tensors))
-    if strict:
-        report.raise_for_problems()
-    elif not report.ok:
-        warnings.warn(report.summary(), PeftWarning, stacklevel=4)
+    _judge(report, strict)
     return report, tensors
 
 
@@ -851,6 +829,11 @@ def take_prompt(root: nn.Module, adapter_name: str, prompt: AbstractPrompt, tens
     heads: dict[str, Target] = {p.key: (p.owner, p.attribute, p.device) for p in places(root, adapter_name)}
     assign(root, heads, {key: t for key, t in tensors.items() if key in heads})
     prompt.take(tensors)
+
+
+def _floats_only(report: LoadReport, whose: str, infos: Iterable[files.TensorInfo]) -> None:
+    if odd := sorted({str(info.dtype) for info in infos if not info.dtype.is_floating_point}):
+        report.config.append(f"{whose}'s tensors are floats, the file has {', '.join(odd)}")
 
 
 def _config_notes(report: LoadReport, prepared: Prepared) -> None:

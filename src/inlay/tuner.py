@@ -28,6 +28,7 @@ from inlay.errors import (
 from inlay.hooks import Served, TrainingHooks
 from inlay.inject import (
     Prepared,
+    adapted_layers,
     apply,
     biases,
     layers_in,
@@ -126,7 +127,7 @@ class Tuner(nn.Module):
 
     def layers(self) -> Iterator[tuple[str, Adapted]]:
         """(name, wrapper) of every adapted layer."""
-        return ((name, w) for name, w in wrappers(self.model) if isinstance(w, Adapted))
+        return adapted_layers(self.model)
 
     def _standing(self) -> list[Any]:
         """Everything with adapters of its own: wrappers, and the prompts before the model."""
@@ -184,9 +185,7 @@ class Tuner(nn.Module):
                     parameter.requires_grad_(name in names and not inference_mode)
 
     def _biases(self, name: str, config: AnyConfig) -> list[nn.Parameter]:
-        if config.bias == "none" or isinstance(config, PromptLearningConfig):
-            return []
-        return [p for _, p in biases(self.model, config, [path for path, w in self.layers() if name in w.methods])]
+        return [p for _, p in biases(self.model, config, name)]
 
     def _changing(self) -> AbstractContextManager[None]:
         """Forwards of other threads see a change whole; a model that changes its own default does so at once."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inlay.config import RANKS, PeftConfig, TaskType, within
 from inlay.errors import ConfigError, PromptError
+from inlay.layers import embeddings_of
 
 EMBEDDINGS = "prompt_embeddings"  # the name that files have for what an encoder gives
 
@@ -118,12 +119,7 @@ class Host:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        get: Any = getattr(model, "get_input_embeddings", None)
-        try:
-            found = get() if callable(get) else None
-        except NotImplementedError:
-            found = None
-        table = getattr(found, "weight", None)
+        table = getattr(embeddings_of(model), "weight", None)
         if not isinstance(table, Tensor) or table.dim() != 2 or getattr(model, "config", None) is None:
             raise PromptError(
                 f"A prompt stands before the embeddings of a transformers model's tokens; {type(model).__name__} has "
