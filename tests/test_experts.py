@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from sizes import TINY
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -16,19 +17,11 @@ import inlay
 from inlay.errors import LoadError, PlanError
 from inlay.experts import FORMER, fused_tensors
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 50,
-}
 QWEN = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
 #: model type -> (the model, its experts' hidden size)
 MODELS: dict[str, tuple[Callable[[], Any], int]] = {
-    "mixtral": (lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3)), 24),
-    "qwen3_moe": (lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **QWEN)), 8),
+    "mixtral": (lambda: MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=3)), 24),
+    "qwen3_moe": (lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY, **QWEN)), 8),
 }
 each_model = pytest.mark.parametrize("model", MODELS)
 DOUBLED = {r".*\.gate_up_proj": 8}

@@ -12,19 +12,13 @@ from typing import Any
 import pytest
 import torch
 from laws import close, disturb
+from sizes import TINY
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import inlay
 
-LLAMA = LlamaConfig(
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    vocab_size=40,
-    tie_word_embeddings=True,
-)
+LLAMA = LlamaConfig(**(TINY | {"vocab_size": 40}), tie_word_embeddings=True)
 T5 = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=40, decoder_start_token_id=0)
 #: by model, the layers that share the table, and one that does not
 TIED = {"llama": ("embed_tokens", "lm_head", "q_proj"), "t5": ("embed_tokens", "lm_head", "q")}

@@ -6,12 +6,11 @@ python accelerate_runs.py RANK FOLDER PORT
 from __future__ import annotations
 
 import copy
-import json
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import accelerate
 import peft
 import torch
 import torch.distributed as dist
+import two_processes
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import fsdp_utils
@@ -171,19 +171,10 @@ def main(rank: int, folder: Path, port: str) -> None:
     warnings.simplefilter("ignore")  # torch's own, of FSDP on the CPU
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(place, MASTER_PORT=port, ACCELERATE_USE_CPU="true")
-    wrong = {}
     accelerator("SHARDED_STATE_DICT")  # starts the processes' group
-    for case, configs in CASES.items():
-        for config in configs:
-            name = f"{case.__name__}[{config}]"
-            wrong[name] = ""
-            try:
-                case(config, folder / name)
-            except Exception:
-                wrong[name] = traceback.format_exc()
-            dist.barrier()
-    (folder / f"{rank}.json").write_text(json.dumps(wrong))
-    dist.destroy_process_group()
+    runs = [(case, config) for case, configs in CASES.items() for config in configs]
+    cases = [(name, partial(case, config, folder / name)) for name, (case, config) in zip(NAMES, runs, strict=True)]
+    two_processes.go_through(rank, folder, cases)
 
 
 if __name__ == "__main__":

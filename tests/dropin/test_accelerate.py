@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+import two_processes
 from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel, is_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
@@ -24,7 +21,6 @@ from torch import nn
 from dropin import accelerate_runs
 from dropin import tiny_transformers as tiny
 
-SCRIPT = Path(accelerate_runs.__file__)
 CPU = torch.device("cpu")
 
 
@@ -34,24 +30,10 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """For each of the two processes, what went wrong by case."""
-    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, SCRIPT]
-    both = [
-        subprocess.Popen([*command, str(rank), folder, port], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in both]
-    finally:
-        for process in both:  # one that waits for the other, which has died
-            process.kill()
-    for process, error in zip(both, errors, strict=True):
-        assert process.returncode == 0, error
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return two_processes.run(accelerate_runs.__file__, tmp_path_factory.mktemp("two"), port)
 
 
 @pytest.mark.parametrize("case", accelerate_runs.NAMES)

@@ -11,23 +11,13 @@ import peft
 import tokenizers
 import torch
 import transformers
+from sizes import TINY
 from torch import Tensor, nn
 from transformers.utils import logging
 
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
-DECODER = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+DECODER = TINY | {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 50, "pad_token_id": 0}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 64, "bos_token_id": 1}
 BERT = {key: value for key, value in DECODER.items() if key != "num_key_value_heads"}

@@ -6,16 +6,16 @@ python sharded.py RANK FOLDER
 from __future__ import annotations
 
 import copy
-import json
 import sys
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
+import two_processes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -161,21 +161,15 @@ CASES = [
 NAMES = [f"{case.__name__}[{config}]" for case in CASES for config in CONFIGS]
 
 
+def on(folder: Path, case: Callable[[Pair], None], config: str) -> None:
+    case(make(config, folder / case.__name__))
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    wrong = {}
-    for case in CASES:
-        for config in CONFIGS:
-            name = f"{case.__name__}[{config}]"
-            wrong[name] = ""
-            try:
-                case(make(config, folder / case.__name__))
-            except Exception:
-                wrong[name] = traceback.format_exc()
-            dist.barrier()
-    (folder / f"{rank}.json").write_text(json.dumps(wrong))
-    dist.destroy_process_group()
+    runs = [(case, config) for case in CASES for config in CONFIGS]
+    two_processes.go_through(rank, folder, zip(NAMES, [partial(on, folder, *run) for run in runs], strict=True))
 
 
 if __name__ == "__main__":

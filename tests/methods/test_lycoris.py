@@ -6,22 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from laws import Net
 from torch import Tensor, nn
 
 import inlay
 from inlay.errors import ConfigError
 from inlay.layers import kind_of
 from inlay.methods.lokr import split
-
-
-class Net(nn.Module):
-    def __init__(self, m: nn.Module) -> None:
-        super().__init__()
-        self.m = m
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.m(x)
-        return h
 
 
 def adapted(config: Any, layer: nn.Module) -> inlay.PeftModel:
