@@ -23,17 +23,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from inlay import inject
-from inlay.config import AdapterConfig, TaskType
+from inlay.config import AdapterConfig
 from inlay.errors import ConfigError, PeftError, PlanError, nearest
 from inlay.layers import LayerKind, kind_of
 from inlay.match import ParameterTarget, Skip, why
-from inlay.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from inlay.model import PeftModel, handle_class
 from inlay.prompts import PROMPTS, AnyConfig, Host, PromptLearningConfig
 from inlay.prompts._abstract import EMBEDDINGS
 from inlay.prompts.attach import Prompts
 from inlay.replicate import replicated
 from inlay.state import EMBEDDING_NAMES, embedding_weights
-from inlay.storage import facts, storage_of, stored_parameters
+from inlay.storage import storage_of, stored_parameters
 
 T = TypeVar("T")
 _Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a model is called with
@@ -254,18 +254,7 @@ def explain(
     title = f"{getattr(config.peft_type, 'value', config.peft_type)} on {type(model).__name__}"
     config = dataclasses.replace(config)
     try:
-        if isinstance(model, PeftModel):
-            raise PlanError("The model is a PeftModel already: explain what its get_base_model() gives.")
-        if config.layer_replication:
-            model = _copied(model, lambda t: t)
-        _add_heads(model, config)
-        with replicated(model, config.layer_replication), inject.collector_paused():
-            if isinstance(config, PromptLearningConfig):
-                prepared = inject.prepare_saved(model, config.modules_to_save or ())
-                first = [_prompt_row(model, config, optimizer)]
-            else:
-                prepared, first = inject.prepare(model, config), []
-            rows = (*first, *_rows(prepared, autocast_adapter_dtype, optimizer))
+        prepared, rows = _planned(model, config, autocast_adapter_dtype, optimizer)
     except (PlanError, ConfigError) as error:
         return Explanation(title, error.with_traceback(None), optimizer=optimizer)
     kept, added, notes = _activations(prepared, config, call, autocast_adapter_dtype, cpu)
@@ -299,6 +288,23 @@ def _check(model: Any, config: Any, batch: Any, tokens: Any, optimizer: Any) -> 
         raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}{hint}.")
 
 
+def _planned(
+    model: nn.Module, config: AnyConfig, autocast: bool, optimizer: str
+) -> tuple[inject.Prepared, tuple[Row, ...]]:
+    if isinstance(model, PeftModel):
+        raise PlanError("The model is a PeftModel already: explain what its get_base_model() gives.")
+    if config.layer_replication:
+        model = _copied(model, lambda t: t)
+    _add_heads(model, config)
+    with replicated(model, config.layer_replication), inject.collector_paused():
+        if isinstance(config, PromptLearningConfig):
+            prepared = inject.prepare_saved(model, config.modules_to_save or ())
+            first = [_prompt_row(model, config, optimizer)]
+        else:
+            prepared, first = inject.prepare(model, config), []
+        return prepared, (*first, *_rows(prepared, autocast, optimizer))
+
+
 def _device(model: nn.Module, device: Any) -> str:
     """The kind of device that activations are told for."""
     if device is None:
@@ -311,10 +317,8 @@ def _device(model: nn.Module, device: Any) -> str:
 
 def _add_heads(model: nn.Module, config: AnyConfig) -> None:
     """The handle of a task trains fresh heads beside the adapter: the same rule, on a copy of the config."""
-    task = config.task_type
-    handle = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task.value if isinstance(task, TaskType) else "", PeftModel)
     listed = list(config.modules_to_save or ())
-    if new := [n for n in handle.heads if n in model._modules and n not in listed]:
+    if new := [n for n in handle_class(config).heads if n in model._modules and n not in listed]:
         config.modules_to_save = listed + new
 
 
@@ -329,7 +333,7 @@ def _rows(prepared: inject.Prepared, autocast: bool, optimizer: str) -> Iterator
     for work in works:
         tensors = _slots(work, autocast, trained)
         filed = _nbytes(tensors) if work.source is None or isinstance(work, inject.Work) else 0
-        W = _layer(work)._parameters.get("weight")
+        W = work.layer._parameters.get("weight")
         if W is not None and id(W) in embeddings and work.path.rpartition(".")[2] in EMBEDDING_NAMES:
             filed += W.nbytes  # files hold an adapted embedding's own weight too
         row = _work_row(work, prepared.config, parameters)
@@ -402,13 +406,8 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, trained: bool) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=trained)
 
 
-def _layer(work: inject.Work | inject.TokenWork) -> nn.Module:
-    return inject._unwrapped(getattr(work.parent, work.attribute))
-
-
 def _slots(work: inject.Work | inject.TokenWork, autocast: bool, trained: bool) -> list[Tensor]:
-    layer = _layer(work)
-    dtype, _ = facts(*work.kind.keeper(layer))
+    dtype = work.kept_dtype()
     if autocast and dtype in inject.NARROW:
         dtype = torch.float32
     return [_empty(slot.shape, dtype, trained and slot.trainable) for slot in work.adapter.slots.values()]
@@ -422,7 +421,7 @@ def _shape(kind: LayerKind, layer: nn.Module) -> tuple[int, ...]:
 def _work_row(
     work: inject.Work | inject.TokenWork, config: AdapterConfig, parameters: Mapping[str, ParameterTarget]
 ) -> Row:
-    name, pattern, shape = work.path, "", _shape(work.kind, _layer(work))
+    name, pattern, shape = work.path, "", _shape(work.kind, work.layer)
     if work.source is not None:
         reason = f"tied to {work.source!r}, whose tensors it uses"
     elif isinstance(work, inject.TokenWork):
@@ -452,7 +451,7 @@ def _biases(prepared: inject.Prepared) -> Iterator[tuple[str, nn.Parameter]]:
     rule, modules = prepared.config.bias, prepared.survey.modules
     if rule == "none":
         return
-    adapted = {id(_layer(work)) for work in prepared.works}
+    adapted = {id(work.layer) for work in prepared.works}
     seen = {id(p) for path in prepared.saved for p in modules[path].parameters()}
     for name, module in inject.own_modules(prepared.survey.model):
         bias = module._parameters.get("bias")

@@ -223,28 +223,11 @@ def collector_paused() -> Iterator[None]:
 
 
 @dataclass
-class Work:
-    """One layer that is to get an adapter.
-
-    Args:
-        path (`str`): Its name in the model once adapted, as keys have it.
-        parent (`nn.Module`), attribute (`str`): Where it stands.
-        kind (`LayerKind`): How it is seen.
-        adapter (`AbstractAdapter`): What it gets.
-        target (`match.Target`, *optional*): Why, for reports.
-        nested (`bool`): It stands inside another layer of the plan.
-        source (`str`, *optional*): The adapted layer that it is tied to, whose tensors it uses.
-    """
-
-    path: str
+class _Site:
+    path: str  # its name in the model once adapted, as keys have it
     parent: nn.Module
     attribute: str
     kind: LayerKind
-    adapter: AbstractAdapter
-    tied: bool = False
-    target: match.Target | None = None
-    nested: bool = False
-    source: str | None = None
 
     def kept_dtype(self) -> torch.dtype:
         """dtype of the frozen weight, as a float."""
@@ -263,13 +246,20 @@ class Work:
 
 
 @dataclass
-class TokenWork:
+class Work(_Site):
+    """One layer that is to get an adapter."""
+
+    adapter: AbstractAdapter
+    tied: bool = False
+    target: match.Target | None = None  # why, for reports
+    nested: bool = False  # it stands inside another layer of the plan
+    source: str | None = None  # the adapted layer that it is tied to, whose tensors it uses
+
+
+@dataclass
+class TokenWork(_Site):
     """One embedding or tied head whose tokens are to be trained."""
 
-    path: str
-    parent: nn.Module
-    attribute: str
-    kind: LayerKind
     adapter: TrainableTokensAdapter
     source: str | None = None
 
@@ -855,7 +845,7 @@ def _place_saved(found: Survey, path: str, router: Router, done: _Done) -> Modul
 def _place_tokens(works: list[TokenWork], found: Survey, router: Router, done: _Done) -> None:
     placed: dict[str, TrainableTokensLayer | TiedTokensLayer] = {}
     for work in works:
-        module = getattr(work.parent, work.attribute)
+        module = work.base
         if isinstance(module, TrainableTokensWrapper):
             layer = module.token_adapter
         else:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay import card, slots, sources, state, status
-from inlay.config import AdapterConfig, PeftConfig, TaskType
+from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import (
     AdapterNameError,
     ConfigError,
@@ -614,21 +614,13 @@ class PeftModel(nn.Module):
 
         Raises:
             UnknownArgumentError: A keyword is none of these.
-            UnwritableError: The directory is a file, or cannot be written.
-            MissingFileError: Its name is empty.
+            UnwritableError, MissingFileError: The directory is a file or cannot be written, or its name is empty.
             UnknownAdapterError: A selected adapter does not exist.
             ConfigError: ``path_initial_model_for_weight_conversion`` is given, and the method knows no such start.
             LoadError, FileError: The folder does not hold the same adapter.
         """
         sources.check_arguments(self.save_pretrained, kwargs, sources.SAVING)
-        if isinstance(selected_adapters, str):
-            raise AdapterNameError(f"selected_adapters must be a list: write [{selected_adapters!r}].")
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        if strange := [name for name in names if name not in self.peft_config]:
-            raise UnknownAdapterError(
-                f"You passed an invalid `selected_adapters` argument: there are {list(self.peft_config)}, and not "
-                f"{strange}."
-            )
+        names = self._selected(selected_adapters)
         initial = path_initial_model_for_weight_conversion
         directory = folder_to_write(save_directory)
         if not is_main_process:
@@ -644,6 +636,17 @@ class PeftModel(nn.Module):
             write_adapter(adapter_dir(directory, name), model, name, config, tensors, safe_serialization)
         if text is not None:
             files.save_text(directory / card.NAME, text)
+
+    def _selected(self, adapters: Iterable[str] | None) -> list[str]:
+        if isinstance(adapters, str):
+            raise AdapterNameError(f"selected_adapters must be a list: write [{adapters!r}].")
+        names = list(self.peft_config if adapters is None else adapters)
+        if strange := [name for name in names if name not in self.peft_config]:
+            raise UnknownAdapterError(
+                f"You passed an invalid `selected_adapters` argument: there are {list(self.peft_config)}, and not "
+                f"{strange}."
+            )
+        return names
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Writes ``README.md`` with the metadata that the hub reads, or updates the one that is there."""
@@ -711,18 +714,9 @@ class PeftModel(nn.Module):
         sources.check_arguments(cls.from_pretrained, kwargs, sources.LOADING)
         source = _open(model_id, config, kwargs)
         with source.weights:
-            task = source.config.task_type
-            handle_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(task, "value", task)), cls)
-            handle = (handle_cls if cls is PeftModel else cls)._around(model)
+            handle = (handle_class(source.config) if cls is PeftModel else cls)._around(model)
             handle._load(
-                source,
-                adapter_name,
-                is_trainable,
-                autocast_adapter_dtype,
-                key_mapping,
-                strict,
-                activate=True,
-                **kwargs,
+                source, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping, strict, True, **kwargs
             )
         handle._prepare_checkpointing()
         if not is_trainable:
@@ -768,14 +762,7 @@ class PeftModel(nn.Module):
         source = _open(model_id, None, kwargs)
         with source.weights:
             report = self._load(
-                source,
-                adapter_name,
-                is_trainable,
-                autocast_adapter_dtype,
-                key_mapping,
-                strict,
-                activate=False,
-                **kwargs,
+                source, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping, strict, False, **kwargs
             )
         if not is_trainable:
             self.eval()
@@ -954,6 +941,11 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
 }
 
 
+def handle_class(config: PeftConfig) -> type[PeftModel]:
+    """The class of the handle for a config's task."""
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(config.task_type, "value", config.task_type)), PeftModel)
+
+
 def get_peft_model(
     model: nn.Module,
     peft_config: AnyConfig,
@@ -995,27 +987,28 @@ def get_peft_model(
         raise ConfigError(
             f"peft_config must be a method's config, such as LoraConfig, got {type(peft_config).__name__}."
         )
-    old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
-    if old is not None and old != new:
-        warnings.warn(f"The config names its base model {old!r}; it is {new!r} now.", PeftWarning, stacklevel=2)
-    if any(True for _ in wrappers(model)):
-        warnings.warn(
-            "The model is modified with PEFT for a second time. To have this adapter alone, call unload() on the "
-            "first handle before; to have it beside others, its add_adapter: a new handle does not list them.",
-            PeftWarning,
-            stacklevel=2,
-        )
-    if revision is not None:
-        if peft_config.revision not in (None, revision):
-            warnings.warn(f"revision {peft_config.revision!r} becomes {revision!r}.", PeftWarning, stacklevel=2)
-        peft_config.revision = revision
-    task = peft_config.task_type
-    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task.value if isinstance(task, TaskType) else "", PeftModel)
-    if mixed:
-        cls = PeftMixedModel
+    name = model.__dict__.get("name_or_path") or None
+    for text in _used_before(model, name, peft_config, revision):
+        warnings.warn(text, PeftWarning, stacklevel=2)
+    peft_config.revision = peft_config.revision if revision is None else revision
+    cls = PeftMixedModel if mixed else handle_class(peft_config)
     handle = cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-    peft_config.base_model_name_or_path = new
+    peft_config.base_model_name_or_path = name
     return handle
+
+
+def _used_before(model: nn.Module, name: str | None, config: AnyConfig, revision: str | None) -> Iterator[str]:
+    """What to warn of where a config or a model comes from another adapter."""
+    old = config.base_model_name_or_path
+    if old not in (None, name):
+        yield f"The config names its base model {old!r}; it is {name!r} now."
+    if any(True for _ in wrappers(model)):
+        yield (
+            "The model is modified with PEFT for a second time. To have this adapter alone, call unload() on the "
+            "first handle before; to have it beside others, its add_adapter: a new handle does not list them."
+        )
+    if None not in (revision, config.revision) and config.revision != revision:
+        yield f"revision {config.revision!r} becomes {revision!r}."
 
 
 class _Configs(dict[str, Any]):

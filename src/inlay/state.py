@@ -23,7 +23,7 @@ from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import DuplicateAdapterError, LoadError, MergeError, PeftWarning, UnknownAdapterError
 from inlay.formats import files
 from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
-from inlay.inject import Prepared, adapted_layers, apply, biases, model_config, own_modules, prepare, wrappers
+from inlay.inject import Prepared, Work, adapted_layers, apply, biases, model_config, own_modules, prepare, wrappers
 from inlay.layers import embeddings_of
 from inlay.methods._abstract import AbstractAdapter
 from inlay.prompts import AbstractPrompt, AnyConfig
@@ -142,28 +142,39 @@ def get_peft_model_state_dict(
     prompt = prompt_of(model, adapter_name)
     prefix = live if prompt is None else PROMPT_PREFIX
     state_dict = None if state_dict is None else _past_composites(root, live, state_dict)
-    out: dict[str, Tensor] = {}
-    own = list(places(root, adapter_name))
-    for place in own:
-        t = _value(place) if state_dict is None else state_dict.get(live + place.live)
-        if t is not None or not place.filed:  # who gathers what is trained leaves out what is frozen
-            out[prefix + place.key] = _value(place) if t is None else t
-    for method, here in _adapted(root, adapter_name):
-        p = method.own({k: out.pop(prefix + place.key) for k, place in here.items() if prefix + place.key in out})
-        if initial is not None and here and not method.converts:
-            p = dict(method.begun_at(p, _initial(initial, here)))
-        out.update({prefix + here[k].key: t.contiguous() for k, t in method.saved(p).items() if here[k].filed})
-    for path, wrapper in wrappers(root):
-        if isinstance(wrapper, Tied) and state_dict is None:
-            out.update({f"{prefix}{path}.{key}": t for key, t in wrapper.computed(adapter_name)})
-    for key, at, t in _extras(root, config, own, adapter_name, save_embedding_layers):
-        found = t if state_dict is None else state_dict.get(live + at)
+    out = {prefix + key: t for key, t in _own(root, adapter_name, live, state_dict, initial).items()}
+    for key, t in _extras(root, config, adapter_name, save_embedding_layers):
+        found = t if state_dict is None else state_dict.get(live + key)
         if found is not None:
             out[prefix + key] = found
     if prompt is not None:
         out.update(_filed_prompt(prompt, adapter_name, state_dict))
     _tell_shards(adapter_name, out)
     return {without_foreign(k): v for k, v in out.items()}
+
+
+def _own(
+    root: nn.Module,
+    adapter_name: str,
+    live: str,
+    state_dict: Mapping[str, Tensor] | None,
+    initial: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor]:
+    """The tensors that an adapter has added to the model, in the form that files have them."""
+    out: dict[str, Tensor] = {}
+    for place in places(root, adapter_name):
+        t = _value(place) if state_dict is None else state_dict.get(live + place.live)
+        if t is not None or not place.filed:  # who gathers what is trained leaves out what is frozen
+            out[place.key] = _value(place) if t is None else t
+    for method, here in _adapted(root, adapter_name):
+        p = method.own({k: out.pop(place.key) for k, place in here.items() if place.key in out})
+        if initial is not None and here and not method.converts:
+            p = dict(method.begun_at(p, _initial(initial, here)))
+        out.update({here[k].key: t.contiguous() for k, t in method.saved(p).items() if here[k].filed})
+    for path, layer in adapted_layers(root):
+        if isinstance(layer, Tied) and state_dict is None:
+            out.update({f"{path}.{key}": t for key, t in layer.computed(adapter_name)})
+    return out
 
 
 def _tell_shards(adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -236,22 +247,18 @@ def without_foreign(key: str) -> str:
 
 
 def _value(place: Place) -> Tensor:
-    return _standing(place.owner, place.attribute)
-
-
-def _standing(owner: nn.Module, attribute: str) -> Tensor:
     """A tensor of the model, without its gradient, from where it is kept if it is offloaded."""
-    t: Tensor = getattr(owner, attribute)
-    kept = held(owner, attribute) if t.is_meta else None
+    t: Tensor = getattr(place.owner, place.attribute)
+    kept = held(place.owner, place.attribute) if t.is_meta else None
     return (t if kept is None else kept).detach()
 
 
 def _extras(
-    root: nn.Module, config: AnyConfig, own: list[Place], adapter_name: str, embeddings: bool | str
-) -> Iterator[tuple[str, str, Tensor]]:
+    root: nn.Module, config: AnyConfig, adapter_name: str, embeddings: bool | str
+) -> Iterator[tuple[str, Tensor]]:
     """The model's own tensors that go into the file too: trained biases, and embeddings."""
     for name, parameter in biases(root, config, adapter_name):
-        yield name, name, parameter.detach()
+        yield name, parameter.detach()
     wanted = _embeddings_to_save(root, config, adapter_name) if embeddings == "auto" else ("",) if embeddings else ()
     tables = dict(embedding_weights(root)) if wanted else {}
     if embeddings is True and not tables:
@@ -259,7 +266,7 @@ def _extras(
         warnings.warn(told, PeftWarning, stacklevel=3)
     for name, parameter in tables.items():
         if name.startswith(tuple(wanted)):
-            yield name, name, parameter.detach()
+            yield name, parameter.detach()
 
 
 def embedding_weights(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -482,15 +489,17 @@ def _targets(root: nn.Module, adapter_name: str, config: AnyConfig) -> dict[str,
     return targets
 
 
-def _optional(root: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Keys that a file may have beside the adapter's own: the embeddings' weights, adapted or not."""
-    out = {}
+def _optional(root: nn.Module, works: Iterable[Work] = ()) -> dict[str, tuple[int, ...]]:
+    """Keys that a file may have beside the adapter's own: the embeddings' weights, adapted or not, and what is tied."""
+    out: dict[str, tuple[int, ...]] = {}
     for name, parameter in embedding_weights(root):
         above, _, last = name.rpartition(".")
         out[name] = out[f"{above}.base_layer.{last}"] = tuple(parameter.shape)
-    for path, wrapper in wrappers(root):
-        if isinstance(wrapper, Tied):
-            out.update({f"{path}.{k}": tuple(t.shape) for n in wrapper.methods for k, t in wrapper.computed(n)})
+    for path, layer in adapted_layers(root):
+        if isinstance(layer, Tied):
+            out.update({f"{path}.{k}": tuple(t.shape) for n in layer.methods for k, t in layer.computed(n)})
+    for work in works:
+        out.update(_filed(work.path, work.adapter) if work.source is not None else {})
     return out
 
 
@@ -651,14 +660,11 @@ def load_into(
     """
     strict = settings.strict_load if strict is None else strict
     prepared = prepare(root, config, adapter_name=adapter_name, replacing=replacing)
-    optional, wanted = _optional(root), expected(prepared)
-    for work in prepared.works:
-        optional.update(_filed(work.path, work.adapter) if work.source is not None else {})
+    optional, wanted = _optional(root, prepared.works), expected(prepared)
     named = _naming(root, source.weights.header, key_mapping, wanted.keys() | optional.keys(), present)
     header = named(source.weights.header)
     report = compare(wanted, _shapes(header), optional)
-    if not prepared.saved:
-        _floats_only(report, "an adapter", header.values())
+    _floats_only(report, "an adapter", () if prepared.saved else header.values())
     _config_notes(report, prepared)
     _base_notes(report, prepared, source, base_name)
     if strict:

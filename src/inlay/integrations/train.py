@@ -141,13 +141,7 @@ def train(
     train_features = examples_to_features(task, examples.train)
     trainer = build_trainer(model, task, config, folder.checkpoints, train_features, features, callbacks)
 
-    # A run that continues has the scores of the frozen base from its beginning.
-    before = folder.read("before") if checkpoint else None
-    if before is None:
-        say(f"evaluating the base on {len(features)} held-out rows")
-        before = trainer.score(features)
-        if is_main_process():
-            folder.write("before", before)
+    before = (folder.read("before") if checkpoint else None) or _base_scores(trainer, features, folder, say)
     say(f"training on {len(train_features)} rows{f', from {checkpoint.name}' if checkpoint else ''}")
     clock = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -170,6 +164,15 @@ def train(
         write_lines(folder.path / "predictions.jsonl", lines)
         folder.write("report", asdict(report))
     return TrainResult(report, model, lines)
+
+
+def _base_scores(trainer: Any, features: Any, folder: RunFolder, say: Say) -> dict[str, float]:
+    """The scores of the frozen base, which a run that continues has from its beginning."""
+    say(f"evaluating the base on {len(features)} held-out rows")
+    scores: dict[str, float] = trainer.score(features)
+    if is_main_process():
+        folder.write("before", scores)
+    return scores
 
 
 def _facts(task: AbstractTask, examples: Examples, model: Any, folder: RunFolder) -> dict[str, Any]:
