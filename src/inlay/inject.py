@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -615,7 +615,7 @@ def _token_works(found: Survey, config: AdapterConfig) -> list[TokenWork]:
         if not paths:
             raise PlanError(f"trainable_token_indices names {suffix!r}, which is no module of the model.")
         for path in paths:
-            if any(path == s for s in (config.modules_to_save or ())) or path in (config.modules_to_save or ()):
+            if path in (config.modules_to_save or ()):
                 raise PlanError(
                     f"{path} is in modules_to_save and in trainable_token_indices: it can be in one of them."
                 )
@@ -650,23 +650,23 @@ def _embedding_path(found: Survey) -> str:
 def _token_work(found: Survey, config: AdapterConfig, path: str, asked: dict[str, list[int]]) -> list[TokenWork]:
     """The work on one layer, and, where it is an embedding, on those tied to it that ask for no other tokens."""
     tokens = asked[path]
-    layer = _unwrapped(found.modules[path])
-    kind = trainable_kind(layer, path)
-    parent, attribute = found.parent(path)
-    works = [TokenWork(path, parent, attribute, kind, TrainableTokensAdapter(config, kind, layer, {"tokens": tokens}))]
-    W = layer._parameters.get("weight")
-    for other in found.owners.get(id(W), ()) if W is not None and kind.indexed else ():
+
+    def work(at: str, source: str | None = None) -> TokenWork:
+        layer = _unwrapped(found.modules[at])
+        kind = trainable_kind(layer, at)
+        adapter = TrainableTokensAdapter(config, kind, layer, {"tokens": tokens})
+        return TokenWork(at, *found.parent(at), kind, adapter, source)
+
+    works = [work(path)]
+    for other in found.tied_to(path) if works[0].kind.indexed else ():
         alike = asked.get(other, tokens) == tokens
         if config.ensure_weight_tying and not alike:
             raise PlanError(
                 f"ensure_weight_tying is set, and trainable_token_indices has other tokens for {path} than for "
                 f"{other}, which are tied: give both the same, or name one of them."
             )
-        if other != path and alike:
-            tied_layer = _unwrapped(found.modules[other])
-            tied_kind = trainable_kind(tied_layer, other)
-            adapter = TrainableTokensAdapter(config, tied_kind, tied_layer, {"tokens": tokens})
-            works.append(TokenWork(other, *found.parent(other), tied_kind, adapter, source=path))
+        if alike:
+            works.append(work(other, path))
     return works
 
 
@@ -891,30 +891,38 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def remove(model: nn.Module, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """Takes all wrappers out of ``model``, writing adapters into the weights first where ``merge`` says so."""
     layers = [w for _, w in adapted_layers(model)]
-    for wrapper in layers:
-        if merge:
-            wrapper.check_merge(adapter_names, safe_merge)
-        else:
-            wrapper.check_unmerge()
-    for wrapper in layers:
-        if merge:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PeftWarning)  # what was merged before is merged
-                wrapper.merge(adapter_names=adapter_names, keep_base=wrapper.merged)
-        elif wrapper.merged:
-            wrapper.unmerge()
     if merge:
-        tell_rounding(layers)
-        for wrapper in layers:
-            if isinstance(wrapper, Tied):
-                wrapper.share()
-        for wrapper in layers:
-            wrapper.forget()
+        _merge_for_good(layers, safe_merge, adapter_names)
+    else:
+        unmerge([layer for layer in layers if layer.merged])
     for parent, attribute, module in list(_places(model)):
         setattr(parent, attribute, _replacement(module, merge, adapter_names))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and module.__dict__.get("use_nested_tensor", False) is None:
             module.use_nested_tensor = True
+
+
+def _merge_for_good(layers: list[Adapted], safe_merge: bool, adapter_names: list[str] | None) -> None:
+    for layer in layers:
+        layer.check_merge(adapter_names, safe_merge)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)  # what was merged before is merged
+        for layer in layers:
+            layer.merge(adapter_names=adapter_names, keep_base=layer.merged)
+    tell_rounding(layers)
+    for layer in layers:
+        if isinstance(layer, Tied):
+            layer.share()
+    for layer in layers:
+        layer.forget()
+
+
+def unmerge(layers: Sequence[Adapted]) -> None:
+    """Unmerges all of some merged layers, or none."""
+    for layer in layers:
+        layer.check_unmerge()
+    for layer in layers:
+        layer.unmerge()
 
 
 def shared_weights(model: nn.Module) -> list[list[str]]:
@@ -928,10 +936,7 @@ def unmerge_first(model: nn.Module, stacklevel: int) -> None:
     if merged:
         text = "Adapters are merged: they are unmerged first, then others are set."
         warnings.warn(text, PeftWarning, stacklevel=stacklevel + 1)
-    for layer in merged:
-        layer.check_unmerge()
-    for layer in merged:
-        layer.unmerge()
+    unmerge(merged)
 
 
 def _take_out(found: Survey, adapter_name: str) -> None:

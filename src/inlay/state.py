@@ -490,7 +490,7 @@ def _targets(root: nn.Module, adapter_name: str, config: AnyConfig) -> dict[str,
 
 
 def _optional(root: nn.Module, works: Iterable[Work] = ()) -> dict[str, tuple[int, ...]]:
-    """Keys that a file may have beside the adapter's own: the embeddings' weights, adapted or not, and what is tied."""
+    """Keys that a file may have beside the adapter's own: the weights of embeddings, adapted or not, and of ties."""
     out: dict[str, tuple[int, ...]] = {}
     for name, parameter in embedding_weights(root):
         above, _, last = name.rpartition(".")

@@ -39,6 +39,8 @@ from inlay.inject import (
     shared_weights,
     tell_rounding,
     told_by_config,
+    unmerge,
+    unmerge_first,
     with_targets,
     wrappers,
 )
@@ -172,20 +174,15 @@ class Tuner(nn.Module):
         names = as_names(adapter_name)
         self.check_known(names, "not found")
         if any(layer.merged for _, layer in self.layers()):
-            warnings.warn(
-                "Adapters are merged: they are unmerged first, then others are set.", PeftWarning, stacklevel=3
-            )
-            self.unmerge_adapter()
+            with self.router.writing():
+                unmerge_first(self.model, stacklevel=3)
         with self._changing():
             for wrapper in self._standing():
                 wrapper.set_adapter(list(names), inference_mode=inference_mode)
             self._active = names
             for name, config in self.peft_config.items():
-                for parameter in self._biases(name, config):
+                for _, parameter in biases(self.model, config, name):
                     parameter.requires_grad_(name in names and not inference_mode)
-
-    def _biases(self, name: str, config: AnyConfig) -> list[nn.Parameter]:
-        return [p for _, p in biases(self.model, config, name)]
 
     def _changing(self) -> AbstractContextManager[None]:
         """Forwards of other threads see a change whole; a model that changes its own default does so at once."""
@@ -432,10 +429,7 @@ class Tuner(nn.Module):
             merged = [layer for _, layer in self.layers() if layer.merged]
             if not merged:
                 warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
-            for layer in merged:
-                layer.check_unmerge()
-            for layer in merged:
-                layer.unmerge()
+            unmerge(merged)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
