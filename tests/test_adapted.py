@@ -150,6 +150,81 @@ def test_merged_weights_are_saved_as_tensors_of_their_own(
     same_state(load_file(tmp_path / "merged.safetensors"), {name: W.detach() for name, W in merged.items()})
 
 
+@pytest.mark.parametrize("keep_base", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_convolutions_in_channels_last_merge(dtype: torch.dtype, keep_base: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3)).to(dtype, memory_format=torch.channels_last)
+    model = handle(net, target_modules=["0"])
+    images = torch.randn(2, 3, 5, 5, dtype=dtype)
+    weight = net.get_parameter("0.base_layer.weight")
+    before, strides, wanted = weight.clone(), weight.stride(), model(images)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    model.merge_adapter(keep_base=keep_base)
+    close(model(images), wanted, tolerance)
+    model.unmerge_adapter()
+    assert weight.stride() == strides
+    close(weight, before, 0 if keep_base else tolerance)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("unmerging", [False, True])
+def test_what_is_merged_in_inference_mode_is_used_with_gradients(
+    mlp: nn.Module, x: Tensor, fields: dict[str, Any], unmerging: bool
+) -> None:
+    model = handle(mlp, **fields)
+    before = bits(model)
+    with torch.inference_mode():
+        model.merge_adapter()
+        if unmerging:
+            model.unmerge_adapter()
+    with model.disable_adapter():
+        model(x.requires_grad_()).sum().backward()
+    mlp.get_parameter("lin0.base_layer.weight").requires_grad_(True)
+    model(x).sum().backward()
+    if not unmerging:
+        model.unmerge_adapter()
+    same_state(bits(model), before)
+
+
+def test_a_weight_that_was_made_in_inference_mode_is_merged_outside(mlp: nn.Module, x: Tensor) -> None:
+    with torch.inference_mode():
+        model = handle(copy.deepcopy(mlp))
+    before = bits(model)
+    with torch.no_grad():
+        wanted = model(x)
+        model.merge_adapter()
+        close(model(x), wanted)
+        model.unmerge_adapter()
+    same_state(bits(model), before)
+
+
+def test_a_weight_that_is_computed_by_now_does_not_merge(model: inlay.PeftModel, mlp: nn.Module) -> None:
+    layer = mlp.get_submodule("lin1.base_layer")
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    with raises_and_leaves(model, NotMergeableError, "lin1: its weight is computed"):
+        model.merge_adapter()
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    model.merge_adapter()
+
+
+def test_a_stack_of_one_expert_merges() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(1, 4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.up[0].T
+
+    model = handle(nn.Sequential(Experts()), target_modules=[], target_parameters=["0.up"])
+    x = torch.randn(2, 3)
+    before, wanted = bits(model), model(x)
+    model.merge_adapter()
+    close(model(x), wanted)
+    model.unmerge_adapter()
+    same_state(bits(model), before)
+
+
 def test_merging_twice_and_unmerging_twice(model: inlay.PeftModel, x: Tensor) -> None:
     before = bits(model)
     with pytest.warns(PeftWarning, match="Already unmerged"):
