@@ -250,7 +250,7 @@ class Tuner(nn.Module):
             self._hooked.pop(adapter_name, None)
             self._forget_invocation(adapter_name)
             if left != self._active:
-                for wrapper in found:
+                for wrapper in found if others else ():  # what is left may be another handle's, which has its choice
                     wrapper.set_adapter(list(left))
                 self._active = left
 
