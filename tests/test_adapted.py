@@ -24,7 +24,6 @@ from inlay.errors import (
     AdapterNameError,
     BaseGoneError,
     ConfigError,
-    DuplicateAdapterError,
     MergeError,
     NonFiniteMergeError,
     NotMergeableError,
@@ -1129,8 +1128,21 @@ def test_a_tuner_puts_in_what_has_a_config(mlp: nn.Module, keys: list[str] | Non
     assert tuner.target_module_mapping["llama"] == ["q_proj", "v_proj"]
     with pytest.raises(AttributeError):
         tuner.rankallocator  # noqa: B018
-    with pytest.raises(DuplicateAdapterError):
-        tuner.inject_adapter(mlp, "b")
+
+
+@pytest.mark.parametrize("active", [["a"], ["b"], ["a", "b"]])
+def test_a_tuner_puts_an_adapter_in_the_place_of_its_name(mlp: nn.Module, active: list[str]) -> None:
+    tuner = inlay.PeftMixedModel(mlp, inlay.AdaLoraConfig(target_modules=["lin0"], total_step=9), "a").base_model
+    tuner.peft_config["b"] = inlay.LoraConfig(target_modules=["lin0"])
+    tuner.inject_adapter(mlp, "b")
+    tuner.set_adapter(active)
+    tuner.peft_config["a"] = inlay.LoraConfig(r=3, target_modules=["lin0", "lin1"])
+    tuner.inject_adapter(mlp, "a")
+    assert dict(mlp.get_submodule("lin0").r) == {"a": 3, "b": 8}
+    assert tuner.active_adapters == active
+    assert mlp.get_submodule("lin0").active_adapters == active
+    assert {n.split(".")[2] for n, p in mlp.named_parameters() if p.requires_grad} == set(active)
+    assert not list(tuner.trained())
 
 
 @pytest.mark.parametrize(
