@@ -33,6 +33,7 @@ from inlay.errors import (
     UnsupportedLayerError,
 )
 from inlay.inject import wrappers
+from inlay.storage.plain import Plain
 from inlay.tuner import Tuner
 
 Tiny = Callable[[str], nn.Module]
@@ -147,6 +148,25 @@ def test_merged_weights_are_saved_as_tensors_of_their_own(
     merged = {name: mlp.get_parameter(f"{name}.base_layer.weight") for name in ("lin0", "lin1")}
     save_file({name: W.detach() for name, W in merged.items()}, tmp_path / "merged.safetensors")
     same_state(load_file(tmp_path / "merged.safetensors"), {name: W.detach() for name, W in merged.items()})
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_a_merged_weight_is_whole_as_soon_as_it_is_there(
+    monkeypatch: pytest.MonkeyPatch, mlp: nn.Module, fields: dict[str, Any]
+) -> None:
+    handle(mlp, **fields)
+    exchange, seen = Plain.exchange, {}
+
+    def watched(self: Plain, layer: nn.Module, parameter: str, make: Callable[[Tensor], Tensor]) -> Tensor | None:
+        kept = exchange(self, layer, parameter, make)
+        seen[parameter] = layer.get_parameter(parameter).clone()
+        return kept
+
+    monkeypatch.setattr(Plain, "exchange", watched)
+    layer: Any = mlp.get_submodule("lin0")
+    layer.merge(room=lambda W: torch.full_like(W, torch.nan))
+    assert seen.keys() == {"weight", *(["bias"] if fields.get("lora_bias") else [])}
+    same_state(seen, {name: layer.base_layer.get_parameter(name) for name in seen})
 
 
 @pytest.mark.parametrize("keep_base", [True, False])

@@ -674,7 +674,14 @@ class Adapted(Light):
     def _replace(self, parameter: str, value: Tensor, keep_base: bool, room: Callable[[Tensor], Tensor]) -> None:
         base, storage = self.get_base_layer(), self._storage(parameter)
         if keep_base and parameter not in self._kept:
-            keep = storage.stored(base, parameter) if self.tied else storage.exchange(base, parameter, room)
+            keep = storage.stored(base, parameter) if self.tied else None
+            # Filled before it is the weight's: an interrupt finds the one or the other.
+            if (
+                keep is None
+                and (kept := storage.exchange(base, parameter, lambda W: room(W).copy_(value))) is not None
+            ):
+                self._kept[parameter] = kept
+                return
             self._kept[parameter] = storage.keep(base, parameter, room) if keep is None else keep
         if self.tied:
             self._put(parameter, storage.keep(base, parameter, torch.empty_like))
