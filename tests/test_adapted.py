@@ -24,7 +24,6 @@ from inlay.errors import (
     AdapterNameError,
     BaseGoneError,
     ConfigError,
-    DuplicateAdapterError,
     MergeError,
     NonFiniteMergeError,
     NotMergeableError,
@@ -34,6 +33,7 @@ from inlay.errors import (
     UnsupportedLayerError,
 )
 from inlay.inject import wrappers
+from inlay.storage.plain import Plain
 from inlay.tuner import Tuner
 
 Tiny = Callable[[str], nn.Module]
@@ -148,6 +148,100 @@ def test_merged_weights_are_saved_as_tensors_of_their_own(
     merged = {name: mlp.get_parameter(f"{name}.base_layer.weight") for name in ("lin0", "lin1")}
     save_file({name: W.detach() for name, W in merged.items()}, tmp_path / "merged.safetensors")
     same_state(load_file(tmp_path / "merged.safetensors"), {name: W.detach() for name, W in merged.items()})
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_a_merged_weight_is_whole_as_soon_as_it_is_there(
+    monkeypatch: pytest.MonkeyPatch, mlp: nn.Module, fields: dict[str, Any]
+) -> None:
+    handle(mlp, **fields)
+    exchange, seen = Plain.exchange, {}
+
+    def watched(self: Plain, layer: nn.Module, parameter: str, make: Callable[[Tensor], Tensor]) -> Tensor | None:
+        kept = exchange(self, layer, parameter, make)
+        seen[parameter] = layer.get_parameter(parameter).clone()
+        return kept
+
+    monkeypatch.setattr(Plain, "exchange", watched)
+    layer: Any = mlp.get_submodule("lin0")
+    layer.merge(room=lambda W: torch.full_like(W, torch.nan))
+    assert seen.keys() == {"weight", *(["bias"] if fields.get("lora_bias") else [])}
+    same_state(seen, {name: layer.base_layer.get_parameter(name) for name in seen})
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_convolutions_in_channels_last_merge(dtype: torch.dtype, keep_base: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3)).to(dtype, memory_format=torch.channels_last)
+    model = handle(net, target_modules=["0"])
+    images = torch.randn(2, 3, 5, 5, dtype=dtype)
+    weight = net.get_parameter("0.base_layer.weight")
+    before, strides, wanted = weight.clone(), weight.stride(), model(images)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    model.merge_adapter(keep_base=keep_base)
+    close(model(images), wanted, tolerance)
+    model.unmerge_adapter()
+    assert weight.stride() == strides
+    close(weight, before, 0 if keep_base else tolerance)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("unmerging", [False, True])
+def test_what_is_merged_in_inference_mode_is_used_with_gradients(
+    mlp: nn.Module, x: Tensor, fields: dict[str, Any], unmerging: bool
+) -> None:
+    model = handle(mlp, **fields)
+    before = bits(model)
+    with torch.inference_mode():
+        model.merge_adapter()
+        if unmerging:
+            model.unmerge_adapter()
+    with model.disable_adapter():
+        model(x.requires_grad_()).sum().backward()
+    mlp.get_parameter("lin0.base_layer.weight").requires_grad_(True)
+    model(x).sum().backward()
+    if not unmerging:
+        model.unmerge_adapter()
+    same_state(bits(model), before)
+
+
+def test_a_weight_that_was_made_in_inference_mode_is_merged_outside(mlp: nn.Module, x: Tensor) -> None:
+    with torch.inference_mode():
+        model = handle(copy.deepcopy(mlp))
+    before = bits(model)
+    with torch.no_grad():
+        wanted = model(x)
+        model.merge_adapter()
+        close(model(x), wanted)
+        model.unmerge_adapter()
+    same_state(bits(model), before)
+
+
+def test_a_weight_that_is_computed_by_now_does_not_merge(model: inlay.PeftModel, mlp: nn.Module) -> None:
+    layer = mlp.get_submodule("lin1.base_layer")
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    with raises_and_leaves(model, NotMergeableError, "lin1: its weight is computed"):
+        model.merge_adapter()
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    model.merge_adapter()
+
+
+def test_a_stack_of_one_expert_merges() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(1, 4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.up[0].T
+
+    model = handle(nn.Sequential(Experts()), target_modules=[], target_parameters=["0.up"])
+    x = torch.randn(2, 3)
+    before, wanted = bits(model), model(x)
+    model.merge_adapter()
+    close(model(x), wanted)
+    model.unmerge_adapter()
+    same_state(bits(model), before)
 
 
 def test_merging_twice_and_unmerging_twice(model: inlay.PeftModel, x: Tensor) -> None:
@@ -1054,8 +1148,21 @@ def test_a_tuner_puts_in_what_has_a_config(mlp: nn.Module, keys: list[str] | Non
     assert tuner.target_module_mapping["llama"] == ["q_proj", "v_proj"]
     with pytest.raises(AttributeError):
         tuner.rankallocator  # noqa: B018
-    with pytest.raises(DuplicateAdapterError):
-        tuner.inject_adapter(mlp, "b")
+
+
+@pytest.mark.parametrize("active", [["a"], ["b"], ["a", "b"]])
+def test_a_tuner_puts_an_adapter_in_the_place_of_its_name(mlp: nn.Module, active: list[str]) -> None:
+    tuner = inlay.PeftMixedModel(mlp, inlay.AdaLoraConfig(target_modules=["lin0"], total_step=9), "a").base_model
+    tuner.peft_config["b"] = inlay.LoraConfig(target_modules=["lin0"])
+    tuner.inject_adapter(mlp, "b")
+    tuner.set_adapter(active)
+    tuner.peft_config["a"] = inlay.LoraConfig(r=3, target_modules=["lin0", "lin1"])
+    tuner.inject_adapter(mlp, "a")
+    assert dict(mlp.get_submodule("lin0").r) == {"a": 3, "b": 8}
+    assert tuner.active_adapters == active
+    assert mlp.get_submodule("lin0").active_adapters == active
+    assert {n.split(".")[2] for n, p in mlp.named_parameters() if p.requires_grad} == set(active)
+    assert not list(tuner.trained())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from inlay.adapted import Adapted
 from inlay.leaves import Group
 from inlay.methods import METHODS
+from inlay.model import tell_adapted
 from inlay.tuner import Tuner
 
 
@@ -169,6 +170,7 @@ def model(package: str, name: str) -> type:
         config: Any = None,
         **how: Any,
     ) -> Tuner:
+        tell_adapted(model)
         tuner, given = Tuner(model), config if peft_config is None else peft_config
         tuner.peft_config = dict(given) if isinstance(given, dict) else {adapter_name: given}
         tuner.inject_adapter(model, adapter_name, **how)

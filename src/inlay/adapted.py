@@ -595,6 +595,12 @@ class Adapted(Light):
             self.methods[name].check_mergeable(self.kind, base)
         if why := self.kind.unmergeable(base):
             raise NotMergeableError(f"{self.path}: {why}")
+        owner, parameter = self.kind.keeper(self.get_base_layer())
+        if owner._parameters.get(parameter) is None:
+            raise NotMergeableError(
+                f"{self.path}: its weight is computed from others by now, so nothing can be written into it: remove "
+                "that parametrization first."
+            )
         W: Tensor = getattr(base, self.kind.weight_name)
         if W.is_meta and (self.tied or held(self.get_base_layer(), self.kind.weight_name) is None):
             what = "is offloaded, and another layer's too" if self.tied else "is on the meta device"
@@ -625,7 +631,8 @@ class Adapted(Light):
         if not new:
             return
         self.router.changing(self, self._run, new)
-        with torch.no_grad():
+        # What is written is used where gradients are, wherever it was written.
+        with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
             if not self._add_products(new, keep_base, room):
                 b0 = self.offset()
                 W, b = self._merged_with(new)
@@ -643,6 +650,8 @@ class Adapted(Light):
         """Adds products to the weight, one by one; False, and nothing done, where merging is more than that."""
         storage, base, name = self.storage, self.base_layer, self.kind.weight_name
         if self.tied or not storage.in_place or self.weight.is_meta or (self._merged and self._kept):
+            return False
+        if self.kind.by_weight and self.weight.dim() > 2:  # a stack, of one expert perhaps
             return False
         factors = []
         for n in new:
@@ -665,7 +674,14 @@ class Adapted(Light):
     def _replace(self, parameter: str, value: Tensor, keep_base: bool, room: Callable[[Tensor], Tensor]) -> None:
         base, storage = self.get_base_layer(), self._storage(parameter)
         if keep_base and parameter not in self._kept:
-            keep = storage.stored(base, parameter) if self.tied else storage.exchange(base, parameter, room)
+            keep = storage.stored(base, parameter) if self.tied else None
+            # Filled before it is the weight's: an interrupt finds the one or the other.
+            if (
+                keep is None
+                and (kept := storage.exchange(base, parameter, lambda W: room(W).copy_(value))) is not None
+            ):
+                self._kept[parameter] = kept
+                return
             self._kept[parameter] = storage.keep(base, parameter, room) if keep is None else keep
         if self.tied:
             self._put(parameter, storage.keep(base, parameter, torch.empty_like))
@@ -687,12 +703,12 @@ class Adapted(Light):
         kind, base = self.kind, self.base_layer
         W = getattr(base, kind.weight_name) if W is None else W
         out = W if out is None else out
-        W_OI, out_OI = kind.to_matrix(base, W), kind.to_matrix(base, out)
-        down, up = down.flatten(1), up.flatten(1)
-        if W_OI.dtype == down.dtype and isinstance(scale, int | float):
-            torch.addmm(W_OI, up, down, alpha=sign * scale, out=out_OI)
+        W_OI, down, up = kind.to_matrix(base, W), down.flatten(1), up.flatten(1)
+        whole = out.dim() == 2 or out.is_contiguous()  # else, as in channels_last, its matrix is a copy
+        if whole and W_OI.dtype == down.dtype and isinstance(scale, int | float):
+            torch.addmm(W_OI, up, down, alpha=sign * scale, out=kind.to_matrix(base, out))
         else:  # one rounding, at the end
-            out_OI.copy_(torch.addmm(W_OI.to(down.dtype), up * scale, down, alpha=sign))
+            out.copy_(kind.from_matrix(base, torch.addmm(W_OI.to(down.dtype), up * scale, down, alpha=sign)))
         return out
 
     def unmerge(self) -> None:
@@ -706,7 +722,7 @@ class Adapted(Light):
             return
         factors = self.check_unmerge()
         self.router.changing(self, self._run, self._merged)
-        with torch.no_grad():
+        with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
             for f in factors:
                 self._add_product(*f, sign=-1)
             for parameter, kept in self._kept.items():

@@ -149,10 +149,10 @@ class Tuner(nn.Module):
         if config.invocation is not None:
             self.invocations = self.invocations or Invocations(self.model, self.router)
             self.invocations.tokens[adapter_name] = config.invocation
-        hooks = method_of(config).hooks
-        if hooks is not None:
+        self.hooks.pop(adapter_name, None)
+        self._hooked.pop(adapter_name, None)
+        if (hooks := method_of(config).hooks) is not None:
             self.hooks[adapter_name] = hooks(config)
-            self._hooked.pop(adapter_name, None)
 
     def check_known(self, names: Sequence[str], missing: str = "does not exist") -> None:
         """Raises `UnknownAdapterError` for a name that is no adapter."""
@@ -246,7 +246,7 @@ class Tuner(nn.Module):
             self._hooked.pop(adapter_name, None)
             self._forget_invocation(adapter_name)
             if left != self._active:
-                for wrapper in found:
+                for wrapper in found if others else ():  # what is left may be another handle's, which has its choice
                     wrapper.set_adapter(list(left))
                 self._active = left
 
@@ -273,6 +273,8 @@ class Tuner(nn.Module):
     ) -> None:
         """Puts an adapter whose config is in `peft_config` already into the model; the first one is active then.
 
+        One of its name goes, and the new one is active if that was.
+
         Args:
             model (`nn.Module`): The user's model.
             adapter_name (`str`): The adapter.
@@ -288,15 +290,17 @@ class Tuner(nn.Module):
         self.check_known([adapter_name])
         config: Any = self.peft_config[adapter_name]
         only = None if state_dict is None else layers_in(state_dict, config)
-        prepared, first = prepare(model, config, only, adapter_name), not self._active
+        prepared, active = prepare(model, config, only, adapter_name, replacing=True), self._active
         trainable = not config.inference_mode
         for text in (*prepared.plan.warnings, *(told_by_config(prepared) if only is not None else ())):
             warnings.warn(text, PeftWarning, stacklevel=2)
         apply(
-            prepared, adapter_name, meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype, activate=first,
+            prepared, adapter_name, meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype, activate=not active,
             trainable=trainable, router=self.router,
         )  # fmt: skip
-        self.add(adapter_name, config, prepared, first)
+        self.add(adapter_name, config, prepared, not active)
+        if adapter_name in active:
+            self.set_adapter(active, inference_mode=not trainable)
 
     @property
     def target_module_mapping(self) -> Mapping[str, list[str] | str]:

@@ -245,6 +245,9 @@ def test_a_tuners_class_makes_one() -> None:
     assert isinstance(model, peft.LoraModel)
     assert model(torch.ones(2, 4)).shape == (2, 4)
     assert model.model[0].active_adapters == ["a"]
+    with pytest.warns(UserWarning, match="Already found a `peft_config`"):
+        peft.LoraModel(model.model, peft.LoraConfig(r=3, target_modules=["0"]), "a")
+    assert dict(model.model[0].r) == {"a": 3}
 
 
 @pytest.mark.parametrize(

@@ -503,6 +503,21 @@ def test_a_second_handle_on_one_model_warns(name: str) -> None:
         library.get_peft_model(net, config)  # says nothing: the model is bare
 
 
+def test_a_second_handle_that_deletes_its_last_adapter_leaves_the_first_ones() -> None:
+    x = torch.randn(2, 4)
+    for library in (peft, inlay):
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        config = library.LoraConfig(target_modules=["0"], init_lora_weights=False)
+        first = library.get_peft_model(net, config, "one")
+        wanted = first(x)
+        with peft_may_warn(), pytest.warns(UserWarning, match=SECOND):
+            second = library.get_peft_model(net, config, "two")
+        with peft_may_warn():
+            second.delete_adapter("two")
+        assert net[0].active_adapters == ["one"]
+        torch.testing.assert_close(first(x), wanted)
+
+
 def test_a_second_injection_warns_and_one_of_the_same_name_replaces() -> None:
     for library in (peft, inlay):
         net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
