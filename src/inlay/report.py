@@ -28,7 +28,7 @@ class LoadReport:
         >>> report.ok, report.missing_keys
         (False, ['q.lora_A.weight'])
         >>> print(report.summary().splitlines()[0])
-        1 tensor missing from the file: 'q.lora_A.weight'.
+        missing adapter keys: 1 tensor missing from the file: 'q.lora_A.weight'.
     """
 
     missing: list[str] = field(default_factory=list)  # keys that the adapter needs and the file has not
