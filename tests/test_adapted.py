@@ -1212,3 +1212,29 @@ def test_a_slots_module_tells_what_a_linear_layer_there_would(mlp: nn.Module) ->
         _ = down.nothing
     convolution = inlay.get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3)), inlay.LoraConfig(target_modules=["0"]))
     assert not hasattr(convolution.base_model.model[0].lora_A["default"], "in_features")
+
+
+@pytest.mark.parametrize("how", ["set_requires_grad", "injected", "loaded"])
+def test_setting_an_adapter_freezes_whatever_was_trained(mlp: nn.Module, tmp_path: Path, how: str) -> None:
+    config = inlay.LoraConfig(r=2, target_modules=["lin0"])
+    if how == "injected":
+        for name in ("a", "b"):
+            inlay.inject_adapter_in_model(config, mlp, name)
+        verbs: Any = functional
+        args: tuple[Any, ...] = (mlp,)
+    else:
+        verbs, args = inlay.get_peft_model(mlp, config, "a"), ()
+        verbs.save_pretrained(tmp_path)
+        if how == "loaded":
+            verbs.load_adapter(tmp_path / "a", "b", is_trainable=True)
+        else:
+            verbs.add_adapter("b", config)
+            verbs.set_requires_grad("b")
+
+    def trained() -> set[str]:
+        return {name.split(".")[-2] for name, p in mlp.named_parameters() if p.requires_grad}
+
+    assert trained() == {"a", "b"}
+    for name in ("a", "b", "a"):
+        verbs.set_adapter(*args, name)
+        assert trained() == {name}

@@ -69,6 +69,7 @@ class Adapted(Light):
     methods: dict[str, AbstractAdapter]
     _places: dict[str, tuple[tuple[str, str, str], ...]]
     _active: tuple[str, ...]
+    _trained: tuple[str, ...]  # adapters that were set to be trained: of hundreds, those that may have to be frozen
     _enabled: bool
     _run: tuple[str, ...]
     _merged: tuple[str, ...]
@@ -91,6 +92,7 @@ class Adapted(Light):
             methods={},
             _places={},
             _active=(),
+            _trained=(),
             _enabled=True,
             _run=(),
             _merged=(),
@@ -440,6 +442,7 @@ class Adapted(Light):
             owner._parameters[slot.leaf or name] = nn.Parameter(t, requires_grad=trained and slot.trainable)
         self._places[name] = tuple((key, s.name, s.leaf) for key, s in method.slots.items())
         self.methods[name] = method
+        self.__dict__["_trained"] += (name,) if trained else ()
         self._stacks.clear()
         if active:
             self.__dict__["_active"] = (name,)
@@ -474,11 +477,18 @@ class Adapted(Light):
             if name in self.methods and not self.methods[name].vacant:
                 for slot, owner, attribute in self.tensors(name):
                     owner.get_parameter(attribute).requires_grad_(requires_grad and slot.trainable)
+                others = tuple(n for n in self._trained if n != name)
+                self.__dict__["_trained"] = (*others, name) if requires_grad else others
+
+    def note_trained(self) -> None:
+        """Takes notice of adapters whose tensors somebody has set to be trained one by one."""
+        trained = [n for n in self.methods if any(o.get_parameter(a).requires_grad for _, o, a in self.tensors(n))]
+        self.__dict__["_trained"] = tuple(trained)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes adapters this layer's default for all threads; trains these and freezes the others."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.set_requires_grad([n for n in self.methods if n not in names], False)
+        self.set_requires_grad([n for n in {*self._active, *self._trained} if n not in names], False)
         self.set_requires_grad(names, not inference_mode)
         self._active = names
         self._refresh()

@@ -364,6 +364,8 @@ def _put_beside(prepared: Prepared, name: str, active: bool, trained: bool) -> l
     apply(prepared, name, activate=active, trainable=trained)
     for parameter in others:  # the first adapter freezes a model; whoever calls this has done so, or not
         parameter.requires_grad_(True)
+    for _, layer in adapted_layers(model):
+        layer.note_trained()
     return [model.get_submodule(path) for path in paths]
 
 

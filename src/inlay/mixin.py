@@ -208,6 +208,8 @@ class AdapterMixin(_Module):
                 Tuner.inside(self).set_adapter(active)
             for parameter, was in trained:
                 parameter.requires_grad_(was)
+            for _, layer in Tuner.inside(self).layers():
+                layer.note_trained()
             raise
 
     def _free(self, adapter_name: str | None) -> str:

@@ -41,6 +41,7 @@ from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir, check_adapter_name
 from inlay.inject import (
     FORBIDDEN_NAMES,
     Prepared,
+    adapted_layers,
     apply,
     check_at_hand,
     layers_in,
@@ -1080,6 +1081,8 @@ def put_into(
             wrapper.set_adapter(adapter_name, inference_mode=not trainable)
         for parameter in trained:  # what was trained before stays so: its owner decides
             parameter.requires_grad_(True)
+        for _, layer in adapted_layers(model):
+            layer.note_trained()
     with_targets(peft_config, prepared)
     configs[adapter_name] = peft_config
     model.peft_config = configs  # type: ignore[assignment]
