@@ -164,7 +164,7 @@ def test_a_merged_weight_is_whole_as_soon_as_it_is_there(
 
     monkeypatch.setattr(Plain, "exchange", watched)
     layer: Any = mlp.get_submodule("lin0")
-    layer.merge(room=lambda W: torch.full_like(W, torch.nan))
+    layer.write(layer.check_merge(None), room=lambda W: torch.full_like(W, torch.nan))
     assert seen.keys() == {"weight", *(["bias"] if fields.get("lora_bias") else [])}
     same_state(seen, {name: layer.base_layer.get_parameter(name) for name in seen})
 

@@ -565,7 +565,6 @@ class Adapted(Light):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         keep_base: bool = True,
-        room: Callable[[Tensor], Tensor] = torch.empty_like,
     ) -> None:
         """Writes adapters into the frozen weight.
 
@@ -573,7 +572,6 @@ class Adapted(Light):
             safe_merge (`bool`, *optional*, defaults to `False`): Check for NaN and infinity before writing.
             adapter_names (`list[str]`, *optional*): Which; the active ones if not given.
             keep_base (`bool`, *optional*, defaults to `True`): Keep the pristine weight, so that `unmerge` is exact.
-            room (`Callable`, *optional*): Memory for a tensor like the given one.
 
         Raises:
             TypeError: ``adapter_names`` is a `str`.
@@ -586,7 +584,7 @@ class Adapted(Light):
         if any(n in self._merged for n in wanted):
             # The path stays out of it: a thousand layers that are called in turn warn once.
             warnings.warn(merged_already(wanted, self._merged), PeftWarning, stacklevel=2)
-        self.write(self.check_merge(wanted, safe_merge), keep_base, room)
+        self.write(self.check_merge(wanted, safe_merge), keep_base)
 
     def check_merge(self, adapter_names: Iterable[str] | None, safe_merge: bool = False) -> tuple[str, ...]:
         """The adapters that merging would write, after checking that it can; nothing is written."""
