@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from laws import bits, close, differs, disturb, same_bits, same_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_full_backward_hook
 
 import inlay
 from inlay import functional
@@ -33,6 +35,8 @@ from inlay.errors import (
     UnsupportedLayerError,
 )
 from inlay.inject import wrappers
+from inlay.methods import _low_rank
+from inlay.ops import low_rank
 from inlay.storage.plain import Plain
 from inlay.tuner import Tuner
 
@@ -918,6 +922,55 @@ def test_a_layers_output_is_not_written_to_where_somebody_may_hold_it(
         hook = base.register_full_backward_hook(lambda *args: None)
         layer(x.detach().requires_grad_()).sum().backward()
         hook.remove()
+
+
+def _watch(kind: str, base: nn.Linear) -> Callable[[], None]:
+    """Has somebody look at a frozen layer's call or at its gradients; what is returned ends it."""
+    if kind == "forward":
+        base.forward = partial(nn.Linear.forward, base)
+        return lambda: base.__dict__.pop("forward")
+    if kind == "trained":
+        base.weight.requires_grad_()
+        return lambda: base.weight.requires_grad_(False)
+    hook = {
+        "pre-hook": lambda: base.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+        "hook": lambda: base.register_forward_hook(lambda module, args, out: out * 2),
+        "backward-hook": lambda: base.register_full_backward_hook(lambda module, given, got: (given[0] * 2,)),
+        "backward-pre-hook": lambda: base.register_full_backward_pre_hook(lambda module, got: (got[0] * 2,)),
+        "global-hook": lambda: register_module_full_backward_hook(lambda module, given, got: None),
+    }[kind]()
+    return hook.remove
+
+
+@pytest.mark.parametrize("fields", [{}, {"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "kind", ["", "pre-hook", "hook", "backward-hook", "backward-pre-hook", "global-hook", "forward", "trained"]
+)
+def test_the_backward_pass_of_an_unwatched_layer_is_taken_in(monkeypatch, kind, fields):
+    monkeypatch.setattr(low_rank, "_FEW", 0)
+    layer = Adapted.around(nn.Linear(6, 5).requires_grad_(False), "a", inlay.LoraConfig(**fields), 3, 4)
+    for p in layer.params("a").values():
+        nn.init.normal_(p)
+    x = torch.randn(4, 6, requires_grad=True)
+    end = _watch(kind, layer.base_layer) if kind else lambda: None
+
+    def run() -> tuple[set[str], list[Tensor]]:
+        torch.manual_seed(0)
+        out = layer(x)
+        found, names = [out.grad_fn], set()
+        for node in found:
+            names.add(type(node).__name__)
+            found += [n for n, _ in node.next_functions if n is not None]
+        return names, [out, *torch.autograd.grad(out.sum(), [x, *layer.params("a").values()])]
+
+    names, results = run()
+    assert ("AddmmBackward0" in names) == bool(kind)
+    monkeypatch.setattr(_low_rank, "takes_in", lambda *args: False)
+    names, expected = run()
+    end()
+    assert "AddmmBackward0" in names
+    for found, right in zip(results, expected, strict=True):
+        torch.testing.assert_close(found, right)
 
 
 def test_few_frames_per_layer(model: inlay.PeftModel, x: Tensor) -> None:

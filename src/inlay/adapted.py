@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.modules.module import _global_forward_hooks, _has_any_global_hook
 
 from inlay.activation import Tokens
 from inlay.config import AdapterConfig
@@ -164,6 +164,10 @@ class Adapted(Light):
             # Nobody else can hold what a plain linear layer returns, so it may be written to.
             own = type(base) is nn.Linear and "forward" not in base.__dict__
             fresh = own and not base._forward_hooks and not _global_forward_hooks
+            if fresh and torch.is_grad_enabled() and self._takes_in(method, p, x, base):
+                with torch.no_grad():
+                    h = base(z, *args[1:], **kwargs)
+                return method.taken_in(p, x, h, base.weight, self)
             return method.out(p, x, base(z, *args[1:], **kwargs), self, fresh)
         return self._forward_several(run, base, x, *args[1:], **kwargs)
 
@@ -190,6 +194,12 @@ class Adapted(Light):
             elif method.activated:
                 self._check_called(name)
         return h
+
+    def _takes_in(self, method: AbstractAdapter, p: Mapping[str, Tensor], x: Tensor, base: nn.Linear) -> bool:
+        """Whether the method does the backward pass of a plain linear layer too, which nobody else watches."""
+        if not method.takes_in(p, x, base.weight, base.bias, self) or _has_any_global_hook():  # type: ignore[no-untyped-call]
+            return False
+        return not (base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
 
     def _check_called(self, name: str) -> None:
         """Raises `RoutingError` where an adapter acts on all tokens because nobody has asked where it begins."""

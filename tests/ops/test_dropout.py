@@ -77,3 +77,18 @@ def test_the_seed_decides():
 def test_the_mean_is_unchanged():
     assert keep_scale(0.1) * keep_steps(0.1) / 65536 == pytest.approx(1.0)
     assert keep_scale(1.0) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (63, 7), (64, 3), (200, 5), (129, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_pieces_are_the_whole(monkeypatch, shape, dtype):
+    monkeypatch.setattr(dropout, "_PIECE", {dtype.itemsize: 1})  # the smallest pieces, of 64 rows
+    x, mask = torch.randn(shape).to(dtype), draw_mask(shape, 0.3)
+    kept, rows = torch.empty_like(x), 0
+    for at, piece in dropout.pieces(mask, x):
+        assert at.start == rows
+        assert at.stop - at.start <= 64
+        rows = at.stop
+        kept[at] = piece.taken_by(x[at])
+    assert rows == shape[0]
+    assert torch.equal(kept, dropout.Mask(mask, x).zero(x))

@@ -143,6 +143,14 @@ class AbstractAdapter(ABC):
         """What becomes of the frozen layer's output ``h`` at input ``x``; ``fresh`` allows writing to ``h``."""
         return h
 
+    def takes_in(self, p: Params, x: Tensor, W_OI: Tensor, b_O: Tensor | None, layer: Layer) -> bool:
+        """Whether `taken_in` can stand for ``out`` beside a frozen ``x @ W.T + b``, and gains by it."""
+        return False
+
+    def taken_in(self, p: Params, x: Tensor, h: Tensor, W_OI: Tensor, layer: Layer) -> Tensor:
+        """`out` where nothing has recorded how ``h`` came from ``x``: its backward pass is that of ``W`` too."""
+        raise NotImplementedError
+
     @abstractmethod
     def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of one layer that does the same: what merging writes. Differentiable in ``p``."""

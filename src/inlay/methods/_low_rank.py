@@ -26,7 +26,7 @@ from inlay.layers import LayerKind
 from inlay.methods._abstract import AbstractDelta, Layer, Params, Slot, as_dtype
 from inlay.ops.dora import dora, grouped_norm, weight_norm
 from inlay.ops.dropout import drop
-from inlay.ops.low_rank import low_rank
+from inlay.ops.low_rank import low_rank, takes_in
 from inlay.report import LoadReport
 
 _PACKED = "start by True, then call replace_lora_weights_loftq with the weights that it was packed from"
@@ -94,10 +94,12 @@ class AbstractLowRank(AbstractDelta):
         change = layer.kind.mix(layer.base_layer, z, up_OR)
         return change + layer.kind.channels(p["bias"]) if "bias" in p else change
 
-    def out(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False) -> Tensor:
+    def out(
+        self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False, W_OI: Tensor | None = None
+    ) -> Tensor:
         h = self.shifted(p, x, h, layer, fresh) if self.offset else h
         if self.use_dora:
-            return self._dora(p, x, h, layer, fresh)
+            return self._dora(p, x, h, layer, fresh, W_OI)
         if self.dense or not layer.kind.matrix:
             return super().out(p, x, h, layer, fresh)
         (down_RI, up_OR), dropout = self.pair(p), 0.0
@@ -105,7 +107,14 @@ class AbstractLowRank(AbstractDelta):
             dropout = self.dropout
             if (keep_O := self.mask(p, layer)) is not None:
                 up_OR = up_OR * keep_O[:, None]
-        return low_rank(x, h, down_RI, up_OR, self.scaling, dropout, p.get("bias"), h_is_fresh=fresh)
+        return low_rank(x, h, down_RI, up_OR, self.scaling, dropout, p.get("bias"), h_is_fresh=fresh, W_OI=W_OI)
+
+    def takes_in(self, p: Params, x: Tensor, W_OI: Tensor, b_O: Tensor | None, layer: Layer) -> bool:
+        twice = self.use_dora and self.dropout and layer.training  # the layer runs for the dropped input too
+        return bool(self.r) and not (self.dense or self.offset or twice) and takes_in(x, W_OI, b_O, *p.values())
+
+    def taken_in(self, p: Params, x: Tensor, h: Tensor, W_OI: Tensor, layer: Layer) -> Tensor:
+        return self.out(p, x, h, layer, True, W_OI)
 
     def weight(self, p: Params, W_OI: Tensor, b_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         W = self.base(p, W_OI) + self.scaling * self.delta(p)
@@ -273,7 +282,7 @@ class AbstractLowRank(AbstractDelta):
             return grouped_norm(W_OI, down, up, self.scaling, layer.kind.groups(layer.base_layer), squares)
         return weight_norm(W_OI, down, up, self.scaling, squares)
 
-    def _dora(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool) -> Tensor:
+    def _dora(self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool, W_OI: Tensor | None = None) -> Tensor:
         bias, kind, (down, up) = layer.offset(), layer.kind, self.pair(p)
         dropout = self.dropout if layer.training and not kind.indexed else 0.0
         if layer.training:
@@ -295,7 +304,7 @@ class AbstractLowRank(AbstractDelta):
             dropped = dropped if dropped is None or bias is None else dropped + bias
             return dora(
                 x, h, down, up, self.scaling, p["magnitude"], norm_O, bias, dropout,
-                mask=mask, h_dropped_BO=dropped, h_is_fresh=fresh,
+                mask=mask, h_dropped_BO=dropped, h_is_fresh=fresh, W_OI=W_OI,
             )  # fmt: skip
         gain = kind.channels(p["magnitude"].flatten() / norm_O)
         frozen = dropped if dropped is not None else h if bias is None else h - kind.channels(bias)

@@ -143,6 +143,7 @@ def dora(
     mask: Tensor | None = None,
     h_dropped_BO: Tensor | None = None,
     h_is_fresh: bool = False,
+    W_OI: Tensor | None = None,
 ) -> Tensor:
     """``h + (f - 1) (h' - b) + f scale (x' @ down.T) @ up.T`` with ``f = magnitude / norm``.
 
@@ -169,6 +170,7 @@ def dora(
         h_dropped_BO (`Tensor`, *optional*): The frozen layer's output for the dropped ``x``; needed with dropout. It
             may come without, where ``x`` is dropped already.
         h_is_fresh (`bool`, *optional*, defaults to False): ``h`` and ``h_dropped`` may be written to.
+        W_OI (`Tensor`, *optional*): As in `low_rank`; not with dropout.
 
     Returns:
         `Tensor`: Shape and dtype of ``h``.
@@ -195,7 +197,7 @@ def dora(
         undropped_BO, base_BO = h_BO - h_dropped_BO, h_dropped_BO
     if bias_O is not None:
         base_BO, h_is_fresh = (base_BO - bias_O).to(h_BO.dtype), True
-    sum_BO = low_rank(x_BI, base_BO, down_RI, up_OR, scale, dropout, mask=mask, h_is_fresh=h_is_fresh)
+    sum_BO = low_rank(x_BI, base_BO, down_RI, up_OR, scale, dropout, mask=mask, h_is_fresh=h_is_fresh, W_OI=W_OI)
     out_BO: Tensor = _Stretch.apply(sum_BO, magnitude_O / norm_O.detach())  # type: ignore[no-untyped-call]
     if bias_O is not None:
         out_BO = out_BO.add_(bias_O)

@@ -12,7 +12,7 @@ The packed mask is stored, not the generator's state: drawing again in backward 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ _FINE_BITS = 8
 _SHARE = 16  # elements that share one set of fine bits
 _SHARE_FROM = 1024  # words of 64 elements; below this nothing is shared
 _LOWEST = -(2**63)
+_PIECE = {2: 1 << 19, 4: 1 << 17, 8: 1 << 16}  # numbers by item size; products of few narrow ones cost as many do
 
 
 def keep_steps(p: float) -> int:
@@ -105,18 +106,23 @@ def _random_words(shape: tuple[int, ...], device: torch.device | str | None) -> 
     return torch.empty(shape, dtype=torch.int64, device=device).random_(_LOWEST, None)
 
 
-def unpack(packed: Tensor, itemsize: int) -> Tensor:
+def unpack(packed: Tensor, itemsize: int, room: Tensor | None = None) -> Tensor:
     """Zeros and ones as integers of ``itemsize`` bytes (2, 4 or 8), one per element, flat, padded to 64.
+
+    In the memory of ``room`` (int32, one per element or per two of 2 bytes) where that is given.
 
     Bits 0, 16, 1, 17, ... of each 32-bit word belong to consecutive elements: the two of a pair then sit where
     one 32-bit lane of two 16-bit numbers wants them (16-bit shifts are not vectorised on CPU, 32-bit ones are).
     """
     words = packed.view(torch.int32).unsqueeze(1)
+    shifts = torch.arange(32 if itemsize > 2 else 16, dtype=torch.int32, device=packed.device)
+    if itemsize > 2:
+        shifts = shifts.view(2, 16).t().reshape(32)
+    room = None if room is None else room[: len(words) * len(shifts)].view(-1, len(shifts))
+    lanes = torch.bitwise_right_shift(words, shifts, out=room)
     if itemsize == 2:
-        lanes = words >> torch.arange(16, dtype=torch.int32, device=packed.device)
         return lanes.bitwise_and_(0x00010001).view(torch.int16).view(-1)
-    shifts = torch.arange(32, dtype=torch.int32, device=packed.device).view(2, 16).t().reshape(32)
-    lanes = (words >> shifts).bitwise_and_(1).view(-1)
+    lanes = lanes.bitwise_and_(1).view(-1)
     return lanes if itemsize == 4 else lanes.to(torch.int64)
 
 
@@ -128,8 +134,8 @@ class Mask:
 
     __slots__ = ("bits",)
 
-    def __init__(self, packed: Tensor, like: Tensor) -> None:
-        self.bits = unpack(packed, like.element_size())[: like.numel()].view(like.shape)
+    def __init__(self, packed: Tensor, like: Tensor, room: Tensor | None = None) -> None:
+        self.bits = unpack(packed, like.element_size(), room)[: like.numel()].view(like.shape)
 
     def zero(self, x: Tensor) -> Tensor:
         """``x`` with the dropped elements zero, not rescaled; differentiable where gradients are recorded."""
@@ -147,6 +153,19 @@ class Mask:
             return self.zero(x)
         x.view(self.bits.dtype).mul_(self.bits)
         return x
+
+
+def pieces(packed: Tensor, x_TI: Tensor) -> Iterator[tuple[slice, Mask]]:
+    """Rows of ``x``, at least one piece of them, and their masks, each in the memory of the last: a core's cache.
+
+    Elsewhere than on a CPU all rows are one piece.
+    """
+    rows, inner = x_TI.shape
+    step = max(_PIECE[x_TI.element_size()] // max(inner, 1) // 64, 1) * 64 if x_TI.is_cpu else max(rows, 1)
+    room = packed.new_empty(-(-min(step, rows) * inner // 64) * 64, dtype=torch.int32) if step < rows else None
+    for start in range(0, max(rows, 1), step):
+        at = slice(start, min(start + step, rows))
+        yield at, Mask(packed[start * inner // 8 : -(-at.stop * inner // 64) * 8], x_TI[at], room)
 
 
 class _Apply(torch.autograd.Function):

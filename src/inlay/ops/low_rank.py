@@ -6,9 +6,9 @@ there it is computed again. A few tokens take plain torch instead, whose backwar
 
 Where the factors have a wider dtype than a bfloat16 ``x`` (fp32 adapters on a bf16 model), many tokens are multiplied
 in bfloat16 with fp32 accumulation, as autocast does, and added to ``h`` with a single rounding; few tokens are
-widened instead, which on a CPU is then cheaper than narrowing the factors. The factors' gradients are computed in
-their own dtype there, from copies of ``x`` and ``h``'s gradient that live as long as the call; elsewhere from ``x``
-and the gradient as they are, with sums and results in the factors' dtype: copies cost more there than products do.
+widened instead, which on a CPU is then cheaper than narrowing the factors. The factors' gradients come from the same
+narrow products, summed over the tokens in the factors' dtype: widened copies would cost more than all else here, and
+the rounding is that of ``x`` and of ``h``'s gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from inlay.ops import dropout as drop
 
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, type(None)})
 _FEW = 1 << 17  # numbers of h, up to which entering Python in backward costs more than copying them
-_SLICE = 128  # tokens widened at once: their copies stay in a core's cache
+_PIECE, _PIECES = 256, 16  # tokens whose products are summed in a narrow dtype; more, where those are more pieces
 
 
 def steps_aside(*tensors: Tensor | None) -> bool:
@@ -67,6 +67,7 @@ def low_rank(
     *,
     mask: Tensor | None = None,
     h_is_fresh: bool = False,
+    W_OI: Tensor | None = None,
 ) -> Tensor:
     """Adds a low-rank product to a layer's output.
 
@@ -80,6 +81,8 @@ def low_rank(
         bias_O (`Tensor`, *optional*): Bias of the second factor, scaled like the product.
         mask (`Tensor`, *optional*): ``draw_mask(x.shape, dropout)`` where the caller needs to know it.
         h_is_fresh (`bool`, *optional*, defaults to False): Nobody else holds ``h``: it may be written to.
+        W_OI (`Tensor`, *optional*): The frozen weight, where `takes_in` said yes and ``h = x @ W.T + constant`` was
+            not recorded: the gradient of ``x`` goes through ``h`` too then.
 
     Returns:
         `Tensor`: Shape and dtype of ``h``.
@@ -109,7 +112,7 @@ def low_rank(
     if x_BI.dtype is down_RI.dtype is h_BO.dtype and bias_O is None and not torch._C._is_any_autocast_enabled():
         if not recorded:
             return _add_product(x_BI, h_BO, down_RI, up_OR, scale, h_is_fresh)
-        if not dropout and h_BO.numel() <= _FEW:
+        if not dropout and h_BO.numel() <= _FEW and W_OI is None:
             return _add_product(x_BI, h_BO, down_RI, up_OR, scale, False)
     if not recorded:
         return _infer(x_BI, h_BO, down_RI, up_OR, scale, bias_O, h_is_fresh)
@@ -117,9 +120,27 @@ def low_rank(
     in_place = h_is_fresh and h_BO.dtype == dtype and h_BO.is_contiguous() and not h_BO._is_view()
     packed, keep = (mask, drop.keep_scale(dropout)) if dropout else (None, 1.0)
     out: Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
-        x_BI, h_BO, down_RI, up_OR, bias_O, packed, scale, keep, dtype, in_place
+        x_BI, h_BO, down_RI, up_OR, bias_O, packed, W_OI, scale, keep, dtype, in_place
     )
     return out
+
+
+def takes_in(x_BI: Tensor, W_OI: Tensor, b_O: Tensor | None, *factors: Tensor) -> bool:
+    """Whether `low_rank` can do the backward pass of a frozen ``x @ W.T + b`` too, and gains by it.
+
+    Two gradients of ``x`` are a pass over the largest tensors and the memory of one more of them; one sum of products
+    is neither.
+    """
+    return (
+        not steps_aside(x_BI, W_OI, *factors)
+        and x_BI.requires_grad
+        and torch.is_grad_enabled()
+        and not (W_OI.requires_grad or (b_O is not None and b_O.requires_grad))
+        and x_BI.dtype is W_OI.dtype
+        and x_BI.numel() // W_OI.shape[1] * W_OI.shape[0] > _FEW
+        and not torch._C._is_any_autocast_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def _on_cpu(t: Tensor) -> bool:
@@ -194,27 +215,24 @@ def _add_product(
 
 
 class _LowRank(torch.autograd.Function):
-    """Saves x, the factors, the packed mask and, where it is exact, the middle; T is the number of tokens.
+    """Saves x, the factors, narrow copies of them where those are used, the packed mask and the middle.
 
-    Where casting the factors again is dearer than their memory, narrow copies too, of ``up`` with the factor in it.
+    T is the number of tokens. A narrow ``up`` has the factor in it, a middle in the factors' own dtype has it too.
     """
 
     @staticmethod
-    def forward(ctx, x_BI, h_BO, down_RI, up_OR, bias_O, packed, scale, keep, dtype, in_place):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_BI, h_BO, down_RI, up_OR, bias_O, packed, W_OI, scale, keep, dtype, in_place):  # type: ignore[no-untyped-def]
         ctx.scale, ctx.factor, ctx.dtype = scale, scale if packed is None else scale * keep, dtype
-        ctx.autocast = autocasts(x_BI)
         ctx.set_materialize_grads(False)
         x_TI = x_BI.reshape(-1, x_BI.shape[-1])
-        if packed is not None:
-            x_TI = drop.Mask(packed, x_TI).taken_by(x_TI)
-        mid_TR = torch.mm(x_TI.to(dtype), (down := down_RI.to(dtype)).t())
-        exact = x_BI.dtype == dtype == down_RI.dtype
-        if exact:
-            mid_TR, up = mid_TR * ctx.factor, up_OR
-        else:  # cast and scaled in one pass
+        down, up = down_RI.to(dtype), up_OR
+        if dtype != up_OR.dtype:  # cast and scaled in one pass
             up = torch.mul(up_OR, ctx.factor, out=up_OR.new_empty(up_OR.shape, dtype=dtype))
-        narrow = (down, up) if not exact and dtype != down_RI.dtype and not _on_cpu(x_BI) else (None, None)
-        ctx.save_for_backward(x_BI, down_RI, up_OR, bias_O, packed, mid_TR if exact else None, *narrow)
+        mid_TR = _middle(x_TI, down, packed)
+        if dtype == up_OR.dtype:
+            mid_TR = mid_TR * ctx.factor  # not in place: selective checkpointing may hold the product
+        narrow = (None, None) if dtype == up_OR.dtype else (down, up)
+        ctx.save_for_backward(x_BI, down_RI, up_OR, bias_O, packed, W_OI, mid_TR, *narrow)
         h_TO, up_RO = h_BO.reshape(-1, h_BO.shape[-1]), up.t()
         if in_place:
             ctx.mark_dirty(h_BO)
@@ -232,80 +250,99 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_BO):  # type: ignore[no-untyped-def]
         if g_BO is None:
-            return (None,) * 10
+            return (None,) * 11
         with no_autocast(g_BO):
-            return (*_gradients(ctx, g_BO), None, None, None, None, None)
+            again = torch.is_grad_enabled() or steps_aside(g_BO) or torch._C._functorch.is_legacy_batchedtensor(g_BO)
+            return (*(_readable_gradients if again else _gradients)(ctx, g_BO), None, None, None, None, None, None)
+
+
+def _middle(x_TI: Tensor, down_RI: Tensor, packed: Tensor | None) -> Tensor:
+    """``drop(x) @ down.T``, not rescaled, in the dtype of ``down``."""
+    if packed is None:
+        return torch.mm(x_TI.to(down_RI.dtype), down_RI.t())
+    mid_TR, down_IR = down_RI.new_empty(len(x_TI), len(down_RI)), down_RI.t()
+    for at, mask in drop.pieces(packed, x_TI):
+        torch.mm(mask.taken_by(x_TI[at]).to(down_RI.dtype), down_IR, out=mid_TR[at])
+    return mid_TR
+
+
+def _readable_gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    """Gradients of x, h, down, up, bias as functions of saved inputs, in the factors' dtype: to be derived again."""
+    x_BI, down_RI, up_OR, bias_O, packed, W_OI, *_ = ctx.saved_tensors
+    x_TI, g_TO = x_BI.reshape(-1, x_BI.shape[-1]), g_BO.reshape(-1, g_BO.shape[-1])
+    mask = None if packed is None else drop.Mask(packed, x_TI)
+    kept_TI = (x_TI if mask is None else mask.zero(x_TI)).to(down_RI.dtype)
+    wide_TO = g_TO.to(up_OR.dtype)
+    mid_TR, dmid_TR = torch.mm(kept_TI, down_RI.t()) * ctx.factor, torch.mm(wide_TO, up_OR) * ctx.factor
+    dx_TI = torch.mm(dmid_TR, down_RI).to(x_BI.dtype)
+    dx_TI = dx_TI if mask is None else mask.zero(dx_TI)
+    if W_OI is not None:
+        dx_TI = dx_TI + torch.mm(g_TO, W_OI)
+    dbias_O = None if bias_O is None else (wide_TO.sum(0) * ctx.scale).to(bias_O.dtype)
+    return dx_TI.view(x_BI.shape), g_BO, torch.mm(dmid_TR.t(), kept_TI), torch.mm(mid_TR.t(), wide_TO).t(), dbias_O
 
 
 def _gradients(ctx, g_BO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    """Gradients of x, h, down, up, bias; differentiable operations on saved inputs only, where that is asked for."""
-    x_BI, down_RI, up_OR, bias_O, packed, mid_TR, down, up = ctx.saved_tensors
+    """The same from the products' own dtype and the middle, of those that are needed."""
+    x_BI, down_RI, up_OR, bias_O, packed, W_OI, mid_TR, down, up = ctx.saved_tensors
     need_x, need_h, need_down, need_up, need_bias = ctx.needs_input_grad[:5]
-    x_TI, g_TO = x_BI.reshape(-1, x_BI.shape[-1]), g_BO.reshape(-1, g_BO.shape[-1])
-    mask = None if packed is None else drop.Mask(packed, x_TI)
-    if torch.is_grad_enabled():
-        mid_TR = down = None
-    trains = need_down or need_up
-    # In the factors' dtype, although the products were narrow: they are what is trained.
-    wide = down_RI.dtype if trains and not ctx.autocast else ctx.dtype
+    dtype, given_TO = ctx.dtype, g_BO.reshape(-1, g_BO.shape[-1])
+    g_TO, narrow = given_TO.to(dtype), down is not None
+    if not narrow:
+        down, up = down_RI.to(dtype), up_OR
+    dmid_TR = torch.mm(g_TO, up)
+    dmid_TR = dmid_TR if narrow else dmid_TR.mul_(ctx.factor)
     dx = ddown = dup = None
-    if trains and mid_TR is None:
-        kept_TI = x_TI if mask is None else mask.zero(x_TI)
-        if down is not None:
-            x, g = kept_TI.to(ctx.dtype), g_TO.to(ctx.dtype)
-            ddown, dup, dmid_TR = _narrow_gradients(x, g, down, up, ctx.factor, down_RI.dtype)
-        else:
-            ddown, dup, dmid_TR = _factor_gradients(kept_TI, g_TO, down_RI.to(wide), up_OR.to(wide), ctx.factor)
-    else:
-        g_TO = g_TO.to(wide)
-        dmid_TR = torch.mm(g_TO, up_OR.to(wide)) * ctx.factor
-    if need_x:
-        dx = torch.mm(dmid_TR.to(ctx.dtype), down_RI.to(ctx.dtype) if down is None else down).to(x_BI.dtype)
-        dx = (dx if mask is None else mask.zero_(dx)).view(x_BI.shape)
-    if ddown is None and trains:
-        kept_TI = x_TI if mask is None else mask.taken_by(x_TI)
-        ddown, dup = torch.mm(dmid_TR.t(), kept_TI), torch.mm(mid_TR.t(), g_TO).t()
-    return (
-        dx,
-        g_BO if need_h else None,
-        ddown.to(down_RI.dtype) if ddown is not None and need_down else None,
-        dup.to(up_OR.dtype) if dup is not None and need_up else None,
-        (g_TO.sum(0) * ctx.scale).to(bias_O.dtype) if need_bias else None,
-    )
+    if need_up:  # while the gradient is in the cache
+        dup = _over_tokens(mid_TR, g_TO, up_OR.dtype).t()
+        dup = dup.mul_(ctx.factor) if narrow else dup
+    if need_x or need_down:
+        # New memory that no view shares: autograd adds what other layers give for the same x in place.
+        dx = torch.empty_like(x_BI, memory_format=torch.contiguous_format) if need_x else None
+        ddown = _input_gradients(x_BI, dmid_TR, down, packed, dx, down_RI.dtype if need_down else None)
+        if dx is not None and W_OI is not None:
+            dx.view(-1, x_BI.shape[-1]).addmm_(given_TO, W_OI)
+    dbias_O = (g_TO.sum(0, dtype=bias_O.dtype) * ctx.scale).to(bias_O.dtype) if need_bias else None
+    return dx, g_BO if need_h else None, ddown, dup, dbias_O
 
 
-def _factor_gradients(
-    x_TI: Tensor, g_TO: Tensor, down_RI: Tensor, up_OR: Tensor, factor: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of down, up and the middle in the factors' dtype, to which x and g are widened a slice at a time."""
-    dtype, tokens = down_RI.dtype, x_TI.shape[0]
-    down_IR, up_OR = (down_RI.t() * factor).contiguous(), up_OR * factor
-    if torch.is_grad_enabled() or tokens <= _SLICE or x_TI.dtype == g_TO.dtype == dtype or not _on_cpu(x_TI):
-        x_TI, g_TO = x_TI.to(dtype), g_TO.to(dtype)
-        mid_TR, dmid_TR = torch.mm(x_TI, down_IR), torch.mm(g_TO, up_OR)
-        return torch.mm(dmid_TR.t(), x_TI), torch.mm(mid_TR.t(), g_TO).t(), dmid_TR
-    ddown_RI, dup_RO = torch.zeros_like(down_RI), g_TO.new_zeros(len(down_RI), g_TO.shape[1], dtype=dtype)
-    dmid_TR = g_TO.new_empty(tokens, len(down_RI), dtype=dtype)
-    x_room, g_room = (t.new_empty(_SLICE, t.shape[1], dtype=dtype) for t in (x_TI, g_TO))
-    for x, g, dmid in zip(*(torch.split(t, _SLICE) for t in (x_TI, g_TO, dmid_TR)), strict=True):
-        x, g = x_room[: len(x)].copy_(x), g_room[: len(g)].copy_(g)
-        torch.mm(g, up_OR, out=dmid)
-        ddown_RI.addmm_(dmid.t(), x)
-        dup_RO.addmm_(torch.mm(x, down_IR).t(), g)
-    return ddown_RI, dup_RO.t(), dmid_TR
+def _input_gradients(
+    x_BI: Tensor, dmid_TR: Tensor, down_RI: Tensor, packed: Tensor | None, dx: Tensor | None, wide: torch.dtype | None
+) -> Tensor | None:
+    """Fills ``dx``, where there is one, and returns the gradient of ``down`` in the dtype ``wide``, where that is one.
+
+    With dropout in pieces: each part of the mask is unpacked once, for both.
+    """
+    x_TI, ddown = x_BI.reshape(-1, x_BI.shape[-1]), None
+    for at, mask in ((slice(None), None),) if packed is None else drop.pieces(packed, x_TI):
+        dmid, x = dmid_TR[at], x_TI[at]
+        if dx is not None:
+            out = dx.view(x_TI.shape)[at]
+            if out.dtype == dmid.dtype:
+                torch.mm(dmid, down_RI, out=out)
+            else:
+                out.copy_(torch.mm(dmid, down_RI))
+            if mask is not None:
+                mask.zero_(out)
+        if wide is not None:
+            part = _over_tokens(dmid, (x if mask is None else mask.taken_by(x)).to(dmid.dtype), wide)
+            ddown = part if ddown is None else ddown.add_(part)
+    return ddown
 
 
-def _narrow_gradients(
-    x_TI: Tensor, g_TO: Tensor, down_RI: Tensor, up_OR: Tensor, factor: float | Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from narrow products, ``up`` with the factor in it; sums over the tokens come in ``dtype``."""
-    mid_TR, dmid_TR = torch.mm(x_TI, down_RI.t()), torch.mm(g_TO, up_OR)
-    return _widely(dmid_TR.t(), x_TI, dtype), _widely(g_TO.t(), mid_TR, dtype).mul_(factor), dmid_TR
+def _over_tokens(a_TR: Tensor, b_TO: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a.T @ b`` in a dtype that may be wider than theirs.
 
-
-def _widely(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product of narrow matrices in a wider dtype: that of its sums, where the device gives them as they are."""
-    if a.is_cuda and dtype == torch.float32:
-        wide: Tensor = torch.mm(a, b, out_dtype=dtype)
+    Devices give the sums of a narrow product as they are. A CPU rounds what it gives: there the products of some
+    tokens each are summed in the wide dtype.
+    """
+    if dtype == a_TR.dtype:
+        return torch.mm(a_TR.t(), b_TO)
+    if a_TR.is_cuda and dtype == torch.float32:
+        wide: Tensor = torch.mm(a_TR.t(), b_TO, out_dtype=dtype)
         return wide
-    return torch.mm(a.to(dtype), b.to(dtype))
+    pieces = min(max(1, len(a_TR) // _PIECE), _PIECES)
+    body = len(a_TR) - len(a_TR) % pieces
+    a_PTR, b_PTO = (t[:body].view(pieces, -1, t.shape[1]) for t in (a_TR, b_TO))
+    total_RO = torch.bmm(a_PTR.mT.contiguous(), b_PTO).sum(0, dtype=dtype)
+    return total_RO if body == len(a_TR) else total_RO.add_(torch.mm(a_TR[body:].t(), b_TO[body:]))
