@@ -6,7 +6,7 @@ What `inject_adapter_in_model` has put into a model is listed in no handle: thes
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,11 @@ from inlay.inject import (
     wrappers,
 )
 from inlay.match import SHORTHAND, names_module, shortest
-from inlay.model import inject_adapter_in_model
+from inlay.model import inject_adapter_in_model as inject_adapter_in_model
 from inlay.patterns import KeyTable
-from inlay.state import get_peft_model_state_dict, root_of, set_peft_model_state_dict
+from inlay.state import get_peft_model_state_dict as get_peft_model_state_dict
+from inlay.state import root_of
+from inlay.state import set_peft_model_state_dict as set_peft_model_state_dict
 from inlay.storage.placement import held, replace
 from inlay.trained import (
     AuxiliaryTrainingWrapper,
@@ -113,15 +115,11 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
         autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): Do it; else nothing.
     """
     if autocast_adapter_dtype:
-        for tensor in _tensors(model, adapter_name):
-            if tensor.dtype in NARROW:
-                tensor.data = tensor.data.to(torch.float32)
-
-
-def _tensors(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
-    for _, layer in adapted_layers(model, adapter_name):
-        for _, owner, attribute in layer.tensors(adapter_name):
-            yield owner.get_parameter(attribute)
+        for _, layer in adapted_layers(model, adapter_name):
+            for _, owner, attribute in layer.tensors(adapter_name):
+                tensor = owner.get_parameter(attribute)
+                if tensor.dtype in NARROW:
+                    tensor.data = tensor.data.to(torch.float32)
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -399,28 +397,3 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
     above, _, name = key.rpartition(".")
     parent = model.get_submodule(above)
     return parent, parent.get_submodule(name), name
-
-
-__all__ = [
-    "cast_adapter_dtype",
-    "check_adapters_to_merge",
-    "check_target_module_exists",
-    "delete_adapter",
-    "find_minimal_target_modules",
-    "freeze_adapter",
-    "get_base_model_state_dict",
-    "get_pattern_key",
-    "get_peft_model_state_dict",
-    "get_submodules",
-    "inject_adapter_in_model",
-    "inspect_matched_modules",
-    "is_valid_match",
-    "set_adapter",
-    "set_additional_trainable_modules",
-    "set_base_model_state_dict",
-    "set_beside",
-    "set_peft_model_state_dict",
-    "set_requires_grad",
-    "set_trainable",
-    "spell_out_all_linear",
-]
