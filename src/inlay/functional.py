@@ -28,6 +28,7 @@ from inlay.inject import (
 )
 from inlay.match import SHORTHAND, names_module, shortest
 from inlay.model import inject_adapter_in_model as inject_adapter_in_model
+from inlay.model import train_again
 from inlay.patterns import KeyTable
 from inlay.state import get_peft_model_state_dict as get_peft_model_state_dict
 from inlay.state import root_of
@@ -358,12 +359,9 @@ def set_additional_trainable_modules(
 def _put_beside(prepared: Prepared, name: str, active: bool, trained: bool) -> list[nn.Module]:
     model, paths = prepared.survey.model, [*prepared.saved, *(work.path for work in prepared.tokens)]
     own = {p for path in paths for p in model.get_submodule(path).parameters()}
-    others = [p for p in model.parameters() if p.requires_grad and p not in own]
+    others = [(p, True) for p in model.parameters() if p.requires_grad and p not in own]
     apply(prepared, name, activate=active, trainable=trained)
-    for parameter in others:  # the first adapter freezes a model; whoever calls this has done so, or not
-        parameter.requires_grad_(True)
-    for _, layer in adapted_layers(model):
-        layer.note_trained()
+    train_again(model, others)  # the first adapter freezes a model; whoever calls this has done so, or not
     return [model.get_submodule(path) for path in paths]
 
 

@@ -28,6 +28,7 @@ from inlay.model import (
     folder_to_write,
     put_into,
     ranges_left,
+    train_again,
     write_adapter,
 )
 from inlay.replicate import replicated
@@ -153,36 +154,25 @@ class AdapterMixin(_Module):
         layout = (device_map, max_memory, offload_folder, offload_index)
         laid_out = self._laid_out(name, *layout) if any(part is not None for part in layout) else nullcontext()
         with _source(peft_model_id, peft_config, adapter_state_dict, given) as source, _changing(self), laid_out:
-            report = self._load(source, name, is_trainable, strict, key_mapping)
+            config = self._checked(source.config).as_loaded()
+            with replicated(self, ranges_left(self._configs, config)):
+                report, prepared = state.load_into(
+                    self,
+                    source,
+                    name,
+                    config=config,
+                    strict=strict,
+                    trainable=is_trainable,
+                    autocast=False,
+                    activate=True,
+                    key_mapping=key_mapping,
+                    base_name=self.__dict__.get("name_or_path"),
+                )
+            with_targets(config, prepared)
+            config.inference_mode = not is_trainable
+            self._take_up(name, config, is_trainable)
         if not is_trainable:
             self.eval()
-        return report
-
-    def _load(
-        self,
-        source: state.Source,
-        name: str,
-        trainable: bool,
-        strict: bool | None,
-        key_mapping: Mapping[str, str] | None,
-    ) -> LoadReport:
-        config = self._checked(source.config).as_loaded()
-        with replicated(self, ranges_left(self._configs, config)):
-            report, prepared = state.load_into(
-                self,
-                source,
-                name,
-                config=config,
-                strict=strict,
-                trainable=trainable,
-                autocast=False,
-                activate=True,
-                key_mapping=key_mapping,
-                base_name=self.__dict__.get("name_or_path"),
-            )
-        with_targets(config, prepared)
-        config.inference_mode = not trainable
-        self._take_up(name, config, trainable)
         return report
 
     @contextmanager
@@ -206,10 +196,7 @@ class AdapterMixin(_Module):
                 self.delete_adapter(name)
             if active:
                 Tuner.inside(self).set_adapter(active)
-            for parameter, was in trained:
-                parameter.requires_grad_(was)
-            for _, layer in Tuner.inside(self).layers():
-                layer.note_trained()
+            train_again(self, trained)
             raise
 
     def _free(self, adapter_name: str | None) -> str:

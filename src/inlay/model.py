@@ -1019,39 +1019,40 @@ def inject_adapter_in_model(
 
 
 def put_into(
-    model: nn.Module,
-    peft_config: AdapterConfig,
-    adapter_name: str,
-    low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
+    model: nn.Module, config: AdapterConfig, name: str, meta: bool = False, state_dict: Iterable[str] | None = None
 ) -> nn.Module:
     """`inject_adapter_in_model` for who knows that the model has others."""
-    check_adapter_name(adapter_name, FORBIDDEN_NAMES)
-    check_injectable(peft_config)
-    to_be_read, peft_config.read_by_transformers = peft_config.read_by_transformers, False
-    only = None if state_dict is None else layers_in(state_dict, peft_config)
+    check_adapter_name(name, FORBIDDEN_NAMES)
+    check_injectable(config)
+    to_be_read, config.read_by_transformers = config.read_by_transformers, False
+    only = None if state_dict is None else layers_in(state_dict, config)
     configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or _Configs()
-    with replicated(model, ranges_left(configs, peft_config)):
-        prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name, replacing=True)
+    with replicated(model, ranges_left(configs, config)):
+        prepared = prepare(model, config, only=only, adapter_name=name, replacing=True)
         if to_be_read:
             check_at_hand(prepared)
-        disagreement = () if state_dict is None else told_by_config(prepared)
+        disagreement = () if only is None else told_by_config(prepared)
         for text in (*prepared.plan.warnings, *disagreement):
             warnings.warn(text, PeftWarning, stacklevel=3)
-        trainable = not peft_config.inference_mode
-        trained = [p for _, w in wrappers(model) for p in w.parameters() if p.requires_grad]
-        apply(prepared, adapter_name, meta=low_cpu_mem_usage, autocast=False, trainable=trainable)
+        trainable = not config.inference_mode
+        trained = [(p, True) for _, w in wrappers(model) for p in w.parameters() if p.requires_grad]
+        apply(prepared, name, meta=meta, autocast=False, trainable=trainable)
         unmerge_first(model, stacklevel=3)
         for _, wrapper in wrappers(model):
-            wrapper.set_adapter(adapter_name, inference_mode=not trainable)
-        for parameter in trained:  # what was trained before stays so: its owner decides
-            parameter.requires_grad_(True)
-        for _, layer in adapted_layers(model):
-            layer.note_trained()
-    with_targets(peft_config, prepared)
-    configs[adapter_name] = peft_config
+            wrapper.set_adapter(name, inference_mode=not trainable)
+        train_again(model, trained)
+    with_targets(config, prepared)
+    configs[name] = config
     model.peft_config = configs  # type: ignore[assignment]
     return model
+
+
+def train_again(model: nn.Module, trained: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    """Has parameters be trained or frozen as they were before an adapter came: their owner decides."""
+    for parameter, was in trained:
+        parameter.requires_grad_(was)
+    for _, layer in adapted_layers(model):
+        layer.note_trained()
 
 
 def tell_adapted(model: nn.Module, stacklevel: int = 3) -> None:
