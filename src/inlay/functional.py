@@ -139,7 +139,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ['0.weight', '0.bias']
     """
     out = {}
-    for name, (tensor, owner, attribute) in _base_places(model).items():
+    for name, (tensor, owner, attribute) in _base_places(root_of(model)[0]).items():
         kept = held(owner, attribute) if tensor.is_meta else None
         out[name] = (tensor if kept is None else kept).detach()
     return out
@@ -159,7 +159,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     Raises:
         LoadError: A name is missing or unknown and ``strict`` is set, or a shape is another one. Nothing is changed.
     """
-    live = _base_places(model)
+    live = _base_places(root_of(model)[0])
     missing, unexpected = [n for n in live if n not in state_dict], [k for k in state_dict if k not in live]
     wrong = [n for n, (t, _, _) in live.items() if n in state_dict and t.shape != state_dict[n].shape]
     if wrong or (strict and (missing or unexpected)):
@@ -176,22 +176,16 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 
-def _base_places(model: nn.Module) -> dict[str, tuple[Tensor, nn.Module, str]]:
+def _base_places(module: nn.Module, prefix: str = "") -> dict[str, tuple[Tensor, nn.Module, str]]:
     """Name without adapters -> the tensor, the module that has it, and its name there."""
-    places: dict[str, tuple[Tensor, nn.Module, str]] = {}
-    stack: list[tuple[str, nn.Module]] = [("", root_of(model)[0])]
-    while stack:
-        name, module = stack.pop()
-        if isinstance(module, Adapted):
-            stack.append((name, module.base_layer))
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            stack.append((name, module.original_module))
-        else:
-            prefix = f"{name}." if name else ""
-            tensors: dict[str, Any] = {}
-            module._save_to_state_dict(tensors, "", True)
-            places.update((prefix + key, (t, module, key)) for key, t in tensors.items())
-            stack.extend((prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None)
+    while isinstance(module, Adapted | AuxiliaryTrainingWrapper):
+        module = module.base_layer if isinstance(module, Adapted) else module.original_module
+    tensors: dict[str, Any] = {}
+    module._save_to_state_dict(tensors, prefix, True)
+    places = {name: (t, module, name.removeprefix(prefix)) for name, t in tensors.items()}
+    for name, child in module._modules.items():
+        if child is not None:
+            places |= _base_places(child, f"{prefix}{name}.")
     return places
 
 

@@ -298,17 +298,14 @@ class PeftModel(nn.Module):
     @contextmanager
     def _call(
         self,
-        adapter_names: Sequence[str] | None,
+        names: Sequence[str] | None,
         args: Any,
         kwargs: Mapping[str, Any],
         repeats: Sequence[int],
-        offsets: Sequence[int | None] | None = None,
+        offsets: Sequence[int | None] | None,
     ) -> Iterator[None]:
         tuner, router = self.base_model, self.base_model.router
-        route = None
-        if adapter_names is not None:
-            route = Route(rows=self._rows(adapter_names, args, kwargs, repeats))
-        with router.call(route):
+        with router.call(None if names is None else Route(rows=self._rows(names, args, kwargs, repeats))):
             chosen = router.route()
             if chosen is not None:
                 tuner.check_known(chosen.names)
@@ -452,9 +449,7 @@ class PeftModel(nn.Module):
             raise DuplicateAdapterError(
                 f"Adapter with name {adapter_name!r} already exists: choose another name, or delete it."
             )
-        self._inject(
-            adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, activate=not self.peft_config
-        )
+        self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, not self.peft_config)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes an adapter the default for all threads; see `Tuner.set_adapter`."""
@@ -1106,22 +1101,14 @@ def folder_to_write(directory: str | Path) -> Path:
 
 
 def write_adapter(
-    directory: Path,
-    model: nn.Module,
-    name: str,
-    config: AnyConfig,
-    tensors: Mapping[str, Tensor],
-    safe_serialization: bool = True,
+    directory: Path, model: nn.Module, name: str, config: AnyConfig, tensors: Mapping[str, Tensor], safe: bool = True
 ) -> None:
     """Writes the two files of an adapter that stands in ``model``."""
     values = {**config.to_dict(), "inference_mode": True}
     if values["task_type"] is None:
-        values["auto_mapping"] = {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
-        }
+        values["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     metadata = {BASE_KEY: state.live_fingerprint(model, name)}
-    files.write_pair(directory, values, tensors, metadata, safe_serialization=safe_serialization)
+    files.write_pair(directory, values, tensors, metadata, safe_serialization=safe)
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
