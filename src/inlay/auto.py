@@ -81,10 +81,8 @@ class AutoPeftModel:
             ConfigError: The adapter names no base, is of another task, or names a library that is not allowed.
         """
         hub = {k: v for k, v in kwargs.items() if k in sources.HUB_ARGUMENTS}
-        subfolder = kwargs.pop("subfolder", None)
-        own = config or PeftConfig.from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, revision=revision, **hub
-        )
+        hub |= {"revision": revision, "subfolder": kwargs.pop("subfolder", None)}
+        own = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         base_cls = cls._base_class(own, tuple(import_allowlist or DEFAULT_ALLOWLIST))
         if not own.base_model_name_or_path:
             raise ConfigError(
@@ -92,15 +90,7 @@ class AutoPeftModel:
             )
         base = base_cls.from_pretrained(own.base_model_name_or_path, revision=own.revision, **kwargs)
         _fit_embeddings(base, pretrained_model_name_or_path)
-        return PeftModel.from_pretrained(
-            base,
-            pretrained_model_name_or_path,
-            adapter_name=adapter_name,
-            is_trainable=is_trainable,
-            subfolder=subfolder,
-            revision=revision,
-            **hub,
-        )
+        return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, **hub)
 
     @classmethod
     def _base_class(cls, config: PeftConfig, allowed: tuple[str, ...]) -> Any:

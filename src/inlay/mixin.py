@@ -153,7 +153,8 @@ class AdapterMixin(_Module):
         sources.check_arguments(self.load_adapter, given, sources.LOADING)
         layout = (device_map, max_memory, offload_folder, offload_index)
         laid_out = self._laid_out(name, *layout) if any(part is not None for part in layout) else nullcontext()
-        with _source(peft_model_id, peft_config, adapter_state_dict, given) as source, _changing(self), laid_out:
+        source = _source(peft_model_id, peft_config, adapter_state_dict, given)
+        with source.weights, _changing(self), laid_out:
             config = self._checked(source.config).as_loaded()
             with replicated(self, ranges_left(self._configs, config)):
                 report, prepared = state.load_into(
@@ -332,13 +333,12 @@ class AdapterMixin(_Module):
                 self.__dict__.pop("_hf_peft_config_loaded", None)
 
 
-@contextmanager
 def _source(
     model_id: str | Path | None,
     config: PeftConfig | dict[str, Any] | None,
     tensors: Mapping[str, Tensor] | None,
     given: dict[str, Any],
-) -> Iterator[state.Source]:
+) -> state.Source:
     """The adapter that these arguments of `load_adapter` name, opened."""
     if model_id is None and (tensors is None or config is None):
         raise ConfigError("Nothing to load: give peft_model_id, or both peft_config and adapter_state_dict.")
@@ -351,9 +351,6 @@ def _source(
     if model_id is not None:
         directory = sources.locate(model_id, subfolder=given.get("subfolder"), weights=tensors is None, **hub)
     if tensors is None:
-        source = state.open_source(directory, config)
-    else:
-        config = config or PeftConfig.from_dict(files.read_config(directory), str(directory / files.CONFIG_NAME))
-        source = state.Source(directory, config, state.Given(tensors))
-    with source.weights:
-        yield source
+        return state.open_source(directory, config)
+    config = config or PeftConfig.from_dict(files.read_config(directory), str(directory / files.CONFIG_NAME))
+    return state.Source(directory, config, state.Given(tensors))
