@@ -17,25 +17,31 @@ from inlay.tuner import Tuner
 
 
 class Family(NamedTuple):
-    """One method's classes: the method, and the slots that its layers may have."""
+    """One method's classes: the method, what holds its layers, what they all are, and the slots they may have."""
 
     method: str
-    slots: tuple[str, ...]
+    model: str
+    layer: str
+    slots: str
 
-
-LORA_SLOTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-HADA_SLOTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
-LOKR_SLOTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
 #: package under ``peft.tuners`` -> its family
 FAMILIES = {
-    "lora": Family("LORA", LORA_SLOTS),
-    "adalora": Family("ADALORA", ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")),
-    "ia3": Family("IA3", ("ia3_l",)),
-    "loha": Family("LOHA", HADA_SLOTS),
-    "lokr": Family("LOKR", LOKR_SLOTS),
-    "oft": Family("OFT", ("oft_R", "oft_embedding_R")),
-    "adaption_prompt": Family("ADAPTION_PROMPT", ("adaption_prompt", "adaption_gate")),
+    "lora": Family(
+        "LORA", "LoraModel", "LoraLayer", "lora_A lora_B lora_embedding_A lora_embedding_B lora_magnitude_vector"
+    ),
+    "adalora": Family(
+        "ADALORA", "AdaLoraModel", "AdaLoraLayer", "lora_A lora_B lora_E lora_embedding_A lora_embedding_B"
+    ),
+    "ia3": Family("IA3", "IA3Model", "IA3Layer", "ia3_l"),
+    "loha": Family("LOHA", "LoHaModel", "LoHaLayer", "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2"),
+    "lokr": Family(
+        "LOKR", "LoKrModel", "LoKrLayer", "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2"
+    ),
+    "oft": Family("OFT", "OFTModel", "OFTLayer", "oft_R oft_embedding_R"),
+    "adaption_prompt": Family(
+        "ADAPTION_PROMPT", "AdaptionPromptModel", "AdaptedAttention", "adaption_prompt adaption_gate"
+    ),
 }
 #: class of one kind of layer -> the kinds of the wrapper's that it stands for, and the storage, if it names one
 LAYERS: dict[str, tuple[tuple[str, ...], str | None]] = {
@@ -60,26 +66,9 @@ LAYERS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "Embedding": (("Embedding",), None),
     "MultiheadAttention": (("MultiheadAttention",), None),
     "ParamWrapper": (("Parameter",), None),
-    "AdaptedAttention": (("Attention",), None),
 }
-#: the class that all layers of one method share
-BASES = {
-    "LoraLayer": "lora",
-    "AdaLoraLayer": "adalora",
-    "IA3Layer": "ia3",
-    "LoHaLayer": "loha",
-    "LoKrLayer": "lokr",
-    "OFTLayer": "oft",
-}
-MODELS = {
-    "LoraModel": "lora",
-    "AdaLoraModel": "adalora",
-    "IA3Model": "ia3",
-    "LoHaModel": "loha",
-    "LoKrModel": "lokr",
-    "OFTModel": "oft",
-    "AdaptionPromptModel": "adaption_prompt",
-}
+MODELS = {family.model: package for package, family in FAMILIES.items()}
+BASES = {family.layer: package for package, family in FAMILIES.items()}
 
 
 class Described(type):
@@ -93,7 +82,7 @@ def find(module: str, name: str) -> type | None:
     """The class ``name`` of PEFT's ``module``, if it is one of these."""
     package = module.split(".")[2] if module.startswith("peft.tuners.") else ""
     if name in MODELS:
-        return model(MODELS[name], name)
+        return model(MODELS[name])
     if name in BASES:
         return layer(BASES[name], name)
     if name == "BufferDict":
@@ -117,10 +106,7 @@ def holds(wrapper: Adapted, *methods: str) -> bool:
 
 def tuner(method: str) -> type:
     """The class of ``handle.base_model`` with this method; `Tuner` itself for one that came from outside."""
-    for name, package in MODELS.items():
-        if FAMILIES[package].method == method:
-            return model(package, name)
-    return Tuner
+    return next((model(package) for package, family in FAMILIES.items() if family.method == method), Tuner)
 
 
 def described(name: str, of: type, describes: Any, base: type | None = None, **attributes: Any) -> type:
@@ -144,18 +130,16 @@ def layer(package: str, name: str) -> type:
     def new(cls: type, base_layer: Any, adapter_name: str, config: Any, *values: Any, **numbers: Any) -> Adapted:
         return Adapted.around(base_layer, adapter_name, config, *values, **numbers)
 
-    above = next((base for base, of in BASES.items() if of == package and base != name), None)
-    above = "LoraLayer" if name == "AdaLoraLayer" else above
-    base = None if above is None else layer(BASES[above], above)
-    return described(name, Adapted, describes, base, adapter_layer_names=family.slots, __new__=new)
+    base = None if name == family.layer else layer(package, family.layer)
+    base = layer("lora", "LoraLayer") if name == "AdaLoraLayer" else base  # as it is in PEFT
+    return described(name, Adapted, describes, base, adapter_layer_names=tuple(family.slots.split()), __new__=new)
 
 
 @cache
-def model(package: str, name: str) -> type:
+def model(package: str) -> type:
     """The class of what holds a method's layers: ``handle.base_model``."""
     family = FAMILIES[package]
-
-    counted = {family.method, *(("ADALORA",) if name == "LoraModel" else ())}  # as for its layers
+    counted = {family.method, *(("ADALORA",) if package == "lora" else ())}  # as for its layers
 
     def describes(tuner: Tuner) -> bool:
         return not counted.isdisjoint(config.method for config in tuner.peft_config.values())
@@ -176,5 +160,5 @@ def model(package: str, name: str) -> type:
         tuner.inject_adapter(model, adapter_name, **how)
         return tuner
 
-    base = model("lora", "LoraModel") if package == "adalora" else None  # as it is in PEFT
-    return described(name, Tuner, describes, base, __new__=new, __module__=f"peft.tuners.{package}.model")
+    base = model("lora") if package == "adalora" else None  # as it is in PEFT
+    return described(family.model, Tuner, describes, base, __new__=new, __module__=f"peft.tuners.{package}.model")

@@ -41,9 +41,8 @@ class Finder:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        names = f"The names of ``{module.__name__}`` in PEFT 0.21.2."
         vars(module).update(zip(("__getattr__", "__dir__", "__all__"), contents(module.__name__), strict=True))
-        module.__doc__ = names
+        module.__doc__ = f"The names of ``{module.__name__}`` in PEFT 0.21.2."
         module.__class__ = Module
 
 

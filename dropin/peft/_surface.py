@@ -2,43 +2,84 @@
 
 from __future__ import annotations
 
+
+def targets(method: str) -> str:
+    """The table of a method's targets by model type."""
+    return f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING"
+
+
+def method(
+    package: str, names: str, config: str = "", layer: str = "F", model: str = "", **modules: str
+) -> dict[str, str]:
+    """A method's package and its modules: each name of the package is in one of them, beside what is given here."""
+    parts = {"config": [config], "layer": [layer], "model": [model, targets(package.replace("_", "").upper())]}
+    elsewhere = " ".join(modules.values()).split()
+    for name in names.split():
+        if name not in elsewhere:
+            part = "config" if name.endswith("Config") else "model" if name.endswith("Model") else "layer"
+            parts[part].append(name)
+    modules |= {part: " ".join(found) for part, found in parts.items()}
+    room = f"peft.tuners.{package}"
+    return {room: names} | {f"{room}.{name}": modules[name] for name in sorted(modules)}
+
+
+# names that several modules have
+AUTO = (
+    "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
+    "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification "
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
+)
+HANDLES = (
+    "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
+    "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
+)
+TUNERS = (
+    "AdaLoraConfig AdaLoraModel AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel ArrowConfig "
+    "BOFTConfig BOFTModel BdLoraConfig BeftConfig BeftModel C3AConfig C3AModel CPTConfig CPTEmbedding "
+    "CartridgeConfig CartridgeEncoder DeftConfig DeftModel DeloraConfig DeloraModel EvaConfig FourierFTConfig "
+    "FourierFTModel FrodConfig FrodModel GloraConfig GloraModel GraloraConfig GraloraModel HRAConfig HRAModel "
+    "HiraConfig HiraModel IA3Config IA3Model KasaConfig LNTuningConfig LNTuningModel LilyConfig LilyModel LoHaConfig "
+    "LoHaModel LoKrConfig LoKrModel LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig MissConfig "
+    "MissModel MontecloraConfig MultitaskPromptTuningConfig MultitaskPromptTuningInit OFTConfig OFTModel OSFConfig "
+    "OSFModel PeanutConfig PeanutModel PolyConfig PolyModel PrefixEncoder PrefixTuningConfig PromptEmbedding "
+    "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit "
+    "PsoftConfig PsoftModel PveraConfig PveraModel RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig "
+    "ShadowModel ShiraConfig ShiraModel SupertuningConfig SupertuningModel TinyLoraConfig TinyLoraModel "
+    "TrainableTokensConfig TrainableTokensModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel VeloraConfig "
+    "VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel convert_to_lora create_arrow_model "
+    "get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora"
+)
+TABLES = (
+    "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HRA IA3 LILY LNTUNING LOHA LOKR LORA MISS "
+    "OFT PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA VERA WAVEFT"
+)
+TARGETS = " ".join(map(targets, TABLES.split()))
+CONSTANTS = (
+    "CONFIG_NAME INCLUDE_LINEAR_LAYERS_SHORTHAND SAFETENSORS_WEIGHTS_NAME "
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING "
+    "WEIGHTS_NAME bloom_model_postprocess_past_key_value"
+)
+UTILS = (
+    "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper _freeze_adapter _get_batch_size "
+    "_get_input_embeddings_name _get_submodules _is_valid_match _prepare_prompt_learning_config _set_adapter "
+    "_set_trainable cast_mixed_precision_params get_gptqmodel_quant_linear get_pattern_key get_quantization_config "
+    "id_tensor_storage infer_device prepare_model_for_kbit_training set_additional_trainable_modules "
+    "shift_tokens_right transpose"
+)
+
 SURFACE: dict[str, str] = {
     "peft": (
-        "AdaLoraConfig AdaLoraModel AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel ArrowConfig "
-        "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
-        "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
-        "AutoPeftModelForTokenClassification BOFTConfig BOFTModel BdLoraConfig BeftConfig BeftModel C3AConfig "
-        "C3AModel CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder DeftConfig DeftModel DeloraConfig "
-        "DeloraModel EvaConfig FourierFTConfig FourierFTModel FrodConfig FrodModel GloraConfig GloraModel "
-        "GraloraConfig GraloraModel HRAConfig HRAModel HiraConfig HiraModel IA3Config IA3Model KasaConfig "
-        "LNTuningConfig LNTuningModel LilyConfig LilyModel LoHaConfig LoHaModel LoKrConfig LoKrModel LoftQConfig "
-        "LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig MODEL_TYPE_TO_PEFT_MODEL_MAPPING MissConfig MissModel "
-        "MontecloraConfig MultitaskPromptTuningConfig MultitaskPromptTuningInit NoMatchingPeftModuleError "
-        "OFTConfig OFTModel OSFConfig OSFModel PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING "
-        "PEFT_TYPE_TO_TUNER_MAPPING PeanutConfig PeanutModel PeftConfig PeftError PeftMixedModel PeftModel "
-        "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
-        "PeftModelForSequenceClassification PeftModelForTokenClassification PeftType PeftWarning PolyConfig "
-        "PolyModel PrefixEncoder PrefixTuningConfig PromptEmbedding PromptEncoder PromptEncoderConfig "
-        "PromptEncoderReparameterizationType PromptLearningConfig PromptTuningConfig PromptTuningInit PsoftConfig "
-        "PsoftModel PveraConfig PveraModel RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig "
-        "ShadowModel ShiraConfig ShiraModel SupertuningConfig SupertuningModel "
-        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING TaskType TinyLoraConfig TinyLoraModel "
-        "TrainableTokensConfig TrainableTokensModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel "
-        "VeloraConfig VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel "
+        f"{TUNERS} {AUTO} {HANDLES} NoMatchingPeftModuleError PEFT_TYPE_TO_CONFIG_MAPPING "
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PeftConfig PeftError PeftMixedModel PeftType "
+        "PeftWarning PromptLearningConfig TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING TaskType "
         "bloom_model_postprocess_past_key_value cast_mixed_precision_params compose_cartridge_adapters "
-        "convert_to_lora create_arrow_model find_kappa_target_modules get_base_model_state_dict get_eva_state_dict "
-        "get_layer_status get_model_status get_peft_config get_peft_model get_peft_model_state_dict "
-        "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text initialize_lora_eva_weights "
-        "inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training preprocess_loraga "
-        "prompt_embeddings_from_past_key_values replace_lora_weights_loftq save_as_lora set_base_model_state_dict "
+        "find_kappa_target_modules get_base_model_state_dict get_layer_status get_model_status get_peft_config "
+        "get_peft_model get_peft_model_state_dict initialize_kv_prefix_from_past_key_values "
+        "initialize_kv_prefix_from_text inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training "
+        "prompt_embeddings_from_past_key_values replace_lora_weights_loftq set_base_model_state_dict "
         "set_peft_model_state_dict shift_tokens_right"
     ),
-    "peft.auto": (
-        "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
-        "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
-        "AutoPeftModelForTokenClassification MODEL_TYPE_TO_PEFT_MODEL_MAPPING TOKENIZER_CONFIG_NAME "
-        "check_import_allowlist get_default_import_allowlist"
-    ),
+    "peft.auto": f"{AUTO} TOKENIZER_CONFIG_NAME check_import_allowlist get_default_import_allowlist",
     "peft.config": "CONFIG_NAME MIN_EXPECTED_CONFIG_KEYS PeftConfig PeftConfigMixin PromptLearningConfig",
     "peft.functional": (
         "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model set_adapter "
@@ -70,45 +111,29 @@ SURFACE: dict[str, str] = {
     "peft.optimizers.loraplus": "ALL_LAYERNORM_LAYERS create_loraplus_optimizer",
     "peft.optimizers.riemannian": "create_riemannian_optimizer",
     "peft.peft_model": (
-        "DUMMY_MODEL_CONFIG PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING "
-        "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
-        "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification "
-        "SAFETENSORS_WEIGHTS_NAME TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING TunerLayerStatus "
-        "TunerModelStatus WEIGHTS_NAME get_layer_status get_model_status"
+        f"{HANDLES} DUMMY_MODEL_CONFIG PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING "
+        "PEFT_TYPE_TO_TUNER_MAPPING SAFETENSORS_WEIGHTS_NAME "
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING TunerLayerStatus TunerModelStatus WEIGHTS_NAME "
+        "get_layer_status get_model_status"
     ),
-    "peft.tuners": (
-        "AdaLoraConfig AdaLoraModel AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel ArrowConfig "
-        "BOFTConfig BOFTModel BdLoraConfig BeftConfig BeftModel C3AConfig C3AModel CPTConfig CPTEmbedding "
-        "CartridgeConfig CartridgeEncoder DeftConfig DeftModel DeloraConfig DeloraModel EvaConfig FourierFTConfig "
-        "FourierFTModel FrodConfig FrodModel GloraConfig GloraModel GraloraConfig GraloraModel HRAConfig HRAModel "
-        "HiraConfig HiraModel IA3Config IA3Model KasaConfig LNTuningConfig LNTuningModel LilyConfig LilyModel "
-        "LoHaConfig LoHaModel LoKrConfig LoKrModel LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig "
-        "MissConfig MissModel MixedModel MontecloraConfig MultitaskPromptEmbedding MultitaskPromptTuningConfig "
-        "MultitaskPromptTuningInit OFTConfig OFTModel OSFConfig OSFModel PeanutConfig PeanutModel PolyConfig "
-        "PolyModel PrefixEncoder PrefixTuningConfig PromptEmbedding PromptEncoder PromptEncoderConfig "
-        "PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit PsoftConfig PsoftModel "
-        "PveraConfig PveraModel RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel "
-        "ShiraConfig ShiraModel SupertuningConfig SupertuningModel TinyLoraConfig TinyLoraModel "
-        "TrainableTokensConfig TrainableTokensModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel "
-        "VeloraConfig VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel convert_to_lora "
-        "create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora"
-    ),
+    "peft.tuners": f"{TUNERS} MixedModel MultitaskPromptEmbedding",
     "peft.tuners._buffer_dict": "BufferDict",
-    "peft.tuners.adalora": (
-        "AdaLoraConfig AdaLoraLayer AdaLoraModel RankAllocator SVDConv2d SVDLinear SVDLinear4bit SVDLinear8bitLt "
-        "SVDQuantLinear"
+    **method(
+        "adalora",
+        (
+            "AdaLoraConfig AdaLoraLayer AdaLoraModel RankAllocator SVDConv2d SVDLinear SVDLinear4bit SVDLinear8bitLt "
+            "SVDQuantLinear"
+        ),
+        bnb="SVDLinear4bit SVDLinear8bitLt",
+        gptq="SVDQuantLinear",
+        layer="",
     ),
-    "peft.tuners.adalora.bnb": "SVDLinear4bit SVDLinear8bitLt",
-    "peft.tuners.adalora.config": "AdaLoraConfig",
-    "peft.tuners.adalora.gptq": "SVDQuantLinear",
-    "peft.tuners.adalora.layer": "AdaLoraLayer RankAllocator SVDConv2d SVDLinear",
-    "peft.tuners.adalora.model": "AdaLoraModel TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING",
-    "peft.tuners.adamss": "AdamssConfig AdamssLayer AdamssModel Linear",
-    "peft.tuners.adamss.asa_callback": "AdamssAsaCallback",
-    "peft.tuners.adamss.config": "AdamssConfig",
-    "peft.tuners.adamss.layer": "AdamssLayer F Linear",
-    "peft.tuners.adamss.model": "AdamssModel TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING",
-    "peft.tuners.adamss.utils": "clustering_Z get_trainable_subspaces seg_locations slice_pca",
+    **method(
+        "adamss",
+        "AdamssConfig AdamssLayer AdamssModel Linear",
+        asa_callback="AdamssAsaCallback",
+        utils="clustering_Z get_trainable_subspaces seg_locations slice_pca",
+    ),
     "peft.tuners.adaption_prompt": "AdaptedAttention AdaptionPromptConfig AdaptionPromptModel",
     "peft.tuners.adaption_prompt.config": (
         "AdaptionPromptConfig ModelTypeConfig TRANSFORMERS_MODEL_CONFIG prepare_config"
@@ -119,152 +144,114 @@ SURFACE: dict[str, str] = {
         "gpt2_compute_query_states is_adaption_prompt_trainable llama_apply_rotary_pos_emb "
         "llama_compute_query_states llama_rotate_half"
     ),
-    "peft.tuners.beft": "BeftConfig BeftLayer BeftModel Linear",
-    "peft.tuners.beft.config": "BeftConfig",
-    "peft.tuners.beft.layer": "BeftLayer Linear",
-    "peft.tuners.beft.model": "BeftModel TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING",
-    "peft.tuners.boft": "BOFTConfig BOFTLayer BOFTModel",
-    "peft.tuners.boft.config": "BOFTConfig",
-    "peft.tuners.boft.fbd": "",
-    "peft.tuners.boft.layer": (
-        "BOFTLayer Conv2d F FastBlockDiag Linear MultiplicativeDropoutLayer get_fbd_cuda patch_environment"
+    **method("beft", "BeftConfig BeftLayer BeftModel Linear", layer=""),
+    **method(
+        "boft",
+        "BOFTConfig BOFTLayer BOFTModel",
+        fbd="",
+        layer="Conv2d F FastBlockDiag Linear MultiplicativeDropoutLayer get_fbd_cuda patch_environment",
     ),
-    "peft.tuners.boft.model": "BOFTModel TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING",
-    "peft.tuners.c3a": "C3AConfig C3ALayer C3ALinear C3AModel",
-    "peft.tuners.c3a.config": "C3AConfig",
-    "peft.tuners.c3a.layer": "C3ALayer C3ALinear",
-    "peft.tuners.c3a.model": "C3AModel TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING",
-    "peft.tuners.c3a.utils": "BlockCircularConvolution get_circulant_fast",
+    **method(
+        "c3a", "C3AConfig C3ALayer C3ALinear C3AModel", layer="", utils="BlockCircularConvolution get_circulant_fast"
+    ),
     "peft.tuners.cartridge": "CartridgeConfig CartridgeEncoder",
     "peft.tuners.cartridge.config": "CartridgeConfig",
     "peft.tuners.cartridge.model": "CartridgeEncoder",
     "peft.tuners.cartridge.utils": (
-        "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME compose_cartridge_adapters "
-        "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
-        "prompt_embeddings_from_past_key_values"
+        "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
+        "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values"
     ),
     "peft.tuners.cpt": "CPTConfig CPTEmbedding",
     "peft.tuners.cpt.config": "CPTConfig",
     "peft.tuners.cpt.model": "CPTEmbedding",
-    "peft.tuners.deft": "DeftConfig DeftLayer DeftLinear DeftModel",
-    "peft.tuners.deft.config": "DeftConfig",
-    "peft.tuners.deft.layer": "DeftLayer DeftLinear F",
-    "peft.tuners.deft.model": "DeftModel TRANSFORMERS_MODELS_TO_DEFT_TARGET_MODULES_MAPPING",
-    "peft.tuners.delora": "DeloraConfig DeloraLayer DeloraLinear DeloraModel",
-    "peft.tuners.delora.config": "DeloraConfig",
-    "peft.tuners.delora.layer": "DeloraLayer DeloraLinear",
-    "peft.tuners.delora.model": "DeloraModel TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING",
-    "peft.tuners.fourierft": "FourierFTConfig FourierFTLayer FourierFTLinear FourierFTModel",
-    "peft.tuners.fourierft.config": "FourierFTConfig",
-    "peft.tuners.fourierft.layer": "F FourierFTLayer FourierFTLinear",
-    "peft.tuners.fourierft.model": "FourierFTModel TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING",
-    "peft.tuners.frod": "FrodConfig FrodLayer FrodModel Linear",
-    "peft.tuners.frod.config": "FrodConfig",
-    "peft.tuners.frod.layer": "F FrodLayer Linear",
-    "peft.tuners.frod.model": "FrodModel TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING",
-    "peft.tuners.glora": "GloraConfig GloraLayer GloraLinear GloraModel",
-    "peft.tuners.glora.config": "GloraConfig",
-    "peft.tuners.glora.layer": (
-        "F GloraEmptyPath GloraLayer GloraLinear GloraLoraPath GloraPath GloraScalarPath GloraVectorPath"
+    **method("deft", "DeftConfig DeftLayer DeftLinear DeftModel"),
+    **method("delora", "DeloraConfig DeloraLayer DeloraLinear DeloraModel", layer=""),
+    **method("fourierft", "FourierFTConfig FourierFTLayer FourierFTLinear FourierFTModel"),
+    **method("frod", "FrodConfig FrodLayer FrodModel Linear"),
+    **method(
+        "glora",
+        "GloraConfig GloraLayer GloraLinear GloraModel",
+        layer="F GloraEmptyPath GloraLoraPath GloraPath GloraScalarPath GloraVectorPath",
     ),
-    "peft.tuners.glora.model": "GloraModel TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING",
-    "peft.tuners.gralora": "GraloraConfig GraloraLayer GraloraModel",
-    "peft.tuners.gralora.config": "GraloraConfig",
-    "peft.tuners.gralora.layer": "GraloraLayer Linear",
-    "peft.tuners.gralora.model": "GraloraModel TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING",
-    "peft.tuners.hira": "Conv2d Conv3d Embedding HiraConfig HiraLayer HiraModel Linear Linear4bit Linear8bitLt",
-    "peft.tuners.hira.bnb": "F Linear4bit Linear8bitLt dispatch_bnb_4bit dispatch_bnb_8bit",
-    "peft.tuners.hira.config": "HiraConfig",
-    "peft.tuners.hira.layer": "Conv1d Conv2d Conv3d Embedding F HiraLayer Linear dispatch_default",
-    "peft.tuners.hira.model": "HiraModel TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING",
-    "peft.tuners.hra": "HRAConfig HRAConv2d HRALayer HRALinear HRAModel",
-    "peft.tuners.hra.config": "HRAConfig",
-    "peft.tuners.hra.layer": "F HRAConv2d HRALayer HRALinear",
-    "peft.tuners.hra.model": "HRAModel TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING",
-    "peft.tuners.ia3": "Conv2d Conv3d IA3Config IA3Layer IA3Model Linear Linear4bit Linear8bitLt",
-    "peft.tuners.ia3.bnb": "Linear4bit Linear8bitLt",
-    "peft.tuners.ia3.config": "IA3Config",
-    "peft.tuners.ia3.layer": "Conv2d Conv3d IA3Layer Linear",
-    "peft.tuners.ia3.model": (
-        "IA3Model TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING"
+    **method("gralora", "GraloraConfig GraloraLayer GraloraModel", layer="Linear"),
+    **method(
+        "hira",
+        "Conv2d Conv3d Embedding HiraConfig HiraLayer HiraModel Linear Linear4bit Linear8bitLt",
+        bnb="F Linear4bit Linear8bitLt dispatch_bnb_4bit dispatch_bnb_8bit",
+        layer="Conv1d F dispatch_default",
     ),
-    "peft.tuners.lily": "LilyConfig LilyLayer LilyModel Linear",
-    "peft.tuners.lily.config": "LilyConfig",
-    "peft.tuners.lily.layer": "F LilyLayer Linear",
-    "peft.tuners.lily.model": "LilyModel TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING",
-    "peft.tuners.ln_tuning": "LNTuningConfig LNTuningModel",
-    "peft.tuners.ln_tuning.config": "LNTuningConfig",
-    "peft.tuners.ln_tuning.layer": "LNTuningLayer",
-    "peft.tuners.ln_tuning.model": "LNTuningModel TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING",
-    "peft.tuners.loha": "Conv2d Linear LoHaConfig LoHaLayer LoHaModel",
-    "peft.tuners.loha.config": "LoHaConfig",
-    "peft.tuners.loha.layer": "Conv1d Conv2d F HadaWeight HadaWeightCP Linear LoHaLayer make_weight make_weight_cp",
-    "peft.tuners.loha.model": "LoHaModel TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING",
-    "peft.tuners.lokr": "Conv2d Linear LoKrConfig LoKrLayer LoKrModel",
-    "peft.tuners.lokr.config": "LoKrConfig",
-    "peft.tuners.lokr.layer": "Conv1d Conv2d F Linear LoKrLayer factorization make_kron make_weight_cp",
-    "peft.tuners.lokr.model": "LoKrModel TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING",
-    "peft.tuners.lora": (
-        "ArrowConfig BdLoraConfig Conv2d Conv3d Embedding EvaConfig GPTQLoraLinear KasaConfig Linear Linear4bit "
-        "Linear8bitLt LoftQConfig LoraConfig LoraGAConfig LoraLayer LoraModel LoraRuntimeConfig MontecloraConfig "
-        "ParamWrapper VeloraConfig "
-        "convert_to_lora create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga "
-        "save_as_lora"
+    **method("hra", "HRAConfig HRAConv2d HRALayer HRALinear HRAModel"),
+    **method(
+        "ia3",
+        "Conv2d Conv3d IA3Config IA3Layer IA3Model Linear Linear4bit Linear8bitLt",
+        bnb="Linear4bit Linear8bitLt",
+        layer="",
+        model="TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
     ),
-    "peft.tuners.lora.aqlm": "AqlmLoraLinear dispatch_aqlm",
-    "peft.tuners.lora.arrow": (
-        "ArrowLoraLinearLayer GKS_ADAPTER_PREFIX TASK_ADAPTER_PREFIX check_loaded_lora_compatibility_arrow "
-        "create_arrow_model ensure_adapters_target_linear_layers_only"
+    **method("lily", "LilyConfig LilyLayer LilyModel Linear"),
+    **method("ln_tuning", "LNTuningConfig LNTuningModel", layer="LNTuningLayer"),
+    **method(
+        "loha",
+        "Conv2d Linear LoHaConfig LoHaLayer LoHaModel",
+        layer="Conv1d F HadaWeight HadaWeightCP make_weight make_weight_cp",
     ),
-    "peft.tuners.lora.awq": "AwqLoraLinear dispatch_awq",
-    "peft.tuners.lora.bnb": "Linear4bit Linear8bitLt VARIANT_KWARG_KEYS dispatch_bnb_4bit dispatch_bnb_8bit",
-    "peft.tuners.lora.config": (
-        "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig "
-        "LoraRuntimeConfig MontecloraConfig VeloraConfig"
+    **method(
+        "lokr", "Conv2d Linear LoKrConfig LoKrLayer LoKrModel", layer="Conv1d F factorization make_kron make_weight_cp"
     ),
-    "peft.tuners.lora.conversion": "SAFETENSORS_WEIGHTS_NAME convert_to_lora save_as_lora",
-    "peft.tuners.lora.corda": "CordaConfig preprocess_corda",
-    "peft.tuners.lora.dora": (
-        "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraEmbeddingLayer DoraLinearLayer ENABLE_DORA_CACHING F "
-        "cache_decorator dequantize_module_weight"
+    **method(
+        "lora",
+        (
+            "ArrowConfig BdLoraConfig Conv2d Conv3d Embedding EvaConfig GPTQLoraLinear KasaConfig Linear Linear4bit "
+            "Linear8bitLt LoftQConfig LoraConfig LoraGAConfig LoraLayer LoraModel LoraRuntimeConfig MontecloraConfig "
+            "ParamWrapper VeloraConfig convert_to_lora create_arrow_model get_eva_state_dict "
+            "initialize_lora_eva_weights preprocess_loraga save_as_lora"
+        ),
+        aqlm="AqlmLoraLinear dispatch_aqlm",
+        arrow=(
+            "ArrowLoraLinearLayer GKS_ADAPTER_PREFIX TASK_ADAPTER_PREFIX check_loaded_lora_compatibility_arrow "
+            "create_arrow_model ensure_adapters_target_linear_layers_only"
+        ),
+        awq="AwqLoraLinear dispatch_awq",
+        bnb="Linear4bit Linear8bitLt VARIANT_KWARG_KEYS dispatch_bnb_4bit dispatch_bnb_8bit",
+        config="CordaConfig",
+        conversion="SAFETENSORS_WEIGHTS_NAME convert_to_lora save_as_lora",
+        corda="CordaConfig preprocess_corda",
+        dora=(
+            "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraEmbeddingLayer DoraLinearLayer ENABLE_DORA_CACHING "
+            "F cache_decorator dequantize_module_weight"
+        ),
+        eetq="dispatch_eetq",
+        eva=(
+            "HashHook MIN_TARGET_MODULES_FOR_OPTIMIZATION SVDHook UNSUPPORTED_LORA_MODULES find_equal_values "
+            "forward_fn_dict get_device_with_meta_params get_eva_state_dict initialize_lora_eva_weights "
+            "move_inputs_to_device prepare_layer_inputs_fn_language_modeling "
+            "prepare_model_inputs_fn_language_modeling"
+        ),
+        gptq="GPTQLoraLinear dispatch_gptq",
+        hqq="dispatch_hqq",
+        inc="dispatch_inc",
+        intruders="reduce_intruder_dimension",
+        layer=(
+            "ALLOWED_COMPUTE_DTYPES Conv1d F LoraEmbeddingATPHolder LoraVariant MultiheadAttention UPCAST_DTYPES "
+            "VARIANT_KWARG_KEYS _LoraParameterProxy check_adapters_to_merge dispatch_default transpose"
+        ),
+        loraga="estimate_gradients get_model_device get_target_modules preprocess_loraga",
+        model="add_lora_tp_hooks_dtensor get_tp_plan_and_mesh",
+        monteclora="BufferedMontecloraSampler MontecloraSampler",
+        te="TeLinear dispatch_transformer_engine",
+        torchao="TorchaoLoraLinear dispatch_torchao",
+        tp_layer="LoraParallelLinear dispatch_megatron get_default_module_allowlist",
+        variants=(
+            "ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant BlockDiagonalLinear DoraConv1dVariant "
+            "DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant F KasaLinearVariant "
+            "MiCAEmbeddingVariant MiCALinearVariant MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant "
+            "calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate "
+            "is_alora_relevant_in_batch"
+        ),
+        velora="F VeloraFunction",
     ),
-    "peft.tuners.lora.eetq": "dispatch_eetq",
-    "peft.tuners.lora.eva": (
-        "HashHook MIN_TARGET_MODULES_FOR_OPTIMIZATION SVDHook UNSUPPORTED_LORA_MODULES find_equal_values "
-        "forward_fn_dict get_device_with_meta_params get_eva_state_dict initialize_lora_eva_weights "
-        "move_inputs_to_device prepare_layer_inputs_fn_language_modeling prepare_model_inputs_fn_language_modeling"
-    ),
-    "peft.tuners.lora.gptq": "GPTQLoraLinear dispatch_gptq",
-    "peft.tuners.lora.hqq": "dispatch_hqq",
-    "peft.tuners.lora.inc": "dispatch_inc",
-    "peft.tuners.lora.intruders": "reduce_intruder_dimension",
-    "peft.tuners.lora.layer": (
-        "ALLOWED_COMPUTE_DTYPES Conv1d Conv2d Conv3d Embedding F Linear LoraEmbeddingATPHolder LoraLayer "
-        "LoraVariant MultiheadAttention ParamWrapper UPCAST_DTYPES VARIANT_KWARG_KEYS _LoraParameterProxy "
-        "check_adapters_to_merge dispatch_default transpose"
-    ),
-    "peft.tuners.lora.loraga": "estimate_gradients get_model_device get_target_modules preprocess_loraga",
-    "peft.tuners.lora.model": (
-        "LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING add_lora_tp_hooks_dtensor get_tp_plan_and_mesh"
-    ),
-    "peft.tuners.lora.monteclora": "BufferedMontecloraSampler MontecloraSampler",
-    "peft.tuners.lora.te": "TeLinear dispatch_transformer_engine",
-    "peft.tuners.lora.torchao": "TorchaoLoraLinear dispatch_torchao",
-    "peft.tuners.lora.tp_layer": "LoraParallelLinear dispatch_megatron get_default_module_allowlist",
-    "peft.tuners.lora.variants": (
-        "ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant BlockDiagonalLinear DoraConv1dVariant "
-        "DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant F KasaLinearVariant "
-        "MiCAEmbeddingVariant MiCALinearVariant MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant "
-        "calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate "
-        "is_alora_relevant_in_batch"
-    ),
-    "peft.tuners.lora.velora": "F VeloraFunction",
     "peft.tuners.lycoris_utils": "LycorisConfig LycorisLayer LycorisTuner",
-    "peft.tuners.miss": "MissConfig MissLayer MissLinear MissModel",
-    "peft.tuners.miss.config": "MissConfig",
-    "peft.tuners.miss.layer": "F MissLayer MissLinear",
-    "peft.tuners.miss.model": "MissModel TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING",
+    **method("miss", "MissConfig MissLayer MissLinear MissModel"),
     "peft.tuners.mixed": "COMPATIBLE_TUNER_TYPES MixedModel",
     "peft.tuners.mixed.model": (
         "COMPATIBLE_TUNER_TYPES MixedModel PREFIXES TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
@@ -274,52 +261,42 @@ SURFACE: dict[str, str] = {
     ),
     "peft.tuners.multitask_prompt_tuning.config": "MultitaskPromptTuningConfig MultitaskPromptTuningInit",
     "peft.tuners.multitask_prompt_tuning.model": "MultitaskPromptEmbedding",
-    "peft.tuners.oft": "Conv2d Embedding Linear OFTConfig OFTLayer OFTModel",
-    "peft.tuners.oft.config": "OFTConfig",
-    "peft.tuners.oft.layer": "Conv2d Embedding F Linear MultiplicativeDropoutLayer OFTLayer OFTRotationModule",
-    "peft.tuners.oft.model": "OFTModel TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING",
-    "peft.tuners.osf": "Linear OSFConfig OSFLayer OSFModel",
-    "peft.tuners.osf.config": "OSFConfig",
-    "peft.tuners.osf.layer": "F Linear OSFLayer dispatch_default",
-    "peft.tuners.osf.model": "OSFModel TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING",
-    "peft.tuners.osf.utils": "decompose_weight_matrix project_gradient_to_orthogonal_space",
+    **method(
+        "oft",
+        "Conv2d Embedding Linear OFTConfig OFTLayer OFTModel",
+        layer="F MultiplicativeDropoutLayer OFTRotationModule",
+    ),
+    **method(
+        "osf",
+        "Linear OSFConfig OSFLayer OSFModel",
+        layer="F dispatch_default",
+        utils="decompose_weight_matrix project_gradient_to_orthogonal_space",
+    ),
     "peft.tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     "peft.tuners.p_tuning.config": "PromptEncoderConfig PromptEncoderReparameterizationType",
     "peft.tuners.p_tuning.model": "PromptEncoder",
-    "peft.tuners.peanut": "Linear PeanutConfig PeanutLayer PeanutModel",
-    "peft.tuners.peanut.config": "ACT2FN PeanutConfig",
-    "peft.tuners.peanut.layer": "ACT2FN Linear PeanutLayer",
-    "peft.tuners.peanut.model": "PeanutModel TRANSFORMERS_MODELS_TO_PEANUT_TARGET_MODULES_MAPPING",
-    "peft.tuners.poly": "Linear PolyConfig PolyLayer PolyModel",
-    "peft.tuners.poly.config": "PolyConfig",
-    "peft.tuners.poly.layer": "Linear PolyLayer",
-    "peft.tuners.poly.model": "PolyModel TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING",
-    "peft.tuners.poly.router": "ABC EPS PolyRouter Router get_router",
+    **method("peanut", "Linear PeanutConfig PeanutLayer PeanutModel", config="ACT2FN", layer="ACT2FN"),
+    **method("poly", "Linear PolyConfig PolyLayer PolyModel", layer="", router="ABC EPS PolyRouter Router get_router"),
     "peft.tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     "peft.tuners.prefix_tuning.config": "PrefixTuningConfig",
     "peft.tuners.prefix_tuning.model": "PrefixEncoder",
     "peft.tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
     "peft.tuners.prompt_tuning.config": "PromptTuningConfig PromptTuningInit",
     "peft.tuners.prompt_tuning.model": "PromptEmbedding",
-    "peft.tuners.psoft": "Linear PsoftConfig PsoftLayer PsoftModel",
-    "peft.tuners.psoft.config": "PsoftConfig",
-    "peft.tuners.psoft.layer": "Linear OrthLayer PsoftLayer dispatch_default",
-    "peft.tuners.psoft.model": "PsoftModel TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING",
-    "peft.tuners.pvera": "Linear PveraConfig PveraLayer PveraModel",
-    "peft.tuners.pvera.bnb": "F Linear4bit Linear8bitLt",
-    "peft.tuners.pvera.config": "PveraConfig",
-    "peft.tuners.pvera.layer": "F Linear PveraLayer",
-    "peft.tuners.pvera.model": "PveraModel TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING",
-    "peft.tuners.randlora": "Linear Linear4bit Linear8bitLt RandLoraConfig RandLoraLayer RandLoraModel",
-    "peft.tuners.randlora.bnb": "Linear4bit Linear8bitLt",
-    "peft.tuners.randlora.config": "RandLoraConfig",
-    "peft.tuners.randlora.layer": "F Linear RandLoraLayer UniqueBaseGrad",
-    "peft.tuners.randlora.model": "RandLoraModel TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING",
-    "peft.tuners.road": "Linear Linear4bit Linear8bitLt RoadConfig RoadLayer RoadModel",
-    "peft.tuners.road.bnb": "Linear4bit Linear8bitLt dispatch_bnb_4bit dispatch_bnb_8bit",
-    "peft.tuners.road.config": "RoadConfig",
-    "peft.tuners.road.layer": "Linear RoadLayer dispatch_default",
-    "peft.tuners.road.model": "RoadModel TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING",
+    **method("psoft", "Linear PsoftConfig PsoftLayer PsoftModel", layer="OrthLayer dispatch_default"),
+    **method("pvera", "Linear PveraConfig PveraLayer PveraModel", bnb="F Linear4bit Linear8bitLt"),
+    **method(
+        "randlora",
+        "Linear Linear4bit Linear8bitLt RandLoraConfig RandLoraLayer RandLoraModel",
+        bnb="Linear4bit Linear8bitLt",
+        layer="F UniqueBaseGrad",
+    ),
+    **method(
+        "road",
+        "Linear Linear4bit Linear8bitLt RoadConfig RoadLayer RoadModel",
+        bnb="Linear4bit Linear8bitLt dispatch_bnb_4bit dispatch_bnb_8bit",
+        layer="dispatch_default",
+    ),
     "peft.tuners.shadow": "DetachedShadowModel ShadowCache ShadowCarrier ShadowConfig ShadowLayer ShadowModel",
     "peft.tuners.shadow.config": "ShadowConfig",
     "peft.tuners.shadow.diffusion_models": (
@@ -328,118 +305,51 @@ SURFACE: dict[str, str] = {
     ),
     "peft.tuners.shadow.layers": "DetachedShadowModel ShadowCache ShadowCarrier ShadowLayer",
     "peft.tuners.shadow.model": "F ShadowModel",
-    "peft.tuners.shira": "Linear ShiraConfig ShiraLayer ShiraModel",
-    "peft.tuners.shira.config": "ShiraConfig",
-    "peft.tuners.shira.layer": "F Linear ShiraLayer",
-    "peft.tuners.shira.mask_functions": "random_mask",
-    "peft.tuners.shira.model": "ShiraModel TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING",
-    "peft.tuners.supertuning": "Linear SupertuningConfig SupertuningLayer SupertuningModel",
-    "peft.tuners.supertuning.config": "SupertuningConfig",
-    "peft.tuners.supertuning.layer": "Linear SupertuningLayer",
-    "peft.tuners.supertuning.model": "SupertuningModel TRANSFORMERS_MODELS_TO_SUPERTUNING_TARGET_MODULES_MAPPING",
-    "peft.tuners.tinylora": "Embedding Linear TinyLoraConfig TinyLoraLayer TinyLoraModel",
-    "peft.tuners.tinylora.config": "TinyLoraConfig",
-    "peft.tuners.tinylora.layer": "Embedding F Linear TinyLoraLayer",
-    "peft.tuners.tinylora.model": "TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING TinyLoraModel",
+    **method("shira", "Linear ShiraConfig ShiraLayer ShiraModel", mask_functions="random_mask"),
+    **method("supertuning", "Linear SupertuningConfig SupertuningLayer SupertuningModel", layer=""),
+    **method("tinylora", "Embedding Linear TinyLoraConfig TinyLoraLayer TinyLoraModel"),
     "peft.tuners.trainable_tokens": "TrainableTokensConfig TrainableTokensLayer TrainableTokensModel",
     "peft.tuners.trainable_tokens.config": "TrainableTokensConfig",
     "peft.tuners.trainable_tokens.layer": "F TrainableTokensLayer",
     "peft.tuners.trainable_tokens.model": "TrainableTokensModel",
     "peft.tuners.tuners_utils": (
-        "ABC BasePromptEncoder BaseTuner BaseTunerLayer DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES "
-        "INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION PEFT_TYPE_TO_PREFIX_MAPPING "
-        "SEQ_CLS_HEAD_NAMES UPCAST_DTYPES _ExcludedModule _filter_state_dict_by_key_prefixes "
-        "_find_minimal_target_modules _get_tuner_state_dict_key_prefixes _maybe_include_all_linear_layers "
-        "cast_adapter_dtype "
-        "check_adapters_to_merge check_target_module_exists clone_module delete_adapter "
-        "find_parameter_name_by_module get_device_map inspect_matched_modules onload_layer replicate_layers "
-        "set_adapter set_requires_grad"
+        "ABC BasePromptEncoder BaseTuner BaseTunerLayer DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES "
+        "EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION "
+        "PEFT_TYPE_TO_PREFIX_MAPPING SEQ_CLS_HEAD_NAMES UPCAST_DTYPES _ExcludedModule "
+        "_filter_state_dict_by_key_prefixes _find_minimal_target_modules _get_tuner_state_dict_key_prefixes "
+        "_maybe_include_all_linear_layers cast_adapter_dtype check_adapters_to_merge check_target_module_exists "
+        "clone_module delete_adapter find_parameter_name_by_module get_device_map inspect_matched_modules "
+        "onload_layer replicate_layers set_adapter set_requires_grad"
     ),
-    "peft.tuners.unilora": "Linear UniLoraConfig UniLoraLayer UniLoraModel",
-    "peft.tuners.unilora.config": "UniLoraConfig",
-    "peft.tuners.unilora.layer": "F Linear UniLoraLayer",
-    "peft.tuners.unilora.model": "TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING UniLoraModel",
-    "peft.tuners.vblora": "Linear VBLoRAConfig VBLoRALayer VBLoRAModel",
-    "peft.tuners.vblora.config": "VBLoRAConfig",
-    "peft.tuners.vblora.layer": "F Linear VBLoRALayer",
-    "peft.tuners.vblora.model": "TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING VBLoRAModel",
-    "peft.tuners.vera": "Linear VeraConfig VeraLayer VeraModel",
-    "peft.tuners.vera.config": "VeraConfig",
-    "peft.tuners.vera.layer": "F Linear VeraLayer",
-    "peft.tuners.vera.model": "TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING VeraModel",
-    "peft.tuners.waveft": "WaveFTConfig WaveFTLayer WaveFTLinear WaveFTModel",
-    "peft.tuners.waveft.config": "WAVELET_REDUCTIONS WaveFTConfig",
-    "peft.tuners.waveft.constants": "WAVELET_REDUCTIONS",
-    "peft.tuners.waveft.layer": "F WAVELET_REDUCTIONS WaveFTLayer WaveFTLinear",
-    "peft.tuners.waveft.model": "TRANSFORMERS_MODELS_TO_WAVEFT_TARGET_MODULES_MAPPING WaveFTModel",
-    "peft.tuners.waveft.wavelet": "Wavelet wavelist",
-    "peft.tuners.waveft.waverec2d": "Wavelet WaveletDetailTuple2d WaveletTensorTuple waverec2d",
+    **method("unilora", "Linear UniLoraConfig UniLoraLayer UniLoraModel"),
+    **method("vblora", "Linear VBLoRAConfig VBLoRALayer VBLoRAModel"),
+    **method("vera", "Linear VeraConfig VeraLayer VeraModel"),
+    **method(
+        "waveft",
+        "WaveFTConfig WaveFTLayer WaveFTLinear WaveFTModel",
+        config="WAVELET_REDUCTIONS",
+        constants="WAVELET_REDUCTIONS",
+        layer="F WAVELET_REDUCTIONS",
+        wavelet="Wavelet wavelist",
+        waverec2d="Wavelet WaveletDetailTuple2d WaveletTensorTuple waverec2d",
+    ),
     "peft.tuners.xlora": "XLoraConfig XLoraModel",
     "peft.tuners.xlora.classifier": "TemperatureScaledSoftmax XLoraClassifier",
     "peft.tuners.xlora.config": "XLoraConfig",
     "peft.tuners.xlora.layer": "XLoraConv2dLayer XLoraEmbeddingLayer XLoraLayer XLoraLinearLayer",
     "peft.tuners.xlora.model": "DUMMY_TARGET_MODULES XLoraModel convert_layers_to_xlora",
     "peft.utils": (
-        "ALLOWED_COMPUTE_DTYPES AuxiliaryTrainingWrapper CONFIG_NAME INCLUDE_LINEAR_LAYERS_SHORTHAND "
-        "ModulesToSaveWrapper NoMatchingPeftModuleError PeftError PeftType PeftWarning SAFETENSORS_WEIGHTS_NAME "
-        "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_DEFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_PEANUT_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING "
-        "TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_SUPERTUNING_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_WAVEFT_TARGET_MODULES_MAPPING TaskType TrainableTokensWrapper UPCAST_DTYPES "
-        "WEIGHTS_NAME _freeze_adapter _get_batch_size _get_input_embeddings_name _get_submodules _is_valid_match "
-        "_prepare_prompt_learning_config _set_adapter _set_trainable bloom_model_postprocess_past_key_value "
-        "cast_mixed_precision_params get_base_model_state_dict get_gptqmodel_quant_linear get_pattern_key "
-        "get_peft_model_state_dict get_quantization_config get_quantization_kwargs id_tensor_storage infer_device "
-        "load_peft_weights map_cache_to_layer_device_map prepare_model_for_kbit_training quantization_extra_repr "
-        "register_peft_method replace_lora_weights_loftq resolve_quantization_backend "
-        "set_additional_trainable_modules set_base_model_state_dict set_peft_model_state_dict shift_tokens_right "
-        "transpose"
+        f"{TARGETS} {CONSTANTS} {UTILS} ALLOWED_COMPUTE_DTYPES NoMatchingPeftModuleError PeftError PeftType "
+        "PeftWarning TaskType UPCAST_DTYPES get_base_model_state_dict get_peft_model_state_dict "
+        "get_quantization_kwargs load_peft_weights map_cache_to_layer_device_map quantization_extra_repr "
+        "register_peft_method replace_lora_weights_loftq resolve_quantization_backend set_base_model_state_dict "
+        "set_peft_model_state_dict"
     ),
     "peft.utils.constants": (
-        "ALLOWED_COMPUTE_DTYPES CONFIG_NAME DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES "
-        "INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION SAFETENSORS_WEIGHTS_NAME "
-        "SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_DEFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_PEANUT_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING "
-        "TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_SUPERTUNING_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_WAVEFT_TARGET_MODULES_MAPPING UPCAST_DTYPES WEIGHTS_NAME "
-        "bloom_model_postprocess_past_key_value starcoder_model_postprocess_past_key_value"
+        f"{TARGETS} {CONSTANTS} ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES "
+        "MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME "
+        "TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING "
+        "UPCAST_DTYPES starcoder_model_postprocess_past_key_value"
     ),
     "peft.utils.error": "NoMatchingPeftModuleError PeftError",
     "peft.utils.hotswap": (
@@ -449,9 +359,9 @@ SURFACE: dict[str, str] = {
     ),
     "peft.utils.incremental_pca": "IncrementalPCA",
     "peft.utils.integrations": (
-        "TpInfo check_deepspeed_zero3_enabled dequantize_bnb_weight dequantize_module_weight "
-        "dtensor_from_local_like gather_params_ctx get_bnb_param_type get_layer_device_map init_empty_weights "
-        "map_cache_to_layer_device_map skip_init_on_device"
+        "TpInfo check_deepspeed_zero3_enabled dequantize_bnb_weight dequantize_module_weight dtensor_from_local_like "
+        "gather_params_ctx get_bnb_param_type get_layer_device_map init_empty_weights map_cache_to_layer_device_map "
+        "skip_init_on_device"
     ),
     "peft.utils.loftq_utils": "loftq_init replace_lora_weights_loftq",
     "peft.utils.merge_utils": (
@@ -459,35 +369,8 @@ SURFACE: dict[str, str] = {
         "prune random_pruning reshape_weight_task_tensors task_arithmetic ties"
     ),
     "peft.utils.other": (
-        "AuxiliaryTrainingWrapper CONFIG_NAME EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "
-        "ModulesToSaveWrapper SAFETENSORS_WEIGHTS_NAME TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_DEFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_PEANUT_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING "
-        "TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_SUPERTUNING_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING "
-        "TRANSFORMERS_MODELS_TO_WAVEFT_TARGET_MODULES_MAPPING TrainableTokensWrapper WEIGHTS_NAME _freeze_adapter "
-        "_get_batch_size _get_input_embeddings_name _get_module_names_tied_with_embedding _get_no_split_modules "
-        "_get_submodules _is_valid_match "
-        "_prepare_prompt_learning_config _set_adapter _set_trainable bloom_model_postprocess_past_key_value "
-        "cast_mixed_precision_params fsdp_auto_wrap_policy get_gptqmodel_quant_linear get_pattern_key "
-        "get_quantization_config id_tensor_storage infer_device prepare_model_for_kbit_training "
-        "set_additional_trainable_modules shift_tokens_right starcoder_model_postprocess_past_key_value transpose"
+        f"{TARGETS} {CONSTANTS} {UTILS} EMBEDDING_LAYER_NAMES _get_module_names_tied_with_embedding "
+        "_get_no_split_modules fsdp_auto_wrap_policy starcoder_model_postprocess_past_key_value"
     ),
     "peft.utils.peft_types": "PeftType TaskType register_peft_method",
     "peft.utils.quantization_utils": (

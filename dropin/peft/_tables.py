@@ -58,20 +58,13 @@ PREFIXES = Rows(lambda key, row: getattr(row, "prefix", f"{key.lower()}_"), METH
 TUNERS = Rows(lambda key, row: getattr(row, "encoder", None) or _classes.tuner(key), METHODS, PROMPTS)
 MIXED = Rows(lambda key, row: _classes.tuner(key), METHODS)
 
-#: ``is_<name>_available`` asks for a library of this name
+#: what ``is_<name>_available`` asks for, where it is not a library of this name
 LIBRARIES = {
-    "aqlm": "aqlm",
     "bnb": "bitsandbytes",
     "bnb_4bit": "bitsandbytes",
-    "diffusers": "diffusers",
-    "eetq": "eetq",
-    "gptqmodel": "gptqmodel",
-    "hqq": "hqq",
     "inc": "neural_compressor",
-    "optimum": "optimum",
     "te": "transformer_engine",
     "te_pytorch": "transformer_engine",
-    "torchao": "torchao",
 }
 
 
@@ -126,7 +119,7 @@ def find(name: str) -> Any:
         key = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_TARGET_MODULES_MAPPING")
         return METHODS[key].default_targets if key in METHODS else None
     if found := re.fullmatch(r"is_(\w+)_available", name):
-        library = LIBRARIES[found[1]]
+        library = LIBRARIES.get(found[1], found[1])
         return asking(name, lambda: installed(library))
     if found := re.fullmatch(r"is_transformers_(ge|le)_v?(\w+)", name):
         version = found[2].replace("_", ".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -80,10 +81,8 @@ class AutoPeftModel:
             ConfigError: The adapter names no base, is of another task, or names a library that is not allowed.
         """
         hub = {k: v for k, v in kwargs.items() if k in sources.HUB_ARGUMENTS}
-        subfolder = kwargs.pop("subfolder", None)
-        own = config or PeftConfig.from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, revision=revision, **hub
-        )
+        hub |= {"revision": revision, "subfolder": kwargs.pop("subfolder", None)}
+        own = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         base_cls = cls._base_class(own, tuple(import_allowlist or DEFAULT_ALLOWLIST))
         if not own.base_model_name_or_path:
             raise ConfigError(
@@ -91,15 +90,7 @@ class AutoPeftModel:
             )
         base = base_cls.from_pretrained(own.base_model_name_or_path, revision=own.revision, **kwargs)
         _fit_embeddings(base, pretrained_model_name_or_path)
-        return PeftModel.from_pretrained(
-            base,
-            pretrained_model_name_or_path,
-            adapter_name=adapter_name,
-            is_trainable=is_trainable,
-            subfolder=subfolder,
-            revision=revision,
-            **hub,
-        )
+        return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, **hub)
 
     @classmethod
     def _base_class(cls, config: PeftConfig, allowed: tuple[str, ...]) -> Any:
@@ -108,10 +99,7 @@ class AutoPeftModel:
             raise ConfigError(
                 f"Expected target PEFT class: that of {task}, but {cls.__name__} loads {cls.task.value}."
             )
-        auto_class = cls.auto_class or next(
-            (c.auto_class for c in _BY_TASK if c.task == config.task_type and config.task_type is not None), None
-        )
-        if auto_class is not None:
+        if (auto_class := cls.auto_class or _BY_TASK.get(config.task_type)) is not None:
             import transformers
 
             return getattr(transformers, auto_class)
@@ -123,8 +111,6 @@ class AutoPeftModel:
                 f"allowlist: only classes of {', '.join(allowed)} are loaded for a file. Load the base yourself, or "
                 "pass import_allowlist if you trust the file."
             )
-        import importlib
-
         return getattr(importlib.import_module(library.partition(".")[0]), name)
 
 
@@ -175,11 +161,5 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     task, auto_class = TaskType.FEATURE_EXTRACTION, "AutoModel"
 
 
-_BY_TASK: tuple[type[AutoPeftModel], ...] = (
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForFeatureExtraction,
-)
+# what is loaded where the class asks for no task and the adapter names one
+_BY_TASK: dict[str | None, str | None] = {cls.task: cls.auto_class for cls in AutoPeftModel.__subclasses__()}

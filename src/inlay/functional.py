@@ -6,7 +6,7 @@ What `inject_adapter_in_model` has put into a model is listed in no handle: thes
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,12 @@ from inlay.inject import (
     wrappers,
 )
 from inlay.match import SHORTHAND, names_module, shortest
-from inlay.model import inject_adapter_in_model
+from inlay.model import inject_adapter_in_model as inject_adapter_in_model
+from inlay.model import train_again
 from inlay.patterns import KeyTable
-from inlay.state import get_peft_model_state_dict, root_of, set_peft_model_state_dict
+from inlay.state import get_peft_model_state_dict as get_peft_model_state_dict
+from inlay.state import root_of
+from inlay.state import set_peft_model_state_dict as set_peft_model_state_dict
 from inlay.storage.placement import held, replace
 from inlay.trained import (
     AuxiliaryTrainingWrapper,
@@ -113,15 +116,11 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
         autocast_adapter_dtype (`bool`, *optional*, defaults to `True`): Do it; else nothing.
     """
     if autocast_adapter_dtype:
-        for tensor in _tensors(model, adapter_name):
-            if tensor.dtype in NARROW:
-                tensor.data = tensor.data.to(torch.float32)
-
-
-def _tensors(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
-    for _, layer in adapted_layers(model, adapter_name):
-        for _, owner, attribute in layer.tensors(adapter_name):
-            yield owner.get_parameter(attribute)
+        for _, layer in adapted_layers(model, adapter_name):
+            for _, owner, attribute in layer.tensors(adapter_name):
+                tensor = owner.get_parameter(attribute)
+                if tensor.dtype in NARROW:
+                    tensor.data = tensor.data.to(torch.float32)
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -140,7 +139,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ['0.weight', '0.bias']
     """
     out = {}
-    for name, (tensor, owner, attribute) in _base_places(model).items():
+    for name, (tensor, owner, attribute) in _base_places(root_of(model)[0]).items():
         kept = held(owner, attribute) if tensor.is_meta else None
         out[name] = (tensor if kept is None else kept).detach()
     return out
@@ -160,7 +159,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     Raises:
         LoadError: A name is missing or unknown and ``strict`` is set, or a shape is another one. Nothing is changed.
     """
-    live = _base_places(model)
+    live = _base_places(root_of(model)[0])
     missing, unexpected = [n for n in live if n not in state_dict], [k for k in state_dict if k not in live]
     wrong = [n for n, (t, _, _) in live.items() if n in state_dict and t.shape != state_dict[n].shape]
     if wrong or (strict and (missing or unexpected)):
@@ -177,22 +176,16 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 
-def _base_places(model: nn.Module) -> dict[str, tuple[Tensor, nn.Module, str]]:
+def _base_places(module: nn.Module, prefix: str = "") -> dict[str, tuple[Tensor, nn.Module, str]]:
     """Name without adapters -> the tensor, the module that has it, and its name there."""
-    places: dict[str, tuple[Tensor, nn.Module, str]] = {}
-    stack: list[tuple[str, nn.Module]] = [("", root_of(model)[0])]
-    while stack:
-        name, module = stack.pop()
-        if isinstance(module, Adapted):
-            stack.append((name, module.base_layer))
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            stack.append((name, module.original_module))
-        else:
-            prefix = f"{name}." if name else ""
-            tensors: dict[str, Any] = {}
-            module._save_to_state_dict(tensors, "", True)
-            places.update((prefix + key, (t, module, key)) for key, t in tensors.items())
-            stack.extend((prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None)
+    while isinstance(module, Adapted | AuxiliaryTrainingWrapper):
+        module = module.base_layer if isinstance(module, Adapted) else module.original_module
+    tensors: dict[str, Any] = {}
+    module._save_to_state_dict(tensors, prefix, True)
+    places = {name: (t, module, name.removeprefix(prefix)) for name, t in tensors.items()}
+    for name, child in module._modules.items():
+        if child is not None:
+            places |= _base_places(child, f"{prefix}{name}.")
     return places
 
 
@@ -360,12 +353,9 @@ def set_additional_trainable_modules(
 def _put_beside(prepared: Prepared, name: str, active: bool, trained: bool) -> list[nn.Module]:
     model, paths = prepared.survey.model, [*prepared.saved, *(work.path for work in prepared.tokens)]
     own = {p for path in paths for p in model.get_submodule(path).parameters()}
-    others = [p for p in model.parameters() if p.requires_grad and p not in own]
+    others = [(p, True) for p in model.parameters() if p.requires_grad and p not in own]
     apply(prepared, name, activate=active, trainable=trained)
-    for parameter in others:  # the first adapter freezes a model; whoever calls this has done so, or not
-        parameter.requires_grad_(True)
-    for _, layer in adapted_layers(model):
-        layer.note_trained()
+    train_again(model, others)  # the first adapter freezes a model; whoever calls this has done so, or not
     return [model.get_submodule(path) for path in paths]
 
 
@@ -399,28 +389,3 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
     above, _, name = key.rpartition(".")
     parent = model.get_submodule(above)
     return parent, parent.get_submodule(name), name
-
-
-__all__ = [
-    "cast_adapter_dtype",
-    "check_adapters_to_merge",
-    "check_target_module_exists",
-    "delete_adapter",
-    "find_minimal_target_modules",
-    "freeze_adapter",
-    "get_base_model_state_dict",
-    "get_pattern_key",
-    "get_peft_model_state_dict",
-    "get_submodules",
-    "inject_adapter_in_model",
-    "inspect_matched_modules",
-    "is_valid_match",
-    "set_adapter",
-    "set_additional_trainable_modules",
-    "set_base_model_state_dict",
-    "set_beside",
-    "set_peft_model_state_dict",
-    "set_requires_grad",
-    "set_trainable",
-    "spell_out_all_linear",
-]

@@ -28,6 +28,7 @@ from inlay.model import (
     folder_to_write,
     put_into,
     ranges_left,
+    train_again,
     write_adapter,
 )
 from inlay.replicate import replicated
@@ -152,37 +153,27 @@ class AdapterMixin(_Module):
         sources.check_arguments(self.load_adapter, given, sources.LOADING)
         layout = (device_map, max_memory, offload_folder, offload_index)
         laid_out = self._laid_out(name, *layout) if any(part is not None for part in layout) else nullcontext()
-        with _source(peft_model_id, peft_config, adapter_state_dict, given) as source, _changing(self), laid_out:
-            report = self._load(source, name, is_trainable, strict, key_mapping)
+        source = _source(peft_model_id, peft_config, adapter_state_dict, given)
+        with source.weights, _changing(self), laid_out:
+            config = self._checked(source.config).as_loaded()
+            with replicated(self, ranges_left(self._configs, config)):
+                report, prepared = state.load_into(
+                    self,
+                    source,
+                    name,
+                    config=config,
+                    strict=strict,
+                    trainable=is_trainable,
+                    autocast=False,
+                    activate=True,
+                    key_mapping=key_mapping,
+                    base_name=self.__dict__.get("name_or_path"),
+                )
+            with_targets(config, prepared)
+            config.inference_mode = not is_trainable
+            self._take_up(name, config, is_trainable)
         if not is_trainable:
             self.eval()
-        return report
-
-    def _load(
-        self,
-        source: state.Source,
-        name: str,
-        trainable: bool,
-        strict: bool | None,
-        key_mapping: Mapping[str, str] | None,
-    ) -> LoadReport:
-        config = self._checked(source.config).as_loaded()
-        with replicated(self, ranges_left(self._configs, config)):
-            report, prepared = state.load_into(
-                self,
-                source,
-                name,
-                config=config,
-                strict=strict,
-                trainable=trainable,
-                autocast=False,
-                activate=True,
-                key_mapping=key_mapping,
-                base_name=self.__dict__.get("name_or_path"),
-            )
-        with_targets(config, prepared)
-        config.inference_mode = not trainable
-        self._take_up(name, config, trainable)
         return report
 
     @contextmanager
@@ -206,10 +197,7 @@ class AdapterMixin(_Module):
                 self.delete_adapter(name)
             if active:
                 Tuner.inside(self).set_adapter(active)
-            for parameter, was in trained:
-                parameter.requires_grad_(was)
-            for _, layer in Tuner.inside(self).layers():
-                layer.note_trained()
+            train_again(self, trained)
             raise
 
     def _free(self, adapter_name: str | None) -> str:
@@ -345,13 +333,12 @@ class AdapterMixin(_Module):
                 self.__dict__.pop("_hf_peft_config_loaded", None)
 
 
-@contextmanager
 def _source(
     model_id: str | Path | None,
     config: PeftConfig | dict[str, Any] | None,
     tensors: Mapping[str, Tensor] | None,
     given: dict[str, Any],
-) -> Iterator[state.Source]:
+) -> state.Source:
     """The adapter that these arguments of `load_adapter` name, opened."""
     if model_id is None and (tensors is None or config is None):
         raise ConfigError("Nothing to load: give peft_model_id, or both peft_config and adapter_state_dict.")
@@ -364,9 +351,6 @@ def _source(
     if model_id is not None:
         directory = sources.locate(model_id, subfolder=given.get("subfolder"), weights=tensors is None, **hub)
     if tensors is None:
-        source = state.open_source(directory, config)
-    else:
-        config = config or PeftConfig.from_dict(files.read_config(directory), str(directory / files.CONFIG_NAME))
-        source = state.Source(directory, config, state.Given(tensors))
-    with source.weights:
-        yield source
+        return state.open_source(directory, config)
+    config = config or PeftConfig.from_dict(files.read_config(directory), str(directory / files.CONFIG_NAME))
+    return state.Source(directory, config, state.Given(tensors))

@@ -6,10 +6,11 @@ A `PeftModel` stands around a `Tuner`, which stands around the user's model; tha
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,6 @@ from inlay.formats import files
 from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir, check_adapter_name
 from inlay.inject import (
     FORBIDDEN_NAMES,
-    Prepared,
     adapted_layers,
     apply,
     check_at_hand,
@@ -55,7 +55,7 @@ from inlay.inject import (
     wrappers,
 )
 from inlay.invocation import check_invocation
-from inlay.prompts import EMBEDDINGS, AbstractPrompt, AnyConfig, PromptLearningConfig, encoder_for, outline_for
+from inlay.prompts import EMBEDDINGS, AnyConfig, PromptLearningConfig, encoder_for, outline_for
 from inlay.prompts.attach import Prompts
 from inlay.replicate import replicated
 from inlay.report import BASE_KEY, LoadReport
@@ -133,17 +133,18 @@ class PeftModel(nn.Module):
     def _inject(self, name: str, config: AnyConfig, autocast: bool, meta: bool, activate: bool) -> None:
         check_adapter_name(name, FORBIDDEN_NAMES)
         self._check_beside(name, config)
+        tuner, trained = self.base_model, not config.inference_mode
         if isinstance(config, PromptLearningConfig):
-            self._put_before(name, config, activate, not config.inference_mode)
+            self._put_before(name, config, activate, trained)
             return
-        with self._with_heads(config), replicated(self.base_model.model, ranges_left(self.peft_config, config)):
-            prepared = prepare(self.base_model.model, config, adapter_name=name, replacing=not self.peft_config)
+        with self._with_heads(config), replicated(tuner.model, ranges_left(self.peft_config, config)):
+            prepared = prepare(tuner.model, config, adapter_name=name, replacing=not self.peft_config)
             for text in prepared.plan.warnings:
                 warnings.warn(text, PeftWarning, stacklevel=5)
-            trainable = not config.inference_mode
-            router = self.base_model.router
-            apply(prepared, name, meta=meta, autocast=autocast, activate=activate, trainable=trainable, router=router)
-        self.base_model.add(name, config, prepared, activate)
+            apply(
+                prepared, name, meta=meta, autocast=autocast, activate=activate, trainable=trained, router=tuner.router
+            )
+        tuner.add(name, config, prepared, activate)
 
     def _put_before(
         self,
@@ -151,20 +152,22 @@ class PeftModel(nn.Module):
         config: PromptLearningConfig,
         activate: bool,
         trained: bool,
-        read: Callable[[AbstractPrompt, Prepared], Mapping[str, Tensor]] | None = None,
-    ) -> None:
-        """Puts a prompt before the model, fresh or as ``read`` gives it; on any error the model is as it was."""
-        tuner = self.base_model
+        source: state.Source | None = None,
+        strict: bool | None = None,
+    ) -> LoadReport:
+        """Puts a prompt before the model, fresh or as a file has it; on any error the model is as it was."""
+        tuner, report = self.base_model, LoadReport()
         prompts = tuner.prompts or Prompts(tuner.model)
         with self._with_heads(config):
             fitted = config.fitted(prompts.host)
-            prompt = (encoder_for if read is None else outline_for)(fitted, prompts.host)
+            prompt = (encoder_for if source is None else outline_for)(fitted, prompts.host)
             prompts.check(prompt, trained)
             prepared = prepare_saved(tuner.model, fitted.modules_to_save or ())
             tensors: Mapping[str, Tensor] = {}
-            if read is not None:
+            if source is not None:
                 prompts.check_resumable(prompt, trained)
-                tensors = read(prompt, prepared)
+                base = tuner.model.__dict__.get("name_or_path")
+                report, tensors = state.load_prompt(tuner.model, source, name, prompt, prepared, strict, base)
                 prompt = encoder_for(fitted, prompts.host, fresh=False)
             if prepared.saved or not self.peft_config:
                 apply(prepared, name, activate=activate, trainable=trained, router=tuner.router)
@@ -175,6 +178,7 @@ class PeftModel(nn.Module):
             tuner.prompts, self.prompt_encoder = prompts, prompts.encoders
             prompts.add(name, prompt, activate, trained)
             tuner._active = (name,) if activate else tuner._active
+        return report
 
     @contextmanager
     def _with_heads(self, config: AnyConfig) -> Iterator[None]:
@@ -196,10 +200,8 @@ class PeftModel(nn.Module):
         method = method_of(config)
         if config.invocation is not None:
             check_invocation(config.invocation, self.base_model.model)
-        for one, standing in [*self.peft_config.items()]:
-            if isinstance(standing, PromptLearningConfig):
-                continue
-            if not self.mixed and method_of(standing) is not method:
+        for one, standing in [] if self.mixed else [*self.peft_config.items()]:
+            if not isinstance(standing, PromptLearningConfig) and method_of(standing) is not method:
                 raise ConfigError(
                     "Cannot combine adapters with different peft types in a PeftModel: "
                     f"{name!r} is of {config.method} and {one!r} of {standing.method}. "
@@ -260,19 +262,19 @@ class PeftModel(nn.Module):
         with nullcontext() if compiled else self._call(adapter_names, args, kwargs, (), alora_offsets):
             return self._run(args, kwargs)
 
-    def _run(self, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    def _run(self, args: Any, kwargs: Mapping[str, Any], generating: bool = False) -> Any:
         tuner = self.base_model
-        if tuner.prompts is None and tuner.invocations is None:
-            return tuner.with_loss(tuner.model(*args, **kwargs))
-        # Something is at the model's edge: prompts before its input, or adapters with an invocation.
-        route = tuner.router.route()
-        choice = None if tuner.prompts is None else tuner.prompts.choice(route)
-        if tuner.prompts is None or choice is None:
-            outputs = tuner.with_loss(tuner.model(*args, **kwargs))
+        prompts, model, route = tuner.prompts, tuner.model, None
+        if prompts is not None or tuner.invocations is not None:  # they are at the model's edge
+            route = tuner.router.route()
+        choice = None if prompts is None else prompts.choice(route)
+        if prompts is None or choice is None:
+            outputs = (model.generate if generating else model)(*args, **kwargs)  # type: ignore[operator]
         else:
-            outputs = tuner.with_loss(tuner.prompts.forward(choice, args, kwargs))
+            outputs = (prompts.generate if generating else prompts.forward)(choice, args, kwargs)
+        outputs = outputs if generating else tuner.with_loss(outputs)
         if tuner.invocations is not None:
-            tuner.invocations.remember(route, args, kwargs, False, outputs)
+            tuner.invocations.remember(route, args, kwargs, generating, outputs)
         return outputs
 
     def generate(
@@ -286,17 +288,8 @@ class PeftModel(nn.Module):
         configs = (kwargs.get("generation_config"), getattr(self.base_model.model, "generation_config", None))
         names = ("num_beams", "num_return_sequences")
         repeats = [kwargs.get(k) or next((n for c in configs if (n := getattr(c, k, None))), 1) for k in names]
-        tuner = self.base_model
         with self._call(adapter_names, args, kwargs, repeats, alora_offsets):
-            route = tuner.router.route()
-            choice = None if tuner.prompts is None else tuner.prompts.choice(route)
-            if tuner.prompts is not None and choice is not None:
-                outputs = tuner.prompts.generate(choice, args, kwargs)
-            else:
-                outputs = tuner.model.generate(*args, **kwargs)  # type: ignore[operator]
-            if tuner.invocations is not None:
-                tuner.invocations.remember(route, args, kwargs, True, outputs)
-            return outputs
+            return self._run(args, kwargs, generating=True)
 
     def session(self, ids: Sequence[int] | Tensor = (), past_key_values: Any = None, **kwargs: Any) -> Session:
         """A conversation in which the base and its adapters share one cache: see `inlay.Session`."""
@@ -305,17 +298,14 @@ class PeftModel(nn.Module):
     @contextmanager
     def _call(
         self,
-        adapter_names: Sequence[str] | None,
+        names: Sequence[str] | None,
         args: Any,
         kwargs: Mapping[str, Any],
         repeats: Sequence[int],
-        offsets: Sequence[int | None] | None = None,
+        offsets: Sequence[int | None] | None,
     ) -> Iterator[None]:
         tuner, router = self.base_model, self.base_model.router
-        route = None
-        if adapter_names is not None:
-            route = Route(rows=self._rows(adapter_names, args, kwargs, repeats))
-        with router.call(route):
+        with router.call(None if names is None else Route(rows=self._rows(names, args, kwargs, repeats))):
             chosen = router.route()
             if chosen is not None:
                 tuner.check_known(chosen.names)
@@ -347,10 +337,7 @@ class PeftModel(nn.Module):
                 "Length of `adapter_names` should be that of the batch, a name for each row: got "
                 f"{len(names)} names for a batch of {batch} rows."
             )
-        product = 1
-        for n in repeats:
-            product *= n
-        return Rows.of(tuple(names), tuple({1, product, *repeats}))
+        return Rows.of(tuple(names), tuple({1, math.prod(repeats), *repeats}))
 
     def _bind_checkpoints(self, router: Router) -> None:
         for _, module in own_modules(self.base_model.model):
@@ -462,9 +449,7 @@ class PeftModel(nn.Module):
             raise DuplicateAdapterError(
                 f"Adapter with name {adapter_name!r} already exists: choose another name, or delete it."
             )
-        self._inject(
-            adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, activate=not self.peft_config
-        )
+        self._inject(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, not self.peft_config)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes an adapter the default for all threads; see `Tuner.set_adapter`."""
@@ -790,56 +775,31 @@ class PeftModel(nn.Module):
             return self._reload(source, name, config, trainable, key_mapping, strict)
         self._check_beside(name, config)
         if isinstance(config, PromptLearningConfig):
-            return self._load_before(source, name, config, trainable, strict, activate)
-        with self._with_heads(config), replicated(model, ranges_left(self.peft_config, config)):
-            report, prepared = state.load_into(
-                model,
-                source,
-                name,
-                config=config,
-                strict=strict,
-                trainable=trainable,
-                autocast=autocast,
-                activate=activate,
-                key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None),
-                ignore_mismatched_sizes=bool(kwargs.get("ignore_mismatched_sizes", False)),
-                base_name=model.__dict__.get("name_or_path"),
-                router=self.base_model.router,
-                present=partial(_present_names, model),
-                replacing=not self.peft_config,
-            )
-        self.base_model.add(name, config, prepared, activate)
+            report = self._put_before(name, config, activate, trainable, source, strict)
+        else:
+            with self._with_heads(config), replicated(model, ranges_left(self.peft_config, config)):
+                report, prepared = state.load_into(
+                    model,
+                    source,
+                    name,
+                    config=config,
+                    strict=strict,
+                    trainable=trainable,
+                    autocast=autocast,
+                    activate=activate,
+                    key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None),
+                    ignore_mismatched_sizes=bool(kwargs.get("ignore_mismatched_sizes", False)),
+                    base_name=model.__dict__.get("name_or_path"),
+                    router=self.base_model.router,
+                    present=partial(_present_names, model),
+                    replacing=not self.peft_config,
+                )
+            self.base_model.add(name, config, prepared, activate)
+            state.name_live(report, self, name, source.weights.header)
         if trainable:
             self.base_model.set_requires_grad(name)
-        state.name_live(report, self, name, source.weights.header)
         self.__dict__["load_report"] = report
         return report
-
-    def _load_before(
-        self,
-        source: state.Source,
-        name: str,
-        config: PromptLearningConfig,
-        trainable: bool,
-        strict: bool | None,
-        activate: bool,
-    ) -> LoadReport:
-        """Loads a prompt."""
-        reports: list[LoadReport] = []
-
-        def read(prompt: AbstractPrompt, prepared: Prepared) -> Mapping[str, Tensor]:
-            model = self.base_model.model
-            report, tensors = state.load_prompt(
-                model, source, name, prompt, prepared, strict, model.__dict__.get("name_or_path")
-            )
-            reports.append(report)
-            return tensors
-
-        self._put_before(name, config, activate, trainable, read)
-        if trainable:
-            self.base_model.set_requires_grad(name)
-        self.__dict__["load_report"] = reports[0]
-        return reports[0]
 
     def _reload(
         self,
@@ -1054,39 +1014,40 @@ def inject_adapter_in_model(
 
 
 def put_into(
-    model: nn.Module,
-    peft_config: AdapterConfig,
-    adapter_name: str,
-    low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
+    model: nn.Module, config: AdapterConfig, name: str, meta: bool = False, state_dict: Iterable[str] | None = None
 ) -> nn.Module:
     """`inject_adapter_in_model` for who knows that the model has others."""
-    check_adapter_name(adapter_name, FORBIDDEN_NAMES)
-    check_injectable(peft_config)
-    to_be_read, peft_config.read_by_transformers = peft_config.read_by_transformers, False
-    only = None if state_dict is None else layers_in(state_dict, peft_config)
+    check_adapter_name(name, FORBIDDEN_NAMES)
+    check_injectable(config)
+    to_be_read, config.read_by_transformers = config.read_by_transformers, False
+    only = None if state_dict is None else layers_in(state_dict, config)
     configs: dict[str, AdapterConfig] = model.__dict__.get("peft_config") or _Configs()
-    with replicated(model, ranges_left(configs, peft_config)):
-        prepared = prepare(model, peft_config, only=only, adapter_name=adapter_name, replacing=True)
+    with replicated(model, ranges_left(configs, config)):
+        prepared = prepare(model, config, only=only, adapter_name=name, replacing=True)
         if to_be_read:
             check_at_hand(prepared)
-        disagreement = () if state_dict is None else told_by_config(prepared)
+        disagreement = () if only is None else told_by_config(prepared)
         for text in (*prepared.plan.warnings, *disagreement):
             warnings.warn(text, PeftWarning, stacklevel=3)
-        trainable = not peft_config.inference_mode
-        trained = [p for _, w in wrappers(model) for p in w.parameters() if p.requires_grad]
-        apply(prepared, adapter_name, meta=low_cpu_mem_usage, autocast=False, trainable=trainable)
+        trainable = not config.inference_mode
+        trained = [(p, True) for _, w in wrappers(model) for p in w.parameters() if p.requires_grad]
+        apply(prepared, name, meta=meta, autocast=False, trainable=trainable)
         unmerge_first(model, stacklevel=3)
         for _, wrapper in wrappers(model):
-            wrapper.set_adapter(adapter_name, inference_mode=not trainable)
-        for parameter in trained:  # what was trained before stays so: its owner decides
-            parameter.requires_grad_(True)
-        for _, layer in adapted_layers(model):
-            layer.note_trained()
-    with_targets(peft_config, prepared)
-    configs[adapter_name] = peft_config
+            wrapper.set_adapter(name, inference_mode=not trainable)
+        train_again(model, trained)
+    with_targets(config, prepared)
+    configs[name] = config
     model.peft_config = configs  # type: ignore[assignment]
     return model
+
+
+def train_again(model: nn.Module, trained: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    """Has parameters be trained or frozen as they were before an adapter came: their owner decides."""
+    for parameter, was in trained:
+        parameter.requires_grad_(was)
+    for _, layer in adapted_layers(model):
+        layer.note_trained()
 
 
 def tell_adapted(model: nn.Module, stacklevel: int = 3) -> None:
@@ -1140,22 +1101,14 @@ def folder_to_write(directory: str | Path) -> Path:
 
 
 def write_adapter(
-    directory: Path,
-    model: nn.Module,
-    name: str,
-    config: AnyConfig,
-    tensors: Mapping[str, Tensor],
-    safe_serialization: bool = True,
+    directory: Path, model: nn.Module, name: str, config: AnyConfig, tensors: Mapping[str, Tensor], safe: bool = True
 ) -> None:
     """Writes the two files of an adapter that stands in ``model``."""
     values = {**config.to_dict(), "inference_mode": True}
     if values["task_type"] is None:
-        values["auto_mapping"] = {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
-        }
+        values["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     metadata = {BASE_KEY: state.live_fingerprint(model, name)}
-    files.write_pair(directory, values, tensors, metadata, safe_serialization=safe_serialization)
+    files.write_pair(directory, values, tensors, metadata, safe_serialization=safe)
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:

@@ -65,9 +65,6 @@ def _checkpoint(model: nn.Module, kwargs: dict[str, Any] | None) -> None:
     start: Any = getattr(model, "activation_checkpointing_enable", None)
     if start is not None:
         start(kwargs)
-        return
-    start = model.gradient_checkpointing_enable
-    if kwargs is None:
-        start()
     else:
-        start(gradient_checkpointing_kwargs=kwargs)
+        start = model.gradient_checkpointing_enable
+        start(**({} if kwargs is None else {"gradient_checkpointing_kwargs": kwargs}))

@@ -79,11 +79,8 @@ class TunerModelStatus:
 
 
 def _same(values: Iterable[T]) -> T | Irregular:
-    found: list[T] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found[0] if len(found) == 1 else "irregular"
+    found = list(values)
+    return found[0] if found and all(value == found[0] for value in found) else "irregular"
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
