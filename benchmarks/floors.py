@@ -15,7 +15,9 @@ from benchmarks.models import RANK, SCALE, factor, linears
 
 
 class LoraFloor(nn.Module):
-    """``x W^T + s (x A^T) B^T`` as three calls and a sum, with gradients to A and B."""
+    """``x W^T + s (drop(x) A^T) B^T`` as three calls and a sum in the dtype of ``x``, with gradients to A and B."""
+
+    dropout = 0.0
 
     def __init__(self, path: str, base: nn.Linear) -> None:
         super().__init__()
@@ -25,7 +27,28 @@ class LoraFloor(nn.Module):
         self.up = nn.Parameter(up_OR)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + SCALE * F.linear(F.linear(x, self.down), self.up)
+        z = F.dropout(x, self.dropout) if self.dropout else x
+        middle = F.linear(z, self.down.to(x.dtype))
+        return F.linear(x, self.weight) + SCALE * F.linear(middle, self.up.to(x.dtype))
+
+
+class DropoutFloor(LoraFloor):
+    """The same, with torch's own dropout."""
+
+    dropout = 0.1
+
+
+class DoraFloor(LoraFloor):
+    """The same, with every output row rescaled: the norm of ``W + s B A`` by building it."""
+
+    def __init__(self, path: str, base: nn.Linear) -> None:
+        super().__init__(path, base)
+        self.magnitude = nn.Parameter(self.weight.norm(dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            norm_O = torch.addmm(self.weight, self.up, self.down, alpha=SCALE).norm(dim=1)
+        return self.magnitude / norm_O * super().forward(x)
 
 
 class StackedFloor(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.floors import LoraFloor, swap
+from benchmarks.floors import DoraFloor, DropoutFloor, LoraFloor, swap
 from benchmarks.library import Library, Setting
 from benchmarks.models import TOKENS, embeds, fill, llama, lora_fields
 from benchmarks.report import Figure, Goal, figure
@@ -16,6 +16,7 @@ from benchmarks.timing import Builder, Contestant, Outcome, Race
 
 DROPOUT = {"lora_dropout": 0.1}
 DORA = {"use_dora": True}
+FLOORS = {"": LoraFloor, " dropout": DropoutFloor, " dora": DoraFloor}
 
 
 BUDGET = (
@@ -24,25 +25,38 @@ BUDGET = (
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
-    fp32, less = steps(setting, torch.float32, {"": {}, " dropout": DROPOUT, " dora": DORA}, floor=True)
-    bf16, lesser = steps(setting, torch.bfloat16, {"": {}, " dropout": DROPOUT}, floor=False)
+    fp32, less = steps(setting, torch.float32, {"": {}, " dropout": DROPOUT, " dora": DORA})
+    bf16, lesser = steps(setting, torch.bfloat16, {"": {}, " dropout": DROPOUT})
     yield figure(f"step over the base: fp32{less}", fp32, Goal(1.03, "floor"), base="base", floor="floor")
-    yield figure(f"step over the base: bf16{lesser}", bf16, Goal(1.20), base="base")
-    yield figure(f"step over the base: DoRA fp32{less}", fp32, Goal(1.22), base="base", suffix=" dora")
-    yield figure(f"step over the base: dropout 0.1, fp32{less}", fp32, Goal(1.20), base="base", suffix=" dropout")
-    yield figure(f"step over the base: dropout 0.1, bf16{lesser}", bf16, Goal(1.35), base="base", suffix=" dropout")
+    yield figure(f"step over the base: bf16{lesser}", bf16, Goal(1.20), base="base", floor="floor")
+    yield figure(
+        f"step over the base: DoRA fp32{less}", fp32, Goal(1.22), base="base", floor="floor dora", suffix=" dora"
+    )
+    yield figure(
+        f"step over the base: dropout 0.1, fp32{less}",
+        fp32,
+        Goal(1.20),
+        base="base",
+        floor="floor dropout",
+        suffix=" dropout",
+    )
+    yield figure(
+        f"step over the base: dropout 0.1, bf16{lesser}",
+        bf16,
+        Goal(1.35),
+        base="base",
+        floor="floor dropout",
+        suffix=" dropout",
+    )
 
 
-def steps(
-    setting: Setting, dtype: torch.dtype, variants: dict[str, dict[str, Any]], *, floor: bool
-) -> tuple[dict[str, Outcome], str]:
+def steps(setting: Setting, dtype: torch.dtype, variants: dict[str, dict[str, Any]]) -> tuple[dict[str, Outcome], str]:
     """Base, floor and every variant of both libraries, taking turns; and what to say of a smaller model."""
     wanted = setting.pick(8, 2)
-    layers = fitting(wanted, dtype, contestants=1 + floor + 2 * len(variants))
+    layers = fitting(wanted, dtype, contestants=1 + 3 * len(variants))
     builders: dict[str, Builder] = {"base": lambda: step(llama(layers, dtype), dtype)}
-    if floor:
-        builders["floor"] = lambda: step(swap(llama(layers, dtype), LoraFloor), dtype)
     for suffix, fields in variants.items():
+        builders["floor" + suffix] = lambda layer=FLOORS[suffix]: step(swap(llama(layers, dtype), layer), dtype)  # type: ignore[misc]
         for side, build in setting.both(adapted(layers, dtype, fields)).items():
             builders[side + suffix] = build
     # Dropout draws its own zeros and DoRA is another function: only plain LoRA has one right answer here.
