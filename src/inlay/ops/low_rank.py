@@ -137,7 +137,7 @@ def takes_in(x_BI: Tensor, W_OI: Tensor, b_O: Tensor | None, *factors: Tensor) -
         and torch.is_grad_enabled()
         and not (W_OI.requires_grad or (b_O is not None and b_O.requires_grad))
         and x_BI.dtype is W_OI.dtype
-        and x_BI.numel() // W_OI.shape[1] * W_OI.shape[0] > _FEW
+        and x_BI.shape[:-1].numel() * W_OI.shape[0] > _FEW
         and not torch._C._is_any_autocast_enabled()
         and not torch._C._len_torch_dispatch_stack()
     )
