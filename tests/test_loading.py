@@ -33,7 +33,6 @@ from inlay.errors import (
     WrongMethodError,
 )
 from inlay.methods.lora import LoraAdapter
-from inlay.report import LoadReport
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
@@ -537,11 +536,21 @@ def test_keywords_that_callers_give_are_taken(saved: Path, model: inlay.PeftMode
     assert (tmp_path / "new").exists()
 
 
-def test_the_reports_words_hold_whether_it_raises_or_warns(saved: Path, model: inlay.PeftModel) -> None:
-    report = LoadReport(missing=["a.lora_A.weight"])
-    text = report.summary()
-    assert "initial" not in text  # in an error, nothing was loaded
-    assert "strict=False loads it as it is, with a warning, and what is missing stays as the model has it." in text
+def test_what_lets_it_through_is_told_where_that_would_help(saved: Path, model: inlay.PeftModel) -> None:
+    hint = "strict=False loads it as it is, with a warning"
+    rewrite(saved, _missing)
+    with pytest.raises(LoadError, match=f"{hint}, and what is missing stays as the model has it."):
+        model.load_adapter(saved, "other")
+    with pytest.warns(PeftWarning, match="missing from the file") as given:
+        report = model.load_adapter(saved, "other", strict=False)
+    assert not any("strict=False" in text for text in (str(report), *(str(w.message) for w in given)))
+    rewrite(saved, _shape)
+    for options in ({"strict": True}, {"strict": False}, {}):
+        with pytest.raises(LoadError, match="size mismatch") as refused:
+            model.load_adapter(saved, "third", **options)
+        assert hint not in str(refused.value)
+    with pytest.raises(LoadError, match=hint):
+        model.load_adapter(saved, "third", ignore_mismatched_sizes=True)
 
 
 def test_a_failing_plan_leaves_the_config(mlp: nn.Module) -> None:

@@ -81,14 +81,16 @@ class LoadReport:
         lines = [f"{what}: {_some(places)}." for what, places in findings if places]
         lines += [f"note: {note.rstrip('.')}." for note in self.notes]
         if not self.ok:
-            left = ", and what is missing stays as the model has it" if self.missing else ""
-            lines.append(f"{self._verdict()[1]}; strict=False loads it as it is, with a warning{left}.")
+            lines.append(f"{self._verdict()[1]}.")
         return "\n".join(lines) or "The file and the adapter agree."
 
     __str__ = summary
 
-    def raise_for_problems(self) -> None:
+    def raise_for_problems(self, forgivable: bool = False) -> None:
         """Raises the error that fits, with this report as its ``report``; does nothing if all is well.
+
+        Args:
+            forgivable (`bool`, *optional*, defaults to `False`): Say that ``strict=False`` loads it nevertheless.
 
         Raises:
             IncompatibleBaseError: The adapter was made for another base.
@@ -96,7 +98,10 @@ class LoadReport:
             NonFiniteError: Everything fits, and some values are NaN or infinite.
         """
         if not self.ok:
-            raise self._verdict()[0](f"The adapter does not fit; nothing was loaded.\n{self.summary()}", self)
+            left = ", and what is missing stays as the model has it" if self.missing else ""
+            hint = f" strict=False loads it as it is, with a warning{left}." if forgivable else ""
+            told = f"The adapter does not fit; nothing was loaded.\n{self.summary()}{hint}"
+            raise self._verdict()[0](told, self)
 
     def _verdict(self) -> tuple[type[LoadError], str]:
         """What the problems amount to, and what to do about them."""

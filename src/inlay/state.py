@@ -420,7 +420,7 @@ def _shapes(tensors: Mapping[str, Tensor | files.TensorInfo]) -> dict[str, tuple
 def _judge(report: LoadReport, strict: bool) -> None:
     """Raises for what does not fit, where ``strict``; warns of it elsewhere."""
     if strict:
-        report.raise_for_problems()
+        report.raise_for_problems(forgivable=not report.shape)
     elif not report.ok:
         warnings.warn(report.summary(), PeftWarning, stacklevel=5)
 
@@ -668,7 +668,7 @@ def load_into(
     _config_notes(report, prepared)
     _base_notes(report, prepared, source, base_name)
     if strict:
-        report.raise_for_problems()
+        report.raise_for_problems(forgivable=ignore_mismatched_sizes or not report.shape)
     elif report.shape and not ignore_mismatched_sizes:
         raise LoadError(f"The adapter does not fit; nothing was loaded.\n{report}", report)
     tensors = named(source.weights.read())
@@ -822,8 +822,9 @@ def load_prompt(
     report = compare(wanted, _shapes(header), _optional(root))
     _floats_only(report, "a prompt", (header[key] for key in own if key in header))
     _base_notes(report, prepared, source, base_name)
-    if strict or report.shape or report.config or any(key in own for key in report.missing):
-        report.raise_for_problems()
+    hopeless = report.shape or report.config or not own.keys().isdisjoint(report.missing)
+    if strict or hopeless:
+        report.raise_for_problems(forgivable=not hopeless)
     tensors = _renamed(source.weights.read(), None, prompt)
     report.non_finite.extend(non_finite(tensors))
     _judge(report, strict)
