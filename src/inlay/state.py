@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,10 +69,13 @@ def config_of(model: nn.Module, adapter_name: str) -> AnyConfig:
     return configs[adapter_name]
 
 
-def places(model: nn.Module, adapter_name: str) -> Iterator[Place]:
-    """Every tensor of an adapter in the user's model: its slots and its copies of whole modules."""
-    for path, wrapper in wrappers(model):
+def places(root: nn.Module, adapter_name: str, config: AnyConfig) -> Iterator[Place]:
+    """Every tensor of an adapter in the user's model: its slots, its copies of whole modules, and trained biases."""
+    for path, wrapper in wrappers(root):
         yield from _places_of(path, wrapper, adapter_name).values()
+    for name, bias in biases(root, config, adapter_name):
+        above, _, attribute = name.rpartition(".")
+        yield Place(without_foreign(name), root.get_submodule(above), attribute, name, bias.device)
 
 
 def _places_of(path: str, wrapper: Adapted | ModulesToSaveWrapper, adapter_name: str) -> dict[str, Place]:
@@ -142,8 +145,8 @@ def get_peft_model_state_dict(
     prompt = prompt_of(model, adapter_name)
     prefix = live if prompt is None else PROMPT_PREFIX
     state_dict = None if state_dict is None else _past_composites(root, live, state_dict)
-    out = {prefix + key: t for key, t in _own(root, adapter_name, live, state_dict, initial).items()}
-    for key, t in _extras(root, config, adapter_name, save_embedding_layers):
+    out = {prefix + key: t for key, t in _own(root, adapter_name, config, live, state_dict, initial).items()}
+    for key, t in _embeddings(root, config, adapter_name, save_embedding_layers):
         found = t if state_dict is None else state_dict.get(live + key)
         if found is not None:
             out[prefix + key] = found
@@ -156,13 +159,14 @@ def get_peft_model_state_dict(
 def _own(
     root: nn.Module,
     adapter_name: str,
+    config: AnyConfig,
     live: str,
     state_dict: Mapping[str, Tensor] | None,
     initial: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    """The tensors that an adapter has added to the model, in the form that files have them."""
+    """The tensors that an adapter has added to the model or trains in it, in the form that files have them."""
     out: dict[str, Tensor] = {}
-    for place in places(root, adapter_name):
+    for place in places(root, adapter_name, config):
         t = _value(place) if state_dict is None else state_dict.get(live + place.live)
         if t is not None or not place.filed:  # who gathers what is trained leaves out what is frozen
             out[place.key] = _value(place) if t is None else t
@@ -195,14 +199,13 @@ def prompt_of(model: nn.Module, adapter_name: str) -> AbstractPrompt | None:
 def _filed_prompt(
     prompt: AbstractPrompt, adapter_name: str, state_dict: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    with torch.no_grad():
-        if state_dict is None:
-            return {key: t.detach() for key, t in prompt.filed().items()}
+    if state_dict is not None:
         start = f"prompt_encoder.{adapter_name}."
         given = {k.removeprefix(start): t for k, t in state_dict.items() if k.startswith(start)}
-        gathered = copy.deepcopy(prompt)
-        gathered.load_state_dict({**prompt.state_dict(), **given}, assign=True)
-        return {key: t.detach() for key, t in gathered.filed().items()}
+        prompt = copy.deepcopy(prompt)
+        prompt.load_state_dict({**prompt.state_dict(), **given}, assign=True)
+    with torch.no_grad():
+        return {key: t.detach() for key, t in prompt.filed().items()}
 
 
 def _past_composites(root: nn.Module, prefix: str, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -253,20 +256,16 @@ def _value(place: Place) -> Tensor:
     return (t if kept is None else kept).detach()
 
 
-def _extras(
-    root: nn.Module, config: AnyConfig, adapter_name: str, embeddings: bool | str
+def _embeddings(
+    root: nn.Module, config: AnyConfig, adapter_name: str, asked: bool | str
 ) -> Iterator[tuple[str, Tensor]]:
-    """The model's own tensors that go into the file too: trained biases, and embeddings."""
-    for name, parameter in biases(root, config, adapter_name):
-        yield name, parameter.detach()
-    wanted = _embeddings_to_save(root, config, adapter_name) if embeddings == "auto" else ("",) if embeddings else ()
-    tables = dict(embedding_weights(root)) if wanted else {}
-    if embeddings is True and not tables:
+    """(name, weight) of the model's own embeddings that go into the file too."""
+    starts = _changed_embeddings(root, config, adapter_name) if asked == "auto" else ("",) if asked else ()
+    tables = dict(embedding_weights(root)) if starts else {}
+    if asked is True and not tables:
         told = "Could not identify embedding layer(s): the model's get_input_embeddings() tells of no table."
         warnings.warn(told, PeftWarning, stacklevel=3)
-    for name, parameter in tables.items():
-        if name.startswith(tuple(wanted)):
-            yield name, parameter.detach()
+    yield from ((name, W.detach()) for name, W in tables.items() if name.startswith(starts))
 
 
 def embedding_weights(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -287,12 +286,12 @@ def embedding_weights(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{name}.weight", W
 
 
-def _embeddings_to_save(root: nn.Module, config: AnyConfig, adapter_name: str) -> Sequence[str]:
+def _changed_embeddings(root: nn.Module, config: AnyConfig, adapter_name: str) -> tuple[str, ...]:
     """Beginnings of the names of embeddings that go into a file: those that are adapted, or all after a resize."""
     if config.trainable_token_indices is not None:
         return ()
     paths = [path for path, _ in adapted_layers(root, adapter_name)]
-    adapted = [f"{path}." for path in paths if path.rpartition(".")[2] in EMBEDDING_NAMES]
+    adapted = tuple(f"{path}." for path in paths if path.rpartition(".")[2] in EMBEDDING_NAMES)
     original = sources.base_vocabulary(config.base_model_name_or_path)
     now = getattr(getattr(root, "config", None), "vocab_size", None)
     resized = original is not None and now is not None and original != now
@@ -359,17 +358,16 @@ class _Fit:
 
     def __init__(self, model: nn.Module, adapter_name: str, given: Any, key_mapping: Any, beside: bool) -> None:
         self.root, _ = root_of(model)
-        self.targets = _targets(self.root, adapter_name, config_of(model, adapter_name))
+        self.targets = {p.key: p for p in places(self.root, adapter_name, config_of(model, adapter_name))}
         _check_unmerged(self.root, adapter_name)
         self.prompt = prompt_of(model, adapter_name)
-        named = _with_experts(self.root, _renamed(given, key_mapping, self.prompt))
+        named = _named(self.root, given, _names(given, key_mapping, self.prompt))
         self.tensors, self.frozen = _restored(self.root, adapter_name, named)
         if beside:
             self.targets = {**_frozen(self.root, self.tensors.keys() - self.targets.keys()), **self.targets}
-        unfiled = {place.key for place in places(self.root, adapter_name) if not place.filed}
-        shapes = {k: tuple(getattr(o, a).shape) for k, (o, a, _) in self.targets.items() if k not in unfiled}
+        shapes = {k: tuple(getattr(p.owner, p.attribute).shape) for k, p in self.targets.items() if p.filed}
         shapes.update({} if self.prompt is None else self.prompt.filed_shapes())
-        self.report = compare(shapes, _shapes(self.tensors), _optional(self.root))
+        self.report = compare(shapes, self.tensors, _optional(self.root))
 
     def take(self) -> None:
         """Gives the adapter the tensors."""
@@ -385,18 +383,18 @@ def name_live(report: LoadReport, model: nn.Module, adapter_name: str, given: Co
     """
     root, prefix = root_of(model)
     report.live.update({key: key if key in given else prefix + key for key in report.unexpected})
-    report.live.update(
-        {p.key: prefix + p.live for p in places(root, adapter_name)} if report.missing or report.shape else {}
-    )
+    if report.missing or report.shape:
+        standing = places(root, adapter_name, config_of(model, adapter_name))
+        report.live.update({place.key: prefix + place.live for place in standing})
 
 
-def _frozen(root: nn.Module, names: Iterable[str]) -> dict[str, Target]:
+def _frozen(root: nn.Module, names: Iterable[str]) -> dict[str, Place]:
     """Where the frozen model has tensors of these names: PEFT puts a file's there, as SAI's control-LoRAs want."""
-    modules, out = dict(own_modules(root)), dict[str, Target]()
+    modules, out = dict(own_modules(root)), dict[str, Place]()
     for name in names:
         above, _, attribute = name.rpartition(".")
         if above in modules and (t := modules[above]._parameters.get(attribute)) is not None:
-            out[name] = (modules[above], attribute, t.device)
+            out[name] = Place(name, modules[above], attribute, name, t.device)
     return out
 
 
@@ -413,15 +411,16 @@ def _restored(
     return out, frozen
 
 
-def _shapes(tensors: Mapping[str, Tensor | files.TensorInfo]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(t.shape) for key, t in tensors.items()}
+def _refuse(report: LoadReport, strict: bool, hopeless: bool) -> None:
+    """Raises for what does not fit, where ``strict`` or where there is no way to go on."""
+    if strict or hopeless:
+        report.raise_for_problems(forgivable=not hopeless)
 
 
-def _judge(report: LoadReport, strict: bool) -> None:
-    """Raises for what does not fit, where ``strict``; warns of it elsewhere."""
-    if strict:
-        report.raise_for_problems(forgivable=not report.shape)
-    elif not report.ok:
+def _judge(report: LoadReport, strict: bool, hopeless: bool = False) -> None:
+    """`_refuse`, and a warning of what is let through."""
+    _refuse(report, strict, hopeless)
+    if not report.ok:
         warnings.warn(report.summary(), PeftWarning, stacklevel=5)
 
 
@@ -430,37 +429,31 @@ def _judge(report: LoadReport, strict: bool) -> None:
 _REPEATED = (".original_module.bias", ".modules_to_save.bias")
 
 
-def _renamed(
-    entries: Mapping[str, Any], key_mapping: Mapping[str, str] | None, prompt: AbstractPrompt | None = None
-) -> dict[str, Any]:
+def _names(
+    keys: Iterable[str], key_mapping: Mapping[str, str] | None, prompt: AbstractPrompt | None = None
+) -> dict[str, str]:
+    """Key in a file -> its name from the user's model on, of all that is not there twice."""
     if prompt is None:
-        stripped = strip_prefix(entries, settings.strict_load)
+        stripped = strip_prefix({key: key for key in keys}, settings.strict_load)
     else:
-        stripped = {key.removeprefix(PREFIX).removeprefix(PROMPT_PREFIX): value for key, value in entries.items()}
+        stripped = {key.removeprefix(PREFIX).removeprefix(PROMPT_PREFIX): key for key in keys}
     names = apply_key_mapping(stripped, key_mapping)
-    return {names[key]: value for key, value in stripped.items() if not key.endswith(_REPEATED)}
+    return {key: names[bare] for bare, key in stripped.items() if not bare.endswith(_REPEATED)}
 
 
-def _naming(
-    root: nn.Module,
-    header: Mapping[str, Any],
-    key_mapping: Mapping[str, str] | None,
-    known: Set[str],
-    present: Callable[[Iterable[str]], Mapping[str, str]] | None,
-) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """What gives a file's header and its tensors the names that the model has."""
-    keys = _renamed(header, key_mapping)
-    names = {} if present is None or keys.keys() <= known else present(keys)
-    names = names if len(set(names.values())) == len(names) else {}
-
-    def named(entries: Mapping[str, Any]) -> dict[str, Any]:
-        return _with_experts(root, {names.get(k, k): v for k, v in _renamed(entries, key_mapping).items()})
-
-    return named
+def _present(
+    names: dict[str, str], known: Set[str], present: Callable[[Iterable[str]], Mapping[str, str]] | None
+) -> dict[str, str]:
+    """`_names` where the model has other ones by now."""
+    if present is None or known >= set(names.values()):
+        return names
+    now = present(names.values())
+    return {key: now.get(name, name) for key, name in names.items()} if len(set(now.values())) == len(now) else names
 
 
-def _with_experts(root: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:
-    """A file's tensors, or its header, with the factors of single experts put together where the model wants it so."""
+def _named(root: nn.Module, given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A file's tensors, or its header, by the model's names, with factors of single experts put together for it."""
+    entries = {names[key]: value for key, value in given.items() if key in names}
     if not any(".experts." in key for key in entries):
         return entries
     former = experts.FORMER.get(str(model_config(root).get("model_type")))
@@ -476,17 +469,6 @@ def _check_unmerged(root: nn.Module, adapter_name: str) -> None:
         raise MergeError(
             f"Adapter {adapter_name!r} is merged: new values would not reach the merged weight. Unmerge it first."
         )
-
-
-Target = tuple[nn.Module, str, torch.device]
-
-
-def _targets(root: nn.Module, adapter_name: str, config: AnyConfig) -> dict[str, Target]:
-    targets: dict[str, Target] = {p.key: (p.owner, p.attribute, p.device) for p in places(root, adapter_name)}
-    for name, parameter in biases(root, config, adapter_name):
-        above, _, attribute = name.rpartition(".")
-        targets[without_foreign(name)] = (root.get_submodule(above), attribute, parameter.device)
-    return targets
 
 
 def _optional(root: nn.Module, works: Iterable[Work] = ()) -> dict[str, tuple[int, ...]]:
@@ -505,40 +487,38 @@ def _optional(root: nn.Module, works: Iterable[Work] = ()) -> dict[str, tuple[in
 
 def compare(
     expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, Tensor | files.TensorInfo],
     optional: Mapping[str, tuple[int, ...]],
 ) -> LoadReport:
-    """What a file's header and an adapter's shapes have to say about each other."""
+    """What a file's tensors, or its header, and an adapter's shapes have to say about each other."""
     report = LoadReport(
         missing=[key for key in expected if key not in found],
         unexpected=[key for key in found if key not in expected and key not in optional],
     )
-    for key, shape in found.items():
-        wanted = expected.get(key, optional.get(key))
+    for key, t in found.items():
+        wanted, shape = expected.get(key, optional.get(key)), tuple(t.shape)
         if wanted is not None and wanted != shape:
             report.shape.append((key, shape, wanted))
     return report
 
 
 def assign(
-    root: nn.Module, targets: Mapping[str, Target], tensors: Mapping[str, Tensor]
+    root: nn.Module, targets: Mapping[str, Place], tensors: Mapping[str, Tensor]
 ) -> list[tuple[str, torch.dtype, torch.dtype]]:
     """Puts tensors in place: they become the parameter where that is on the meta device, and are copied elsewhere.
 
     Returns:
         (key, dtype given, dtype kept) of those that were converted.
     """
-    embeddings: dict[str, nn.Parameter] | None = None
+    embeddings = dict(embedding_weights(root)) if tensors.keys() - targets.keys() else {}
     converted = []
     with torch.no_grad():
         for key, t in tensors.items():
-            place = targets.get(key)
-            if place is None:
-                embeddings = dict(embedding_weights(root)) if embeddings is None else embeddings
+            if (place := targets.get(key)) is None:
                 if key in embeddings:
                     embeddings[key].copy_(t)
                 continue
-            owner, attribute, device = place
+            _, owner, attribute, _, device, _ = place
             old = owner._parameters.get(attribute)
             if old is not None and old.dtype != t.dtype:
                 converted.append((key, t.dtype, old.dtype))
@@ -661,24 +641,21 @@ def load_into(
     strict = settings.strict_load if strict is None else strict
     prepared = prepare(root, config, adapter_name=adapter_name, replacing=replacing)
     optional, wanted = _optional(root, prepared.works), expected(prepared)
-    named = _naming(root, source.weights.header, key_mapping, wanted.keys() | optional.keys(), present)
-    header = named(source.weights.header)
-    report = compare(wanted, _shapes(header), optional)
+    names = _present(_names(source.weights.header, key_mapping), wanted.keys() | optional.keys(), present)
+    header = _named(root, source.weights.header, names)
+    report = compare(wanted, header, optional)
     _floats_only(report, "an adapter", () if prepared.saved else header.values())
     _config_notes(report, prepared)
     _base_notes(report, prepared, source, base_name)
-    if strict:
-        report.raise_for_problems(forgivable=ignore_mismatched_sizes or not report.shape)
-    elif report.shape and not ignore_mismatched_sizes:
-        raise LoadError(f"The adapter does not fit; nothing was loaded.\n{report}", report)
-    tensors = named(source.weights.read())
+    _refuse(report, strict, hopeless=bool(report.shape) and not ignore_mismatched_sizes)
+    tensors = _named(root, source.weights.read(), names)
     report.non_finite.extend(non_finite(_as_kept(prepared, tensors, autocast)))
     _judge(report, strict)
     for key, *_ in report.shape:
         tensors.pop(key)
     whole = not report.missing and not report.shape
     apply(prepared, adapter_name, meta=whole, autocast=autocast, activate=activate, trainable=trainable, router=router)
-    report.dtype.extend(assign(root, _targets(root, adapter_name, config), tensors))
+    report.dtype.extend(assign(root, {p.key: p for p in places(root, adapter_name, config)}, tensors))
     return report, prepared
 
 
@@ -738,13 +715,8 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [key for key, t in tensors.items() if t.is_floating_point() and not bool(t.float().isfinite().all())]
 
 
-def fingerprint(prepared: Prepared) -> str:
-    """`base_fingerprint` of the layers that an adapter stands on."""
-    return base_fingerprint((work.path, work.kind.shape(work.layer)) for work in prepared.works)
-
-
 def live_fingerprint(root: nn.Module, adapter_name: str) -> str:
-    """The same of an adapter that stands in a model."""
+    """`base_fingerprint` of the layers that an adapter stands on."""
     return base_fingerprint(
         (without_foreign(path), w.kind.shape(w.get_base_layer()))
         for path, w in adapted_layers(root, adapter_name)
@@ -790,10 +762,7 @@ def reload(
     """
     fit = _Fit(model, adapter_name, source.weights.read(), key_mapping, beside=False)
     fit.report.non_finite.extend(non_finite(fit.tensors))
-    strict = settings.strict_load if strict is None else strict
-    if fit.report.shape and not strict:
-        raise LoadError(f"The adapter does not fit; nothing was loaded.\n{fit.report}", fit.report)
-    _judge(fit.report, strict)
+    _judge(fit.report, settings.strict_load if strict is None else strict, hopeless=bool(fit.report.shape))
     fit.take()
     return fit.report
 
@@ -816,16 +785,13 @@ def load_prompt(
         LoadError: The file does not fit, and ``strict`` or there is no way to go on.
     """
     strict = settings.strict_load if strict is None else strict
-    header = _renamed(source.weights.header, None, prompt)
-    own = prompt.filed_shapes()
-    wanted = {**expected(prepared), **own}
-    report = compare(wanted, _shapes(header), _optional(root))
+    names, own = _names(source.weights.header, None, prompt), prompt.filed_shapes()
+    header = _named(root, source.weights.header, names)
+    report = compare({**expected(prepared), **own}, header, _optional(root))
     _floats_only(report, "a prompt", (header[key] for key in own if key in header))
     _base_notes(report, prepared, source, base_name)
-    hopeless = report.shape or report.config or not own.keys().isdisjoint(report.missing)
-    if strict or hopeless:
-        report.raise_for_problems(forgivable=not hopeless)
-    tensors = _renamed(source.weights.read(), None, prompt)
+    _refuse(report, strict, bool(report.shape or report.config) or not own.keys().isdisjoint(report.missing))
+    tensors = _named(root, source.weights.read(), names)
     report.non_finite.extend(non_finite(tensors))
     _judge(report, strict)
     return report, tensors
@@ -833,7 +799,7 @@ def load_prompt(
 
 def take_prompt(root: nn.Module, adapter_name: str, prompt: AbstractPrompt, tensors: Mapping[str, Tensor]) -> None:
     """Gives a prompt and the heads that stand beside it what `load_prompt` has read."""
-    heads: dict[str, Target] = {p.key: (p.owner, p.attribute, p.device) for p in places(root, adapter_name)}
+    heads = {p.key: p for p in places(root, adapter_name, prompt.config)}
     assign(root, heads, {key: t for key, t in tensors.items() if key in heads})
     prompt.take(tensors)
 
@@ -861,7 +827,8 @@ def _config_notes(report: LoadReport, prepared: Prepared) -> None:
 
 def _base_notes(report: LoadReport, prepared: Prepared, source: Source, base_name: str | None) -> None:
     stored = source.weights.metadata.get(BASE_KEY)
-    if stored is not None and stored != fingerprint(prepared):
+    layers = ((work.path, work.kind.shape(work.layer)) for work in prepared.works)
+    if stored is not None and stored != base_fingerprint(layers):
         report.base.append("the adapted layers have other names or shapes than where the adapter was trained")
     made_for = source.config.base_model_name_or_path
     if made_for and base_name and made_for != base_name:
