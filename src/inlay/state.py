@@ -52,9 +52,8 @@ class Place(NamedTuple):
 def root_of(model: nn.Module) -> tuple[nn.Module, str]:
     """The user's model inside a handle, and what its keys begin with; a bare model is its own root."""
     base = model._modules.get("base_model")
-    inner = base._modules.get("model") if base is not None else None
-    is_handle = inner is not None and "peft_config" in base.__dict__
-    return (inner, PREFIX) if is_handle and inner is not None else (model, "")
+    inner = base._modules.get("model") if base is not None and "peft_config" in base.__dict__ else None
+    return (model, "") if inner is None else (inner, PREFIX)
 
 
 def config_of(model: nn.Module, adapter_name: str) -> AnyConfig:
@@ -277,8 +276,7 @@ def embedding_weights(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             module = module.original_module
         if isinstance(module, Adapted):
             module = module.get_base_layer()
-        W = None if module is None or isinstance(module, ModulesToSaveWrapper) else module._parameters.get("weight")
-        if W is not None:
+        if module is not None and (W := module._parameters.get("weight")) is not None:
             wanted.add(id(W))
     for name, module in own_modules(root):
         W = module._parameters.get("weight")
@@ -296,15 +294,11 @@ def _changed_embeddings(root: nn.Module, config: AnyConfig, adapter_name: str) -
     now = getattr(getattr(root, "config", None), "vocab_size", None)
     resized = original is not None and now is not None and original != now
     if adapted or resized:
-        why = "embedding layers found in `target_modules`"
-        if resized:
-            why = f"the embedding layer has been resized from {original} to {now} rows"
-        warnings.warn(
-            f"Setting `save_embedding_layers` to `True` as {why}. Their own weights are saved too, which "
-            "save_embedding_layers=False leaves out.",
-            PeftWarning,
-            stacklevel=5,
-        )
+        grown = f"the embedding layer has been resized from {original} to {now} rows"
+        why = grown if resized else "embedding layers found in `target_modules`"
+        left_out = "Their own weights are saved too, which save_embedding_layers=False leaves out."
+        told = f"Setting `save_embedding_layers` to `True` as {why}. {left_out}"
+        warnings.warn(told, PeftWarning, stacklevel=5)
     return ("",) if resized else adapted
 
 
@@ -518,7 +512,7 @@ def assign(
                 if key in embeddings:
                     embeddings[key].copy_(t)
                 continue
-            _, owner, attribute, _, device, _ = place
+            owner, attribute = place.owner, place.attribute
             old = owner._parameters.get(attribute)
             if old is not None and old.dtype != t.dtype:
                 converted.append((key, t.dtype, old.dtype))
@@ -528,7 +522,7 @@ def assign(
             elif held(owner, attribute) is not None:
                 replace(owner, attribute, t.to(old.dtype))
             else:
-                new = t.to(t.device if device.type == "meta" else device, old.dtype)
+                new = t.to(t.device if place.device.type == "meta" else place.device, old.dtype)
                 owner._parameters[attribute] = nn.Parameter(new, requires_grad=old.requires_grad)
     return converted
 
@@ -603,11 +597,7 @@ def open_source(directory: Path, config: PeftConfig | None = None) -> Source:
     if config is not None:
         return Source(directory, config, files.open_weights(directory))
     values, weights = files.read_pair(directory, settings.strict_load)
-    try:
-        return Source(directory, PeftConfig.from_dict(values, str(directory / files.CONFIG_NAME)), weights)
-    except BaseException:
-        weights.close()
-        raise
+    return Source(directory, PeftConfig.from_dict(values, str(directory / files.CONFIG_NAME)), weights)
 
 
 def load_into(
@@ -700,8 +690,7 @@ def _bias_keys(prepared: Prepared) -> Iterator[tuple[str, tuple[int, ...]]]:
         nested = re.sub(r"(.*)\.out_proj$", r"\1.base_layer.out_proj", path)
         own = nested if nested in adapted else path
         inside = own in adapted or isinstance(module, Adapted)
-        kept = f"{path}.".startswith(saved) if saved else False
-        if bias is not None and not kept and (inside or prepared.config.bias == "all"):
+        if bias is not None and not f"{path}.".startswith(saved) and (inside or prepared.config.bias == "all"):
             yield f"{own}.base_layer.bias" if inside else f"{path}.bias", tuple(bias.shape)
 
 
