@@ -11,7 +11,6 @@ import enum
 import re
 import sys
 import types
-import typing
 import warnings
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -82,7 +81,7 @@ def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _fits(value: object, hint: Any) -> bool:
+def _fits(value: Any, hint: Any) -> bool:
     """Whether ``value`` is what the annotation ``hint`` promises: containers are looked into, bool is no int."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -97,9 +96,8 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, tuple) and len(value) == len(args) and all(map(_fits, value, args))
     if origin is dict:
         return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
-    if hint is float:
-        number = type(value) in (int, float) and abs(typing.cast(float, value)) <= sys.float_info.max
-        return number  # NaN compares as false, and an int beyond every float is compared without becoming one
+    if hint is float:  # NaN compares as false, and an int beyond every float is compared without becoming one
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     if hint is int:
         return type(value) is int
     return isinstance(value, hint)
@@ -193,17 +191,14 @@ class PeftConfig:
             self.peft_type = PeftType(self.method)
         self._check_types()
         if self.task_type is not None:
-            try:
-                self.task_type = TaskType(self.task_type)
-            except ValueError as error:
-                valid = ", ".join(t.value for t in TaskType)
-                told = f"Invalid task type: {self.task_type!r}. Task types are {valid}."
-                raise ConfigError(told) from error
+            if self.task_type not in TaskType.__members__:
+                valid = ", ".join(TaskType.__members__)
+                raise ConfigError(f"Invalid task type: {self.task_type!r}. Task types are {valid}.")
+            self.task_type = TaskType(self.task_type)
         if self.peft_type is not None:
-            try:
-                self.peft_type = PeftType(self.peft_type)
-            except ValueError as error:
-                raise UnknownMethodError(f"peft_type {self.peft_type!r} is no method of this library.") from error
+            if self.peft_type not in PeftType.__members__:
+                raise UnknownMethodError(f"peft_type {self.peft_type!r} is no method of this library.")
+            self.peft_type = PeftType(self.peft_type)
 
     def _check_types(self) -> None:
         cls: Any = type(self)
@@ -230,7 +225,7 @@ class PeftConfig:
             unset = value == _default(f) and f.name not in self.always_written
             if written == "never" or (written == "when set" and unset):
                 continue
-            out[f.name] = value if isinstance(value, enum.Enum | set) else _plain(value)
+            out[f.name] = _plain(value)
         return out
 
     def as_loaded(self) -> Self:
@@ -312,7 +307,7 @@ class PeftConfig:
     @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
         """Reads a config file as a dict, without making a config of it or taking how it is run from there."""
-        return _without_runtime(files.read_json(Path(path_json_file)), path_json_file)
+        return _without_runtime(files.read_json(path_json_file), path_json_file)
 
     @classmethod
     def from_pretrained(
@@ -334,13 +329,11 @@ class PeftConfig:
         hub, own = sources.split_hub_arguments(kwargs)
         directory = sources.locate(pretrained_model_name_or_path, subfolder=subfolder, weights=False, **hub)
         values = _without_runtime(files.read_config(directory), directory / CONFIG_NAME)
-        known = {f.name for f in fields(cls)}
-        if "peft_type" not in values and (cls is PeftConfig or not known.issuperset(values)):
-            raise WrongMethodError(
-                f"{directory / CONFIG_NAME}, to be a {cls.__name__}, is missing required keys: {{'peft_type'}}. It is "
-                "not the config of an adapter."
-            )
-        made = cls.from_dict(values, where=str(directory / CONFIG_NAME))
+        where = str(directory / CONFIG_NAME)
+        if "peft_type" not in values and (cls is PeftConfig or not {f.name for f in fields(cls)}.issuperset(values)):
+            told = f"{where}, to be a {cls.__name__}, is missing required keys: {{'peft_type'}}."
+            raise WrongMethodError(f"{told} It is not the config of an adapter.")
+        made = cls.from_dict(values, where)
         known = {f.name for f in fields(made)}
         if settings.strict_load:
             sources.check_arguments(cls.from_pretrained, own, sources.LOADING | known)
@@ -362,10 +355,10 @@ class PeftConfig:
         Raises:
             UnwritableError: The path is a file, or cannot be written.
         """
-        values = _plain(self.to_dict())
+        values = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
-        files.write_config(Path(save_directory), values)
+        files.write_config(save_directory, values)
 
 
 def _without_runtime(values: dict[str, Any], where: object) -> dict[str, Any]:
@@ -380,16 +373,13 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, set | frozenset):
-        return sorted(_plain(v) for v in value)
+    """A copy of lists, dicts and dataclasses, as lists and dicts."""
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {k: _plain(v) for k, v in dataclasses.asdict(value).items()}
+        return _plain(dataclasses.asdict(value))
     return value
 
 
