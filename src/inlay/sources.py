@@ -10,28 +10,12 @@ from typing import Any
 from inlay.errors import CorruptFileError, UnknownArgumentError, nearest
 from inlay.formats import files
 
-HUB_ARGUMENTS = frozenset(
-    {
-        "revision",
-        "token",
-        "cache_dir",
-        "force_download",
-        "local_files_only",
-        "endpoint",
-        "proxies",
-        "etag_timeout",
-        "user_agent",
-        "use_auth_token",
-        "resume_download",
-        "repo_type",
-        "_commit_hash",
-        "commit_hash",
-    }
-)
 # Arguments of earlier clients that callers still pass; they change nothing about which files are read.
 _IGNORED = frozenset({"use_auth_token", "resume_download", "proxies", "_commit_hash", "commit_hash"})
-
-
+HUB_ARGUMENTS = _IGNORED | {
+    *("revision", "token", "cache_dir", "force_download", "local_files_only", "endpoint"),
+    *("etag_timeout", "user_agent", "repo_type"),
+}
 # What callers give to loading and saving in general, and what has no meaning for an adapter: accepted, as PEFT does.
 LOADING = HUB_ARGUMENTS | {
     *("subfolder", "torch_device", "ignore_mismatched_sizes", "device_map", "max_memory", "offload_folder"),
@@ -94,9 +78,7 @@ def locate(model_id: str | Path, *, subfolder: str | None = None, weights: bool 
     """
     root = Path(model_id)
     if root.is_dir():
-        if not subfolder:
-            return root
-        inside = root / subfolder
+        inside = root / (subfolder or "")
         if not inside.resolve().is_relative_to(root.resolve()):
             raise CorruptFileError(f"subfolder {subfolder!r} leads out of {root}; name a folder inside it.")
         return inside

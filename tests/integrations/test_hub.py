@@ -134,6 +134,7 @@ def test_public_calls_fetch_what_they_read(tmp_path: Path, hub: Hub) -> None:
     saved.save_pretrained(tmp_path / "there")
     hub.files = {f"sub/{path.name}": path.read_bytes() for path in (tmp_path / "there").iterdir()}
     where: dict[str, Any] = {"subfolder": "sub", "cache_dir": tmp_path, "endpoint": hub.endpoint, "token": "hf_x"}
+    where |= {"repo_type": "model", "etag_timeout": 5}
     assert inlay.PeftConfig.from_pretrained(REPO, **where) == inlay.LoraConfig.from_pretrained(tmp_path / "there")
     assert hub.got() == {CONFIG_NAME}
     loaded = inlay.PeftModel.from_pretrained(net(), REPO, revision=COMMIT, **where)

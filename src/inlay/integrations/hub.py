@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
@@ -26,12 +27,8 @@ def fetch(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-    endpoint: str | None = None,
     weights: bool = True,
+    **client: Any,
 ) -> Path:
     """The local directory of an adapter, downloaded if ``model_id`` is no directory here; its files are not read yet.
 
@@ -42,8 +39,9 @@ def fetch(
     Args:
         model_id (`str` or `Path`): A directory, or a repository as ``owner/name``.
         subfolder (`str`, *optional*): Where inside of it.
-        revision, token, cache_dir, force_download, local_files_only, endpoint: As the hub library takes them.
+        revision (`str`, *optional*): Branch, tag or commit.
         weights (`bool`, *optional*, defaults to `True`): Fetch the weights too, not the config alone.
+        client: ``token``, ``cache_dir``, ``force_download``, ... as the hub library takes them.
 
     Raises:
         MissingFileError: There is no such adapter or it cannot be had; the hub library's error is its cause.
@@ -52,16 +50,8 @@ def fetch(
     folder = _inside(subfolder)
     if os.path.isdir(model_id):  # where Path.is_dir raises for what is no path, such as a name too long
         return Path(model_id) / folder
-    download = partial(
-        hf_hub_download,
-        str(model_id),
-        subfolder=folder.as_posix() if folder.parts else None,
-        token=token,
-        cache_dir=cache_dir,
-        force_download=force_download,
-        local_files_only=local_files_only,
-        endpoint=endpoint,
-    )
+    inside = folder.as_posix() if folder.parts else None
+    download = partial(hf_hub_download, str(model_id), subfolder=inside, **client)
     try:
         directory = Path(download(CONFIG_NAME, revision=revision)).parent
     except _Failures as error:
@@ -87,9 +77,8 @@ def _inside(subfolder: str | None) -> PurePosixPath:
     windows = PureWindowsPath(text)
     # Both notations: "..\\x" and "C:x" are plain names here and ways out on Windows.
     if ".." in (*folder.parts, *windows.parts) or folder.is_absolute() or windows.anchor or "\0" in text:
-        raise CorruptFileError(
-            f"subfolder {subfolder!r} leads out of the adapter's directory; give a path below it, such as 'last'."
-        )
+        told = f"subfolder {subfolder!r} leads out of the adapter's directory"
+        raise CorruptFileError(f"{told}; give a path below it, such as 'last'.")
     return folder
 
 
@@ -129,9 +118,8 @@ def push(
     """
     directory = Path(directory)
     if not any(directory.rglob(CONFIG_NAME)):
-        raise MissingFileError(
-            f"Can't find '{CONFIG_NAME}' at '{directory}'; save the adapter there before pushing it."
-        )
+        told = f"Can't find '{CONFIG_NAME}' at '{directory}'"
+        raise MissingFileError(f"{told}; save the adapter there before pushing it.")
     api = HfApi(endpoint=endpoint, token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
