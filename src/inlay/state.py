@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,26 +144,6 @@ def get_peft_model_state_dict(
     prompt = prompt_of(model, adapter_name)
     prefix = live if prompt is None else PROMPT_PREFIX
     state_dict = None if state_dict is None else _past_composites(root, live, state_dict)
-    out = {prefix + key: t for key, t in _own(root, adapter_name, config, live, state_dict, initial).items()}
-    for key, t in _embeddings(root, config, adapter_name, save_embedding_layers):
-        found = t if state_dict is None else state_dict.get(live + key)
-        if found is not None:
-            out[prefix + key] = found
-    if prompt is not None:
-        out.update(_filed_prompt(prompt, adapter_name, state_dict))
-    _tell_shards(adapter_name, out)
-    return {without_foreign(k): v for k, v in out.items()}
-
-
-def _own(
-    root: nn.Module,
-    adapter_name: str,
-    config: AnyConfig,
-    live: str,
-    state_dict: Mapping[str, Tensor] | None,
-    initial: Mapping[str, Tensor] | None,
-) -> dict[str, Tensor]:
-    """The tensors that an adapter has added to the model or trains in it, in the form that files have them."""
     out: dict[str, Tensor] = {}
     for place in places(root, adapter_name, config):
         t = _value(place) if state_dict is None else state_dict.get(live + place.live)
@@ -177,6 +157,14 @@ def _own(
     for path, layer in adapted_layers(root):
         if isinstance(layer, Tied) and state_dict is None:
             out.update({f"{path}.{key}": t for key, t in layer.computed(adapter_name)})
+    for key, t in _embeddings(root, config, adapter_name, save_embedding_layers):
+        found = t if state_dict is None else state_dict.get(live + key)
+        if found is not None:
+            out[key] = found
+    out = {without_foreign(prefix + key): t for key, t in out.items()}
+    if prompt is not None:
+        out.update(_filed_prompt(prompt, adapter_name, state_dict))
+    _tell_shards(adapter_name, out)
     return out
 
 
@@ -435,16 +423,6 @@ def _names(
     return {key: names[bare] for bare, key in stripped.items() if not bare.endswith(_REPEATED)}
 
 
-def _present(
-    names: dict[str, str], known: Set[str], present: Callable[[Iterable[str]], Mapping[str, str]] | None
-) -> dict[str, str]:
-    """`_names` where the model has other ones by now."""
-    if present is None or known >= set(names.values()):
-        return names
-    now = present(names.values())
-    return {key: now.get(name, name) for key, name in names.items()} if len(set(now.values())) == len(now) else names
-
-
 def _named(root: nn.Module, given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A file's tensors, or its header, by the model's names, with factors of single experts put together for it."""
     entries = {names[key]: value for key, value in given.items() if key in names}
@@ -631,11 +609,16 @@ def load_into(
     strict = settings.strict_load if strict is None else strict
     prepared = prepare(root, config, adapter_name=adapter_name, replacing=replacing)
     optional, wanted = _optional(root, prepared.works), expected(prepared)
-    names = _present(_names(source.weights.header, key_mapping), wanted.keys() | optional.keys(), present)
+    names = _names(source.weights.header, key_mapping)
+    if present is not None and not wanted.keys() | optional.keys() >= set(names.values()):
+        now = present(names.values())
+        if len(set(now.values())) == len(now):
+            names = {key: now.get(name, name) for key, name in names.items()}
     header = _named(root, source.weights.header, names)
     report = compare(wanted, header, optional)
     _floats_only(report, "an adapter", () if prepared.saved else header.values())
-    _config_notes(report, prepared)
+    if report.shape:
+        _config_notes(report, prepared)
     _base_notes(report, prepared, source, base_name)
     _refuse(report, strict, hopeless=bool(report.shape) and not ignore_mismatched_sizes)
     tensors = _named(root, source.weights.read(), names)

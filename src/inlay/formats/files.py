@@ -25,6 +25,7 @@ import time
 import warnings
 import weakref
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -136,9 +137,8 @@ def _open_regular(path: Path) -> Iterator[tuple[io.FileIO, int]]:
     except FileError:
         raise
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        inside = (
-            [] if isinstance(error, ValueError) else sorted(p.parent.name for p in path.parent.glob(f"*/{path.name}"))
-        )
+        below = path.parent.glob(f"*/{path.name}") if os.path.isdir(path.parent) else ()
+        inside = sorted(found.parent.name for found in below)
         told = f" Folders in it have one: {', '.join(inside[:9])}." if inside else ""
         raise MissingFileError(f"Can't find '{path.name}' at '{path.parent}'.{told}") from error
     except PermissionError as error:
@@ -182,11 +182,8 @@ def _memory(tensor: Tensor) -> memoryview:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        left = set(found)
-        for key, _ in pairs:
-            if key not in left:
-                raise ValueError(f"the key {_short(key)} occurs twice")
-            left.remove(key)
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {_short(max(counts, key=counts.__getitem__))} occurs twice")
     return found
 
 

@@ -61,6 +61,3 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
         return weight is not None and weight.requires_grad
 
     return policy
-
-
-__all__ = ["fsdp_auto_wrap_policy"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,8 @@ HEADS = ("classifier", "score")  # a classifying handle brings these along by it
 def load_tokenizer(model: ModelSection) -> Any:
     """The tokenizer of a model, with a padding token, or a `ConfigError`."""
     name = model.tokenizer or model.name
-    try:
+    with _told(f"no tokenizer at {name!r}", "; set model.tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer at {name!r}: {_first_line(error)}; set model.tokenizer") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -38,10 +37,8 @@ def load_model_config(model: ModelSection, labels: Sequence[str] = ()) -> Any:
     options: dict[str, Any] = {}
     if labels:
         options = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    try:
+    with _told(f"no model at {model.name!r} (model.name)"):
         return transformers.AutoConfig.from_pretrained(model.name, revision=model.revision, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no model at {model.name!r} (model.name): {_first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,8 @@ def load_base(
         config.pad_token_id = pad_token_id
     dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     options = {"config": config, "revision": model.revision, "dtype": dtype, "output_loading_info": True}
-    try:
+    with _told(f"model {model.name!r} cannot be loaded for {task}"):
         loaded, info = _auto_class(task, config).from_pretrained(model.name, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {model.name!r} cannot be loaded for {task}: {_first_line(error)}") from error
     return Base(loaded, sorted({key.rpartition(".")[0] for key in info["missing_keys"]} - {""}))
 
 
@@ -88,11 +83,8 @@ def empty_base(model: ModelSection, task: str | None, labels: Sequence[str] = ()
     config = load_model_config(model, labels)
     auto = _auto_class(task, config)
     build = auto.from_config if auto.__name__.startswith("Auto") else auto
-    try:
-        with torch.device("meta"):
-            empty: nn.Module = build(config)
-    except ValueError as error:
-        raise ConfigError(f"model {model.name!r} cannot be built for {task}: {_first_line(error)}") from error
+    with _told(f"model {model.name!r} cannot be built for {task}"), torch.device("meta"):
+        empty: nn.Module = build(config)
     return empty
 
 
@@ -102,5 +94,11 @@ def _auto_class(task: str | None, config: Any) -> Any:
     return getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+@contextmanager
+def _told(what: str, cure: str = "") -> Iterator[None]:
+    """Makes a `ConfigError` of what transformers raises inside, and of the first line that it says."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(f"{what}: {why}{cure}") from error
