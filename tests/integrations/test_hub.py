@@ -104,7 +104,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def saved(directory: Path, r: int = 8, safe: bool = True) -> dict[str, bytes]:
-    write_pair(directory, {"r": r}, {"a": torch.full((2,), r)}, safe_serialization=safe, model_card="# card")
+    write_pair(directory, {"r": r}, {"a": torch.full((2,), r)}, safe_serialization=safe)
+    (directory / "README.md").write_text("# card")
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 

@@ -509,7 +509,6 @@ def write_pair(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
     safe_serialization: bool = True,
-    model_card: str | None = None,
 ) -> None:
     """Writes an adapter's two files so that they cannot tear; the same values give the same bytes.
 
@@ -523,7 +522,6 @@ def write_pair(
         metadata (`dict[str, str]`, *optional*): Strings to keep beside the tensors, with the config's hash.
         safe_serialization (`bool`, *optional*, defaults to `True`): ``adapter_model.safetensors``; otherwise
             ``adapter_model.bin``, a pickle. The other one, which a reader could take for the adapter, is removed.
-        model_card (`str`, *optional*): Text of ``README.md``.
 
     Raises:
         UnwritableError: The directory is a file or cannot be written, or a tensor has no values to write.
@@ -541,10 +539,7 @@ def write_pair(
     raw = _config_bytes(config)
     name = SAFETENSORS_NAME if safe_serialization else PICKLE_NAME
     stamped = {**(metadata or {}), "format": "pt", PAIR_KEY: hashlib.sha256(raw).hexdigest()}
-    contents: dict[str, _Content] = {name: partial(_WRITERS[name], tensors, stamped), CONFIG_NAME: raw}
-    if model_card is not None:
-        contents["README.md"] = model_card.encode()
-    _write_files(Path(directory), contents)
+    _write_files(Path(directory), {name: partial(_WRITERS[name], tensors, stamped), CONFIG_NAME: raw})
 
 
 def _is_distributed(tensor: Tensor) -> bool:
@@ -581,7 +576,7 @@ def save_text(path: str | Path, text: str) -> None:
 
 
 def _write_files(directory: Path, contents: Mapping[str, _Content]) -> None:
-    """Writes every file in full beside its place, then puts them in place in the order given: weights, config, rest.
+    """Writes every file in full beside its place, then puts them in place in the order given: weights, config.
 
     Weights first: they carry the hash of the new config, so that until the config follows the pair is refused. The
     other way round, weights that carry no hash would be accepted under a config that is not theirs. A reader prefers

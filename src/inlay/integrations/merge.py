@@ -12,20 +12,19 @@ from inlay.formats import files
 from inlay.integrations.models import HEADS, load_base
 from inlay.integrations.run_folder import RunFolder
 from inlay.integrations.tasks import TASKS
-from inlay.integrations.train_config import DTypeName, ModelSection
+from inlay.integrations.train_config import ModelSection
 
 HEADED = ("SEQ_CLS", "TOKEN_CLS")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "chat_template*")
 
 
-def merge(adapter: Path, out: Path, base: str | None = None, dtype: DTypeName | None = None) -> Path:
+def merge(adapter: Path, out: Path, base: str | None = None) -> Path:
     """Write ``base`` with the adapter merged into it.
 
     Args:
         adapter (`Path`): The adapter's folder.
         out (`Path`): A folder that is empty or not there yet; it is returned.
         base (`str`, *optional*): The base's folder or id; by default the one that the adapter names.
-        dtype (`str`, *optional*): Load the base as this; by default as it is stored.
 
     Raises:
         ConfigError: ``out`` is not empty, or the adapter names no base and none was given.
@@ -39,7 +38,7 @@ def merge(adapter: Path, out: Path, base: str | None = None, dtype: DTypeName | 
     if not name:
         raise ConfigError(f"{adapter} names no base model; give it as --base")
     task = next((key for key, one in TASKS.items() if one.task_type == config.get("task_type")), None)
-    section = ModelSection(name=name, revision=revision if base is None else None, dtype=dtype or "auto")
+    section = ModelSection(name=name, revision=revision if base is None else None, dtype="auto")
     labels = _labels(adapter, config) if config.get("task_type") in HEADED else []
     loaded = load_base(section, task, labels)
     merged = inlay.PeftModel.from_pretrained(loaded.model, str(adapter)).merge_and_unload(safe_merge=True)
