@@ -35,7 +35,7 @@ from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper
 PROMPT_PREFIX = "base_model."  # what the keys of heads beside a prompt begin with
 EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head"})
 # Components that other wrappers put into module paths and that files do not have.
-_FOREIGN = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_FOREIGN = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class Place(NamedTuple):
@@ -230,10 +230,7 @@ def saved_config(model: nn.Module, adapter_name: str, converted: bool = False) -
 
 def without_foreign(key: str) -> str:
     """A name without the components that compiling, sharding and checkpointing wrappers put into it."""
-    if "._" in key or key.startswith("_"):
-        for part in _FOREIGN:
-            key = key.replace(part, "")
-    return key
+    return _FOREIGN.sub("", key) if "._" in key or key.startswith("_") else key
 
 
 def _value(place: Place) -> Tensor:
@@ -509,10 +506,7 @@ def assign(
 
 
 def load_peft_weights(
-    model_id: str | Path,
-    device: str | None = None,
-    key_mapping: Mapping[str, str] | None = None,
-    **hub: Any,
+    model_id: str | Path, device: str | None = None, key_mapping: Mapping[str, str] | None = None, **hub: Any
 ) -> dict[str, Tensor]:
     """Reads an adapter's tensors, without a model.
 
@@ -711,11 +705,8 @@ def check_same(model: nn.Module, other: AnyConfig, adapter_name: str) -> None:
     b = other.to_dict()
     for mine in (saved_config(model, adapter_name), config_of(model, adapter_name)):
         a = mine.to_dict()
-        differ = sorted(
-            k
-            for k in a.keys() | b.keys()
-            if k not in ignored and a.get(k) != b.get(k) and not _drawn_only(k, a.get(k), b.get(k))
-        )
+        unlike = {k for k in (a.keys() | b.keys()) - ignored if a.get(k) != b.get(k)}
+        differ = sorted(k for k in unlike if not _drawn_only(k, a.get(k), b.get(k)))
         if not differ:
             return
     told = f"Adapter {adapter_name!r} exists already and the file's config differs in {differ}"

@@ -125,11 +125,7 @@ def explain(
     with quiet_libraries():
         empty = empty_base(plan.model, plan.task, labels)
         found = inlay.explain(
-            empty,
-            adapter_config(plan),
-            batch=plan.training.batch_size,
-            tokens=plan.data.max_length,
-            device=device,
+            empty, adapter_config(plan), batch=plan.training.batch_size, tokens=plan.data.max_length, device=device
         )
     console().print(str(found), markup=False)
 

@@ -139,10 +139,7 @@ def print_demo(screen: Console, report: DemoReport) -> None:
         "frozen encoder, trained head on the mean of its tokens": report.frozen_mean,
         "adapted encoder (LoRA on query and value, and a head)": report.train.after["accuracy"],
     }
-    others = {
-        "adapter loaded in a fresh process": report.reloaded,
-        "adapter merged in a fresh process": report.merged,
-    }
+    others = {"adapter loaded in a fresh process": report.reloaded, "adapter merged in a fresh process": report.merged}
     agreements = (
         (name, f"{one.equal} of {one.rows}", f"{one.difference:.1e}", score("accuracy", one.accuracy))
         for name, one in others.items()

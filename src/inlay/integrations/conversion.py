@@ -103,9 +103,7 @@ class PeftConcatenate(Concatenate):  # type: ignore[misc]  # untyped
 
 
 def build_peft_weight_mapping(
-    weight_conversions: Sequence[Conversion] | None,
-    adapter_name: str,
-    peft_config: AdapterConfig | None = None,
+    weight_conversions: Sequence[Conversion] | None, adapter_name: str, peft_config: AdapterConfig | None = None
 ) -> list[Conversion]:
     """What transformers' loader is to do with an adapter's keys: the model's conversions, as they apply to it.
 

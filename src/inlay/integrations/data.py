@@ -126,8 +126,7 @@ def load_examples(config: TrainConfig) -> Examples:
             complaints += _complaints({key: name for key, name in wanted.items() if name}, path, part)
     raise_all(complaints)
     if data.max_rows is not None and data.max_rows < len(rows):
-        chosen = random.Random(config.training.seed).sample(range(len(rows)), data.max_rows)
-        rows = [rows[i] for i in sorted(chosen)]
+        rows = sorted(random.Random(config.training.seed).sample(rows, data.max_rows), key=lambda row: row.index)
     labels = _labels(task, data, [*rows, *others])
     if data.held_out_path:
         seen = {_input(task, data, row) for row in rows}
@@ -158,12 +157,11 @@ def split(
         groups.setdefault(key(row), []).append(row)
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)
-    wanted, taken = max(1, round(fraction * len(rows))), 0
+    wanted = max(1, round(fraction * len(rows)))
     held_out: set[int] = set()
     for group in shuffled:
-        if taken + len(group) <= wanted:
+        if len(held_out) + len(group) <= wanted:
             held_out.update(row.index for row in group)
-            taken += len(group)
     return [r for r in rows if r.index not in held_out], [r for r in rows if r.index in held_out]
 
 

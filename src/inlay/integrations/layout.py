@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.hooks import remove_hook_from_submodules
-from accelerate.utils import (
-    check_device_map,
-    extract_submodules_state_dict,
-    get_balanced_memory,
-    offload_state_dict,
-)
+from accelerate.utils import check_device_map, extract_submodules_state_dict, get_balanced_memory, offload_state_dict
 from torch import nn
 
 from inlay.errors import ConfigError
