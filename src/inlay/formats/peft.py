@@ -39,14 +39,14 @@ def strip_prefix(tensors: Mapping[str, T], strict: bool = True) -> dict[str, T]:
         >>> strip_prefix({"fc.lora_A.weight": 1})
         {'fc.lora_A.weight': 1}
     """
-    if wrapped := [key for key in tensors if _WRAPPED.match(key)]:
+    bare = [key for key in tensors if not key.startswith(PREFIX)]
+    if wrapped := [key for key in bare if _WRAPPED.match(key)]:
         raise LoadError(
             f"{len(wrapped)} keys, as {wrapped[0]!r}, begin with a wrapper's prefix and not with {PREFIX!r}: the "
             "adapter was saved through DistributedDataParallel, torch.compile or the like. Save it from the model "
             "inside, or pass key_mapping.",
             LoadReport(unexpected=wrapped),
         )
-    bare = [key for key in tensors if not key.startswith(PREFIX)]
     if strict and bare and len(bare) != len(tensors):
         raise LoadError(
             f"{len(tensors) - len(bare)} of {len(tensors)} keys begin with {PREFIX!r} and {len(bare)} do not, as "
@@ -72,7 +72,9 @@ def apply_key_mapping(keys: Iterable[str], mapping: Mapping[str, str] | None) ->
         >>> apply_key_mapping(["model.q", "lm_head"], {r"^model\\.": "model.language_model."})
         {'model.q': 'model.language_model.q', 'lm_head': 'lm_head'}
     """
-    patterns = [(re.compile(pattern), new) for pattern, new in (mapping or {}).items()]
+    if not mapping:
+        return {key: key for key in keys}
+    patterns = [(re.compile(pattern), new) for pattern, new in mapping.items()]
     renamed: dict[str, str] = {}
     taken: dict[str, str] = {}
     for key in keys:
