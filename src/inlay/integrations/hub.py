@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -52,21 +54,18 @@ def fetch(
         return Path(model_id) / folder
     inside = folder.as_posix() if folder.parts else None
     download = partial(hf_hub_download, str(model_id), subfolder=inside, **client)
-    try:
+    where = f"{model_id}/{folder}" if folder.parts else model_id
+    with _found(f"'{CONFIG_NAME}' at '{where}'"):
         directory = Path(download(CONFIG_NAME, revision=revision)).parent
-    except _Failures as error:
-        raise _missing(f"'{CONFIG_NAME}'", model_id, folder) from error
     if weights:
         # In the cache a directory is named after the commit: asking for that commit keeps the pair together when
         # somebody uploads between our two requests.
         commit = directory.parts[-len(folder.parts) - 1]
-        try:
+        with _found(f"'{SAFETENSORS_NAME}' or '{PICKLE_NAME}' at '{where}'"):
             try:
                 download(SAFETENSORS_NAME, revision=commit)
             except EntryNotFoundError:
                 download(PICKLE_NAME, revision=commit)
-        except _Failures as error:
-            raise _missing(f"'{SAFETENSORS_NAME}' or '{PICKLE_NAME}'", model_id, folder) from error
     return directory
 
 
@@ -82,12 +81,16 @@ def _inside(subfolder: str | None) -> PurePosixPath:
     return folder
 
 
-def _missing(what: str, model_id: str | Path, folder: PurePosixPath) -> MissingFileError:
-    where = f"{model_id}/{folder}" if folder.parts else str(model_id)
-    return MissingFileError(
-        f"Can't find {what} at '{where}': no such directory here, and the hub gave none (its error is above). Check "
-        "the name, the revision, the token and HF_HUB_OFFLINE."
-    )
+@contextmanager
+def _found(what: str) -> Iterator[None]:
+    """Makes a `MissingFileError` of what the hub library raises inside."""
+    try:
+        yield
+    except _Failures as error:
+        raise MissingFileError(
+            f"Can't find {what}: no such directory here, and the hub gave none (its error is above). Check the name, "
+            "the revision, the token and HF_HUB_OFFLINE."
+        ) from error
 
 
 def push(
