@@ -137,5 +137,5 @@ def base_fingerprint(names_and_shapes: Iterable[tuple[str, tuple[int, ...]]]) ->
         >>> base_fingerprint([("q", (2, 3)), ("k", (2, 2))]) == base_fingerprint([("k", (2, 2)), ("q", (2, 3))])
         True
     """
-    lines = sorted(f"{name}\0{','.join(str(int(n)) for n in shape)}\n" for name, shape in names_and_shapes)
+    lines = sorted(f"{name}\0{','.join(map(str, map(int, shape)))}\n" for name, shape in names_and_shapes)
     return f"v1:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"

@@ -25,7 +25,7 @@ from inlay.formats import files
 from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
 from inlay.inject import Prepared, Work, adapted_layers, apply, biases, model_config, own_modules, prepare, wrappers
 from inlay.layers import embeddings_of
-from inlay.methods._abstract import AbstractAdapter
+from inlay.methods._abstract import AbstractAdapter, Params
 from inlay.prompts import AbstractPrompt, AnyConfig
 from inlay.report import BASE_KEY, LoadReport, base_fingerprint
 from inlay.routing import Router
@@ -49,6 +49,9 @@ class Place(NamedTuple):
     filed: bool = True
 
 
+Placed = tuple[AbstractAdapter | None, dict[str, Place]]
+
+
 def root_of(model: nn.Module) -> tuple[nn.Module, str]:
     """The user's model inside a handle, and what its keys begin with; a bare model is its own root."""
     base = model._modules.get("base_model")
@@ -68,13 +71,20 @@ def config_of(model: nn.Module, adapter_name: str) -> AnyConfig:
     return configs[adapter_name]
 
 
-def places(root: nn.Module, adapter_name: str, config: AnyConfig) -> Iterator[Place]:
-    """Every tensor of an adapter in the user's model: its slots, its copies of whole modules, and trained biases."""
+def places(root: nn.Module, adapter_name: str, config: AnyConfig) -> dict[str, Place]:
+    """Key -> every tensor of an adapter in the user's model."""
+    return {place.key: place for _, here in _placed(root, adapter_name, config) for place in here.values()}
+
+
+def _placed(root: nn.Module, adapter_name: str, config: AnyConfig) -> Iterator[Placed]:
+    """(method, its places) of every layer with the adapter; without a method, copies of modules and trained biases."""
     for path, wrapper in wrappers(root):
-        yield from _places_of(path, wrapper, adapter_name).values()
+        method = wrapper.methods.get(adapter_name) if isinstance(wrapper, Adapted) else None
+        yield method, _places_of(path, wrapper, adapter_name)
     for name, bias in biases(root, config, adapter_name):
         above, _, attribute = name.rpartition(".")
-        yield Place(without_foreign(name), root.get_submodule(above), attribute, name, bias.device)
+        place = Place(without_foreign(name), root.get_submodule(above), attribute, name, bias.device)
+        yield None, {name: place}
 
 
 def _places_of(path: str, wrapper: Adapted | ModulesToSaveWrapper, adapter_name: str) -> dict[str, Place]:
@@ -96,12 +106,6 @@ def _places_of(path: str, wrapper: Adapted | ModulesToSaveWrapper, adapter_name:
             live = f"{prefix}modules_to_save.{adapter_name}.{name}"
             out[name] = Place(plain + name, copy.get_submodule(above), attribute, live, torch.device("meta"))
     return out
-
-
-def _adapted(root: nn.Module, adapter_name: str) -> Iterator[tuple[AbstractAdapter, dict[str, Place]]]:
-    """(method, its places) of every layer with the adapter."""
-    for path, wrapper in adapted_layers(root, adapter_name):
-        yield wrapper.methods[adapter_name], _places_of(path, wrapper, adapter_name)
 
 
 def get_peft_model_state_dict(
@@ -145,15 +149,15 @@ def get_peft_model_state_dict(
     prefix = live if prompt is None else PROMPT_PREFIX
     state_dict = None if state_dict is None else _past_composites(root, live, state_dict)
     out: dict[str, Tensor] = {}
-    for place in places(root, adapter_name, config):
-        t = _value(place) if state_dict is None else state_dict.get(live + place.live)
-        if t is not None or not place.filed:  # who gathers what is trained leaves out what is frozen
-            out[place.key] = _value(place) if t is None else t
-    for method, here in _adapted(root, adapter_name):
-        p = method.own({k: out.pop(place.key) for k, place in here.items() if place.key in out})
-        if initial is not None and here and not method.converts:
-            p = dict(method.begun_at(p, _initial(initial, here)))
-        out.update({here[k].key: t.contiguous() for k, t in method.saved(p).items() if here[k].filed})
+    for method, here in _placed(root, adapter_name, config):
+        values = {k: _value(place, live, state_dict) for k, place in here.items()}
+        p: Params = {k: t for k, t in values.items() if t is not None}
+        if method is not None:
+            p = method.own(p)
+            if initial is not None and here and not method.converts:
+                p = method.begun_at(p, _initial(initial, here))
+            p = {k: t.contiguous() for k, t in method.saved(p).items() if here[k].filed}
+        out.update({here[k].key: t for k, t in p.items()})
     for path, layer in adapted_layers(root):
         if isinstance(layer, Tied) and state_dict is None:
             out.update({f"{path}.{key}": t for key, t in layer.computed(adapter_name)})
@@ -225,7 +229,8 @@ def _initial(initial: Mapping[str, Tensor], here: Mapping[str, Place]) -> dict[s
 def saved_config(model: nn.Module, adapter_name: str, converted: bool = False) -> AnyConfig:
     """The config of an adapter as files hold it, beside `get_peft_model_state_dict`."""
     config, (root, _) = config_of(model, adapter_name), root_of(model)
-    return config.as_saved() if converted or any(m.converts for m, _ in _adapted(root, adapter_name)) else config
+    found = (layer.methods[adapter_name].converts for _, layer in adapted_layers(root, adapter_name))
+    return config.as_saved() if converted or any(found) else config
 
 
 def without_foreign(key: str) -> str:
@@ -233,8 +238,10 @@ def without_foreign(key: str) -> str:
     return _FOREIGN.sub("", key) if "._" in key or key.startswith("_") else key
 
 
-def _value(place: Place) -> Tensor:
-    """A tensor of the model, without its gradient, from where it is kept if it is offloaded."""
+def _value(place: Place, prefix: str, given: Mapping[str, Tensor] | None) -> Tensor | None:
+    """A tensor as it is given, or of the model, without its gradient, from where it is kept if it is offloaded."""
+    if given is not None and (place.filed or prefix + place.live in given):  # who gathers leaves out what is frozen
+        return given.get(prefix + place.live)
     t: Tensor = getattr(place.owner, place.attribute)
     kept = held(place.owner, place.attribute) if t.is_meta else None
     return (t if kept is None else kept).detach()
@@ -337,11 +344,12 @@ class _Fit:
 
     def __init__(self, model: nn.Module, adapter_name: str, given: Any, key_mapping: Any, beside: bool) -> None:
         self.root, _ = root_of(model)
-        self.targets = {p.key: p for p in places(self.root, adapter_name, config_of(model, adapter_name))}
+        placed = list(_placed(self.root, adapter_name, config_of(model, adapter_name)))
+        self.targets = {place.key: place for _, here in placed for place in here.values()}
         _check_unmerged(self.root, adapter_name)
         self.prompt = prompt_of(model, adapter_name)
         named = _named(self.root, given, _names(given, key_mapping, self.prompt))
-        self.tensors, self.frozen = _restored(self.root, adapter_name, named)
+        self.tensors, self.frozen = _restored(placed, named)
         if beside:
             self.targets = {**_frozen(self.root, self.tensors.keys() - self.targets.keys()), **self.targets}
         shapes = {k: tuple(getattr(p.owner, p.attribute).shape) for k, p in self.targets.items() if p.filed}
@@ -364,7 +372,7 @@ def name_live(report: LoadReport, model: nn.Module, adapter_name: str, given: Co
     report.live.update({key: key if key in given else prefix + key for key in report.unexpected})
     if report.missing or report.shape:
         standing = places(root, adapter_name, config_of(model, adapter_name))
-        report.live.update({place.key: prefix + place.live for place in standing})
+        report.live.update({key: prefix + place.live for key, place in standing.items()})
 
 
 def _frozen(root: nn.Module, names: Iterable[str]) -> dict[str, Place]:
@@ -377,12 +385,12 @@ def _frozen(root: nn.Module, names: Iterable[str]) -> dict[str, Place]:
     return out
 
 
-def _restored(
-    root: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _restored(placed: list[Placed], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A file's tensors as the adapter has them: those that files name, and those that they do not."""
     out, frozen = dict(tensors), dict[str, Tensor]()
-    for method, here in _adapted(root, adapter_name):
+    for method, here in placed:
+        if method is None:
+            continue
         found = {k: tensors[place.key] for k, place in here.items() if place.filed and place.key in tensors}
         p = {k: getattr(place.owner, place.attribute) for k, place in here.items()}
         for key, t in method.restored(found, method.own(p)).items():
@@ -423,7 +431,7 @@ def _names(
 def _named(root: nn.Module, given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A file's tensors, or its header, by the model's names, with factors of single experts put together for it."""
     entries = {names[key]: value for key, value in given.items() if key in names}
-    if not any(".experts." in key for key in entries):
+    if ".experts." not in "\n".join(entries):
         return entries
     former = experts.FORMER.get(str(model_config(root).get("model_type")))
     if former is None:
@@ -622,7 +630,7 @@ def load_into(
         tensors.pop(key)
     whole = not report.missing and not report.shape
     apply(prepared, adapter_name, meta=whole, autocast=autocast, activate=activate, trainable=trainable, router=router)
-    report.dtype.extend(assign(root, {p.key: p for p in places(root, adapter_name, config)}, tensors))
+    report.dtype.extend(assign(root, places(root, adapter_name, config), tensors))
     return report, prepared
 
 
@@ -762,7 +770,7 @@ def load_prompt(
 
 def take_prompt(root: nn.Module, adapter_name: str, prompt: AbstractPrompt, tensors: Mapping[str, Tensor]) -> None:
     """Gives a prompt and the heads that stand beside it what `load_prompt` has read."""
-    heads = {p.key: p for p in places(root, adapter_name, prompt.config)}
+    heads = places(root, adapter_name, prompt.config)
     assign(root, heads, {key: t for key, t in tensors.items() if key in heads})
     prompt.take(tensors)
 
