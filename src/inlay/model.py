@@ -1096,7 +1096,7 @@ def folder_to_write(directory: str | Path) -> Path:
     if not str(directory):  # a Path of it would be the working directory
         raise MissingFileError("The directory's name is empty: name a directory to save into.")
     if Path(directory).is_file():
-        raise UnwritableError(f"Provided path ({directory}) should be a directory, not a file.")
+        raise UnwritableError(f"{directory} should be a directory, not a file: name another place to save in.")
     return Path(directory)
 
 

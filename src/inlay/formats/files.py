@@ -619,7 +619,7 @@ def _prepare(directory: Path, names: Iterable[str]) -> bool:
     """Sweeps out what killed writers left: a living one is never silent for an hour. Whether it made the directory."""
     made = not os.path.lexists(directory)
     if not (made or directory.is_dir()):
-        raise UnwritableError(f"Provided path ({directory}) should be a directory, not a file.")
+        raise UnwritableError(f"{directory} should be a directory, not a file: name another place to save in.")
     directory.mkdir(parents=True, exist_ok=True)
     for name in names:
         path = directory / name
