@@ -26,7 +26,7 @@ from inlay import inject
 from inlay.config import AdapterConfig
 from inlay.errors import ConfigError, PeftError, PlanError, nearest
 from inlay.layers import LayerKind, kind_of
-from inlay.match import ParameterTarget, Skip, why
+from inlay.match import Skip, why
 from inlay.model import PeftModel, handle_class
 from inlay.prompts import PROMPTS, AnyConfig, Host, PromptLearningConfig
 from inlay.prompts._abstract import EMBEDDINGS
@@ -327,16 +327,14 @@ def _add_heads(model: nn.Module, config: AnyConfig) -> None:
 
 def _rows(prepared: inject.Prepared, autocast: bool, optimizer: str) -> Iterator[Row]:
     found, trained = prepared.survey, not prepared.config.inference_mode
-    parameters = {f"{p.module}.{p.parameter}": p for p in prepared.plan.parameters}
     embeddings = {id(W) for _, W in embedding_weights(found.model)} if not prepared.tokens else set()
-    works: list[inject.Work | inject.TokenWork] = [*prepared.works, *prepared.tokens]
-    for work in works:
+    for work in (*prepared.works, *prepared.tokens):
         tensors = _slots(work, autocast, trained)
-        filed = _nbytes(tensors) if work.source is None or isinstance(work, inject.Work) else 0
+        filed = 0 if isinstance(work, inject.TokenWork) and work.source is not None else _nbytes(tensors)
         W = work.layer._parameters.get("weight")
         if W is not None and id(W) in embeddings and work.path.rpartition(".")[2] in EMBEDDING_NAMES:
             filed += W.nbytes  # files hold an adapted embedding's own weight too
-        row = _work_row(work, prepared.config, parameters)
+        row = _work_row(work, prepared.config)
         yield _sized(row, optimizer, tensors if work.source is None else [], filed)
     patterns, names = dict(prepared.plan.saved), {fact.name: fact.names for fact in found.facts if fact.also}
     for path in prepared.saved:
@@ -406,7 +404,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, trained: bool) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=trained)
 
 
-def _slots(work: inject.Work | inject.TokenWork, autocast: bool, trained: bool) -> list[Tensor]:
+def _slots(work: inject.Work, autocast: bool, trained: bool) -> list[Tensor]:
     dtype = work.kept_dtype()
     if autocast and dtype in inject.NARROW:
         dtype = torch.float32
@@ -418,18 +416,13 @@ def _shape(kind: LayerKind, layer: nn.Module) -> tuple[int, ...]:
     return ((experts,) if experts > 1 else ()) + kind.shape(layer)
 
 
-def _work_row(
-    work: inject.Work | inject.TokenWork, config: AdapterConfig, parameters: Mapping[str, ParameterTarget]
-) -> Row:
-    name, pattern, shape = work.path, "", _shape(work.kind, work.layer)
+def _work_row(work: inject.Work, config: AdapterConfig) -> Row:
+    name, pattern, reason, shape = work.path, "", "", _shape(work.kind, work.layer)
     if work.source is not None:
         reason = f"tied to {work.source!r}, whose tensors it uses"
     elif isinstance(work, inject.TokenWork):
         reason = f"{len(work.adapter.token_indices)} tokens in trainable_token_indices"
-    elif work.target is None:
-        name = f"{name.partition('.base_layer')[0]}.{work.kind.weight_name}"
-        pattern, reason = parameters[name].pattern, parameters[name].reason
-    else:
+    elif work.target is not None:
         name, pattern, reason = work.target.name, work.target.pattern, work.target.reason
         if work.nested:
             name, reason = f"{name}.{work.attribute}", "part of the attention around it, which is a target"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,13 +21,7 @@ from torch import nn
 from inlay import experts, match
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftType, TaskType
-from inlay.errors import (
-    ConfigError,
-    DuplicateAdapterError,
-    PeftWarning,
-    PlanError,
-    UnsupportedLayerError,
-)
+from inlay.errors import ConfigError, DuplicateAdapterError, PeftWarning, PlanError, UnsupportedLayerError
 from inlay.formats.peft import check_adapter_name
 from inlay.layers import LayerKind, embeddings_of, kind_of
 from inlay.leaves import Group
@@ -62,7 +57,6 @@ class Survey:
     model: nn.Module
     modules: dict[str, nn.Module] = field(default_factory=dict)
     facts: list[match.Module] = field(default_factory=list)
-    parameters: list[tuple[str, str]] = field(default_factory=list)
     owners: dict[int, list[str]] = field(default_factory=dict)
     router: Router | None = None
     adapters: set[str] = field(default_factory=set)
@@ -73,6 +67,12 @@ class Survey:
     def model_type(self) -> str | None:
         """The model's architecture, where it names one."""
         return model_config(self.model).get("model_type")
+
+    @cached_property
+    def parameters(self) -> list[tuple[str, str]]:
+        """(module, parameter) of all parameters, in the order of the model."""
+        layers = {"": self.model, **self.modules}
+        return [(n, key) for n, m in layers.items() for key, W in _unwrapped(m)._parameters.items() if W is not None]
 
     def parent(self, path: str) -> tuple[nn.Module, str]:
         """The module that holds ``path`` and the attribute it stands at."""
@@ -94,7 +94,7 @@ class Survey:
         return isinstance(_unwrapped(self.modules[path]) if path else self.model, nn.Embedding)
 
 
-def survey(model: nn.Module, head: nn.Module | None = None, parameters: bool = False) -> Survey:
+def survey(model: nn.Module, head: nn.Module | None = None) -> Survey:
     """Walks ``model`` once; adapted layers are seen as the layers they wrap, and their slots are not walked."""
     model = model._modules.get("_orig_mod") or model
     found = Survey(model)
@@ -111,17 +111,17 @@ def survey(model: nn.Module, head: nn.Module | None = None, parameters: bool = F
             continue
         layer = module
         if isinstance(module, _WRAPPERS):
-            _note_wrapper(found, module)
             layer = _unwrapped(module)
+            for wrapper in _chain(module):
+                found.router = wrapper.router
+                found.adapters.update(wrapper.methods if isinstance(wrapper, Adapted) else wrapper.modules_to_save)
         kind = kind_of(layer)
         if name:
             found.modules[name] = module
             found.facts.append(match.Module(name, kind.name if kind else None, layer is head, inside))
-        for key, parameter in layer._parameters.items():
+        for parameter in layer._parameters.values():
             if parameter is not None:
                 found.owners.setdefault(id(parameter), []).append(name)
-                if parameters:
-                    found.parameters.append((name, key))
         if isinstance(module, ModulesToSaveWrapper):
             continue
         within = name if kind is not None and kind.by_weight else inside
@@ -150,13 +150,6 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     if isinstance(module, ModulesToSaveWrapper | TrainableTokensWrapper):
         return _unwrapped(module.original_module)
     return module
-
-
-def _note_wrapper(found: Survey, module: nn.Module) -> None:
-    for wrapper in _chain(module):
-        found.router = wrapper.router
-        names = wrapper.methods if isinstance(wrapper, Adapted) else wrapper.modules_to_save
-        found.adapters.update(names)
 
 
 def _chain(module: nn.Module) -> Iterator[Adapted | ModulesToSaveWrapper]:
@@ -223,11 +216,17 @@ def collector_paused() -> Iterator[None]:
 
 
 @dataclass
-class _Site:
+class Work:
+    """One layer that is to get an adapter."""
+
     path: str  # its name in the model once adapted, as keys have it
     parent: nn.Module
     attribute: str
     kind: LayerKind
+    adapter: AbstractAdapter
+    source: str | None = None  # the adapted layer that it is tied to, whose tensors it uses
+    target: match.Target | None = None  # why, for reports
+    nested: bool = False  # it stands inside another layer of the plan
 
     def kept_dtype(self) -> torch.dtype:
         """dtype of the frozen weight, as a float."""
@@ -245,23 +244,10 @@ class _Site:
         return module
 
 
-@dataclass
-class Work(_Site):
-    """One layer that is to get an adapter."""
-
-    adapter: AbstractAdapter
-    tied: bool = False
-    target: match.Target | None = None  # why, for reports
-    nested: bool = False  # it stands inside another layer of the plan
-    source: str | None = None  # the adapted layer that it is tied to, whose tensors it uses
-
-
-@dataclass
-class TokenWork(_Site):
+class TokenWork(Work):
     """One embedding or tied head whose tokens are to be trained."""
 
     adapter: TrainableTokensAdapter
-    source: str | None = None
 
 
 @dataclass
@@ -307,30 +293,25 @@ def prepare(
         AdapterNameError: The name cannot be used, or is in use.
     """
     method = method_of(config)
-    found = survey(model, _head(model, config), parameters=config.target_parameters is not None)
-    if only is None and (fused := with_experts(found, config)) is not config:
-        config, found = fused, survey(model, _head(model, config), parameters=True)
+    found = survey(model, _head(model, config))
+    config = config if only is not None else with_experts(found, config)
     if adapter_name is not None:
         check_adapter_name(adapter_name, FORBIDDEN_NAMES)
         if adapter_name in found.adapters and not replacing:
             raise DuplicateAdapterError(
                 f"Adapter {adapter_name!r} is already in the model: choose another name, or delete it first."
             )
-    plan = match.plan(found.facts, found.parameters, _targeting(found, config, method, only))
+    plan = _plan(found, config, method, only)
     prepared = Prepared(config, found, plan, [], [name for name, _ in plan.saved], [])
     prepared.replaces = adapter_name in found.adapters
     for target in plan.targets:
         prepared.works += _works_for(found, config, target)
-    by_module: dict[str, list[match.ParameterTarget]] = {}
-    for wanted in plan.parameters:
-        by_module.setdefault(wanted.module, []).append(wanted)
-    for group in by_module.values():
-        prepared.works += _parameter_works(found, config, group)
+    for _, group in groupby(plan.parameters, lambda target: target.module):
+        prepared.works += _parameter_works(found, config, list(group))
     if config.ensure_weight_tying:
         _follow_ties(prepared)
     _check_ties(prepared)
-    for path in prepared.saved:
-        ModulesToSaveWrapper.check(_unwrapped_saved(found.modules[path]), path)
+    _check_saved(prepared)
     prepared.tokens = _token_works(found, config)
     _check_apart(prepared)
     prepared.plan = replace(plan, warnings=(*plan.warnings, *_told_of_ties(prepared)))
@@ -354,9 +335,10 @@ def prepare_saved(model: nn.Module, names: Iterable[str], tokens: Tokens = None)
         target_modules=[], modules_to_save=config.modules_to_save, supported=frozenset(), optional=True
     )
     plan = match.plan(found.facts, (), targeting)
-    for path, _ in plan.saved:
-        ModulesToSaveWrapper.check(_unwrapped_saved(found.modules[path]), path)
-    return Prepared(config, found, plan, [], [path for path, _ in plan.saved], _token_works(found, config))
+    prepared = Prepared(config, found, plan, [], [path for path, _ in plan.saved], [])
+    _check_saved(prepared)
+    prepared.tokens = _token_works(found, config)
+    return prepared
 
 
 def check_at_hand(prepared: Prepared) -> None:
@@ -385,7 +367,7 @@ def _follow_ties(prepared: Prepared) -> None:
                 prepared.ties[other] = path
     following: set[str] = set()
     for work in sorted(prepared.works, key=lambda work: not work.kind.indexed):
-        if work.target is None or work.nested or work.path in following:
+        if work.target is None or work.target.parameter or work.nested or work.path in following:
             continue
         others = found.tied_to(work.path)
         for other in others if any(map(found.is_table, (work.path, *others))) else ():
@@ -395,7 +377,7 @@ def _follow_ties(prepared: Prepared) -> None:
             values = {**work.target.overrides, "tied": True}
             adapter = _adapter(found, config, kind, layer, other, values, key=work.path)
             prepared.works = [own for own in prepared.works if own.path != other]
-            prepared.works.append(Work(other, *found.parent(other), kind, adapter, tied=True, source=work.path))
+            prepared.works.append(Work(other, *found.parent(other), kind, adapter, work.path))
 
 
 def _check_ties(prepared: Prepared) -> None:
@@ -427,8 +409,11 @@ def _told_of_ties(prepared: Prepared) -> Iterator[str]:
         )
 
 
-def _unwrapped_saved(module: nn.Module) -> nn.Module:
-    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+def _check_saved(prepared: Prepared) -> None:
+    for path in prepared.saved:
+        module = prepared.survey.modules[path]
+        own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        ModulesToSaveWrapper.check(own, path)
 
 
 def _head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
@@ -447,13 +432,13 @@ def with_experts(found: Survey, config: AdapterConfig) -> AdapterConfig:
     return experts.fused_config(config, former, found.modules, holders)
 
 
-def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Iterable[str] | None) -> match.Targeting:
+def _plan(found: Survey, config: AdapterConfig, method: Method, only: Iterable[str] | None) -> match.Plan:
     targets: Any = config.target_modules
     if only is not None:
         targets = sorted(only)
     elif targets is None and not config.target_parameters:
         targets = _defaults(found, method)
-    return match.Targeting(
+    targeting = match.Targeting(
         target_modules=targets,
         exclude_modules=config.exclude_modules if only is None else None,
         layers_to_transform=config.layers_to_transform if only is None else None,
@@ -467,6 +452,7 @@ def _targeting(found: Survey, config: AdapterConfig, method: Method, only: Itera
         optional=config.trainable_token_indices is not None,
         method=PeftType(config.peft_type).value,
     )
+    return match.plan(found.facts, found.parameters if config.target_parameters else (), targeting)
 
 
 def layers_in(state_dict: Iterable[str], config: AdapterConfig) -> set[str]:
@@ -483,9 +469,8 @@ def layers_in(state_dict: Iterable[str], config: AdapterConfig) -> set[str]:
 
 def told_by_config(prepared: Prepared) -> Iterator[str]:
     """What to warn of where other layers were asked for than the config names."""
-    found, config = prepared.survey, prepared.config
     try:
-        plan = match.plan(found.facts, found.parameters, _targeting(found, config, method_of(config), None))
+        plan = _plan(prepared.survey, prepared.config, method_of(prepared.config), None)
     except PlanError:
         return
     asked, named = {t.name for t in prepared.plan.targets}, {t.name for t in plan.targets}
@@ -534,7 +519,7 @@ def _works_for(found: Survey, config: AdapterConfig, target: match.Target) -> li
     adapter = _adapter(found, config, kind, layer, target.name, target.overrides)
     if adapter.unpacked_only is not None and not storage.in_place:
         raise UnsupportedLayerError(f"{target.name} is packed already ({storage.name}): {adapter.unpacked_only}.")
-    work = Work(target.name, parent, attribute, kind, adapter, found.tied(layer, kind.weight_name), target)
+    work = Work(target.name, parent, attribute, kind, adapter, target=target)
     if not isinstance(layer, nn.MultiheadAttention):
         return [work]
     inner_kind = kind_of(_unwrapped(layer.out_proj))
@@ -567,14 +552,9 @@ def _adapter(
         raise type(error)(f"{path}: {error}") from error
 
 
-def _parameter_works(found: Survey, config: AdapterConfig, targets: list[match.ParameterTarget]) -> list[Work]:
+def _parameter_works(found: Survey, config: AdapterConfig, targets: list[match.Target]) -> list[Work]:
     """Work on the parameters of one module: wrappers nest in the order of its parameters, the first inmost."""
     path = targets[0].module
-    if not path:
-        raise UnsupportedLayerError(
-            f"target_parameters reached {targets[0].parameter!r} at the top of the model: only parameters of its "
-            "submodules can be adapted."
-        )
     parent, attribute = found.parent(path)
     standing = [w.kind for w in _chain(found.modules[path])]
     if any(not isinstance(k, ParameterKind) for k in standing):
@@ -588,8 +568,8 @@ def _parameter_works(found: Survey, config: AdapterConfig, targets: list[match.P
     for target in sorted(targets, key=lambda t: order.index(t.parameter)):
         kind = next((k for k in standing if k.weight_name == target.parameter), ParameterKind(target.parameter))
         key_path = path + ".base_layer" * (len(order) - 1 - order.index(target.parameter))
-        adapter = _adapter(found, config, kind, layer, f"{path}.{target.parameter}", target.overrides, key_path)
-        works.append(Work(key_path, parent, attribute, kind, adapter, found.tied(layer, target.parameter)))
+        adapter = _adapter(found, config, kind, layer, target.name, target.overrides, key_path)
+        works.append(Work(key_path, parent, attribute, kind, adapter, target=target))
     return works
 
 
@@ -674,9 +654,11 @@ def _token_work(found: Survey, config: AdapterConfig, path: str, asked: dict[str
 
 
 @dataclass
-class _Done:
-    """What is being applied, and what has been so far, for undoing."""
+class _Applying:
+    """An adapter on its way into a model: what it is to be, and what has been done so far, for undoing."""
 
+    found: Survey
+    router: Router
     name: str
     meta: bool
     autocast: bool
@@ -685,25 +667,107 @@ class _Done:
     replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     added: list[Adapted | ModulesToSaveWrapper] = field(default_factory=list)
 
-    def replace(self, parent: nn.Module, attribute: str, wrapper: nn.Module | None) -> None:
-        self.replaced.append((parent, attribute, getattr(parent, attribute)))
-        setattr(parent, attribute, wrapper)
+    def place(self, work: Work) -> None:
+        """Puts a layer's adapter into the wrapper that stands there, or into a new one."""
+        base, kind = work.base, work.kind
+        layer = _existing(work, base)
+        if layer is None:
+            if isinstance(kind, ParameterKind):
+                _check_order(work)
+            frozen = work.layer
+            if work.source is not None:
+                layer = Tied(base, kind, self.router, work.path, getattr(*self.found.parent(work.source)))
+            else:
+                layer = Adapted(base, kind, self.router, work.path, self.found.tied(frozen, kind.weight_name))
+            if isinstance(work.parent, _FUSING):
+                # In eval torch's encoder layer hands its layers' weights to one fused call, past every adapter, unless
+                # a hook stands in the way.
+                layer.register_forward_pre_hook(_in_the_way)
+            storage_of(frozen, kind.weight_name).settle(frozen)
+            self._replace_everywhere(work.parent, work.attribute, layer)
+            self._bar_nesting(work)
+        self._add(layer, work.adapter)
 
-    def replace_everywhere(self, found: Survey, parent: nn.Module, attribute: str, wrapper: nn.Module) -> None:
-        """Replaces the module there, and wherever else it stands."""
-        others = found.elsewhere.get(id(getattr(parent, attribute)), [])
-        for where, at in [(parent, attribute), *others]:
-            self.replace(where, at, wrapper)
-        if others:
-            found.elsewhere[id(wrapper)] = others  # there it stands now: a further one may come around it
+    def place_saved(self, path: str, source: str | None) -> None:
+        """Copies a module for the adapter; a copy that follows another one has that one's weight."""
+        parent, attribute = self.found.parent(path)
+        module = getattr(parent, attribute)
+        if not isinstance(module, ModulesToSaveWrapper):
+            module = ModulesToSaveWrapper(module, self.router, path)
+            self._replace_everywhere(parent, attribute, module)
+        self.added.append(module)
+        module.add(self.name)
+        if self.active:
+            module.set_adapter(self.name, inference_mode=not self.trained)
+        if source is not None:
+            other: Any = getattr(*self.found.parent(source))
+            module.modules_to_save[self.name].weight = other.modules_to_save[self.name].weight
+
+    def place_tokens(self, work: TokenWork) -> None:
+        """Puts in what trains tokens of an embedding, or of a head that is tied to one."""
+        module = work.base
+        if isinstance(module, TrainableTokensWrapper):
+            layer = module.token_adapter
+        else:
+            if work.source is None:
+                layer = TrainableTokensLayer(module, work.kind, self.router, work.path, tied=True)
+            else:
+                source: Any = getattr(*self.found.parent(work.source))
+                layer = TiedTokensLayer(module, work.kind, self.router, work.path, source.token_adapter)
+            self._replace_everywhere(work.parent, work.attribute, TrainableTokensWrapper(layer))
+        self._add(layer, work.adapter)
 
     def undo(self) -> None:
+        """Takes out again what has been put in."""
         for wrapper in reversed(self.added):
             wrapper.delete_adapter(self.name)
             if isinstance(wrapper, Adapted):
                 wrapper.drop_empty()
         for parent, attribute, module in reversed(self.replaced):
             setattr(parent, attribute, module)
+
+    def _add(self, layer: Adapted, adapter: AbstractAdapter) -> None:
+        self.added.append(layer)
+        if isinstance(layer, Tied):
+            layer.add(self.name, adapter, "meta", active=self.active)
+            return
+        dtype, device = layer.facts()
+        if dtype in NARROW and (self.autocast or dtype.itemsize == 1):  # nothing can be computed in 8 bits
+            dtype = torch.float32
+        if self.active:
+            layer.set_requires_grad(layer._active, False)
+        meta = self.meta
+        if any(not slot.filed for slot in adapter.slots.values()):
+            if device.type == "meta":
+                raise UnsupportedLayerError(
+                    f"{layer.path} is on the meta device, and its adapter starts from its weight."
+                )
+            meta = False
+        layer.add(self.name, adapter, "meta" if meta else device, dtype, self.active, self.trained)
+        if not meta and device.type != "meta":
+            adapter.initialise(layer.params(self.name), layer)
+
+    def _replace(self, parent: nn.Module, attribute: str, value: nn.Module | None) -> None:
+        self.replaced.append((parent, attribute, getattr(parent, attribute)))
+        setattr(parent, attribute, value)
+
+    def _replace_everywhere(self, parent: nn.Module, attribute: str, wrapper: nn.Module) -> None:
+        """Replaces the module there, and wherever else it stands."""
+        others = self.found.elsewhere.get(id(getattr(parent, attribute)), [])
+        for where, at in [(parent, attribute), *others]:
+            self._replace(where, at, wrapper)
+        if others:
+            self.found.elsewhere[id(wrapper)] = others  # there it stands now: a further one may come around it
+
+    def _bar_nesting(self, work: Work) -> None:
+        """Has torch's encoder pack no ragged batches, which only its fused layers can read."""
+        path = work.path
+        while path and isinstance(work.parent, _FUSING):
+            path = path.rpartition(".")[0]
+            encoder = self.found.modules.get(path, None if path else self.found.model)
+            if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
+                # None is as good as False to torch, and tells `remove` that it was True.
+                self._replace(encoder, "use_nested_tensor", None)  # undone like a wrapper
 
 
 def apply(
@@ -728,11 +792,10 @@ def apply(
         router (`Router`, *optional*): The routing of a model without wrappers yet.
     """
     found = prepared.survey
-    first = found.router is None
-    router = found.router or router or Router()
-    done = _Done(name, meta, autocast, activate, activate and trainable)
-    modules = (found.model, *found.modules.values()) if first else ()
+    modules = (found.model, *found.modules.values()) if found.router is None else ()
     grads = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
+    router = found.router or router or Router()
+    applying = _Applying(found, router, name, meta, autocast, activate, activate and trainable)
     try:
         with collector_paused(), router.writing():
             if prepared.replaces:
@@ -740,65 +803,18 @@ def apply(
             for parameter in grads:
                 parameter.requires_grad = False  # requires_grad_() is not to be had of a lazy layer's
             for work in prepared.works:
-                _place(work, found, router, done)
+                applying.place(work)
             for path in prepared.saved:
-                saved = _place_saved(found, path, router, done)
-                if path in prepared.ties:
-                    source: Any = getattr(*found.parent(prepared.ties[path]))
-                    saved.modules_to_save[name].weight = source.modules_to_save[name].weight
-            _place_tokens(prepared.tokens, found, router, done)
+                applying.place_saved(path, prepared.ties.get(path))
+            for tokens in prepared.tokens:
+                applying.place_tokens(tokens)
             for _, parameter in biases(found.model, prepared.config, name) if activate else ():
                 parameter.requires_grad_(trainable)
     except BaseException:
-        done.undo()
+        applying.undo()
         for parameter in grads:
             parameter.requires_grad = True
         raise
-
-
-def _place(work: Work, found: Survey, router: Router, done: _Done) -> None:
-    base = work.base
-    layer = _existing(work, base)
-    if layer is None:
-        if isinstance(work.kind, ParameterKind):
-            _check_order(work)
-        if work.source is not None:
-            layer = Tied(base, work.kind, router, work.path, getattr(*found.parent(work.source)))
-        else:
-            layer = Adapted(base, work.kind, router, work.path, work.tied)
-        if isinstance(work.parent, _FUSING):
-            # In eval torch's encoder layer hands its layers' weights to one fused call, past every adapter, unless a
-            # hook stands in the way.
-            layer.register_forward_pre_hook(_in_the_way)
-        storage_of(work.layer, work.kind.weight_name).settle(work.layer)
-        done.replace_everywhere(found, work.parent, work.attribute, layer)
-        _bar_nesting(found, work, done)
-    _add(layer, work.adapter, done)
-
-
-def _bar_nesting(found: Survey, work: Work, done: _Done) -> None:
-    """Has torch's encoder pack no ragged batches, which only its fused layers can read."""
-    path = work.path
-    while path and isinstance(work.parent, _FUSING):
-        path = path.rpartition(".")[0]
-        encoder = found.modules.get(path, found.model if not path else None)
-        if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
-            # None is as good as False to torch, and tells `remove` that it was True.
-            done.replace(encoder, "use_nested_tensor", None)  # undone like a wrapper
-
-
-def _in_the_way(module: nn.Module, args: Any) -> None:
-    return None
-
-
-def _check_order(work: Work) -> None:
-    order = list(_unwrapped(work.base)._parameters)
-    later = [w for w in _chain(work.base) if isinstance(w, Adapted) and isinstance(w.kind, ParameterKind)]
-    if any(order.index(w.kind.weight_name) > order.index(work.kind.weight_name) for w in later):
-        raise UnsupportedLayerError(
-            f"{work.path}: wrappers of one module's parameters nest in the order of the parameters, and "
-            f"{work.kind.weight_name!r} comes before one that is wrapped: name it in the first adapter too."
-        )
 
 
 def _existing(work: Work, base: nn.Module) -> Adapted | None:
@@ -809,53 +825,18 @@ def _existing(work: Work, base: nn.Module) -> Adapted | None:
     return None
 
 
-def _add(layer: Adapted, adapter: AbstractAdapter, done: _Done) -> None:
-    done.added.append(layer)
-    if isinstance(layer, Tied):
-        layer.add(done.name, adapter, "meta", active=done.active)
-        return
-    dtype, device = layer.facts()
-    if dtype in NARROW and (done.autocast or dtype.itemsize == 1):  # nothing can be computed in 8 bits
-        dtype = torch.float32
-    if done.active:
-        layer.set_requires_grad(layer._active, False)
-    meta = done.meta
-    if any(not slot.filed for slot in adapter.slots.values()):
-        if device.type == "meta":
-            raise UnsupportedLayerError(f"{layer.path} is on the meta device, and its adapter starts from its weight.")
-        meta = False
-    layer.add(done.name, adapter, "meta" if meta else device, dtype, done.active, done.trained)
-    if not meta and device.type != "meta":
-        adapter.initialise(layer.params(done.name), layer)
+def _check_order(work: Work) -> None:
+    order = list(work.layer._parameters)
+    later = [w for w in _chain(work.base) if isinstance(w, Adapted) and isinstance(w.kind, ParameterKind)]
+    if any(order.index(w.kind.weight_name) > order.index(work.kind.weight_name) for w in later):
+        raise UnsupportedLayerError(
+            f"{work.path}: wrappers of one module's parameters nest in the order of the parameters, and "
+            f"{work.kind.weight_name!r} comes before one that is wrapped: name it in the first adapter too."
+        )
 
 
-def _place_saved(found: Survey, path: str, router: Router, done: _Done) -> ModulesToSaveWrapper:
-    parent, attribute = found.parent(path)
-    module = getattr(parent, attribute)
-    if not isinstance(module, ModulesToSaveWrapper):
-        module = ModulesToSaveWrapper(module, router, path)
-        done.replace_everywhere(found, parent, attribute, module)
-    done.added.append(module)
-    module.add(done.name)
-    if done.active:
-        module.set_adapter(done.name, inference_mode=not done.trained)
-    return module
-
-
-def _place_tokens(works: list[TokenWork], found: Survey, router: Router, done: _Done) -> None:
-    placed: dict[str, TrainableTokensLayer | TiedTokensLayer] = {}
-    for work in works:
-        module = work.base
-        if isinstance(module, TrainableTokensWrapper):
-            layer = module.token_adapter
-        else:
-            if work.source is None:
-                layer = TrainableTokensLayer(module, work.kind, router, work.path, tied=True)
-            else:
-                layer = TiedTokensLayer(module, work.kind, router, work.path, placed[work.source])
-            done.replace_everywhere(found, work.parent, work.attribute, TrainableTokensWrapper(layer))
-        placed[work.path] = layer
-        _add(layer, work.adapter, done)
+def _in_the_way(module: nn.Module, args: Any) -> None:
+    return None
 
 
 def biases(model: nn.Module, config: AnyConfig, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -895,11 +876,12 @@ def remove(model: nn.Module, merge: bool, safe_merge: bool = False, adapter_name
         _merge_for_good(layers, safe_merge, adapter_names)
     else:
         unmerge([layer for layer in layers if layer.merged])
-    for parent, attribute, module in list(_places(model)):
-        setattr(parent, attribute, _replacement(module, merge, adapter_names))
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and module.__dict__.get("use_nested_tensor", False) is None:
-            module.use_nested_tensor = True
+    for _, parent in list(own_modules(model)):
+        for attribute, module in parent._modules.items():
+            if isinstance(module, _WRAPPERS) and not isinstance(parent, TrainableTokensWrapper):
+                setattr(parent, attribute, _replacement(module, merge, adapter_names))
+        if isinstance(parent, nn.TransformerEncoder) and parent.__dict__.get("use_nested_tensor", False) is None:
+            parent.use_nested_tensor = True
 
 
 def _merge_for_good(layers: list[Adapted], safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -961,19 +943,6 @@ def tell_rounding(layers: Iterable[Adapted]) -> None:
             PeftWarning,
             stacklevel=4,
         )
-
-
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    stack = [model]
-    while stack:
-        parent = stack.pop()
-        for attribute, module in parent._modules.items():
-            if isinstance(module, _WRAPPERS):
-                yield parent, attribute, module
-                if not isinstance(module, ModulesToSaveWrapper):
-                    stack.append(_unwrapped(module))
-            elif module is not None:
-                stack.append(module)
 
 
 def _replacement(module: nn.Module, merge: bool, adapter_names: list[str] | None) -> nn.Module:

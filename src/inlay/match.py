@@ -54,23 +54,18 @@ class Module(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A module that gets an adapter."""
+    """A module, or one bare parameter of it, that gets an adapter."""
 
-    name: str  # the module
-    pattern: str  # the entry of ``target_modules`` that named it; the longest, where several do
+    name: str  # of the module, or of the parameter: ``<module>.<parameter>``
+    pattern: str  # the entry of the config that named it; the longest, where several do
     overrides: Mapping[str, object]  # field and value, where a table such as ``rank_pattern`` has one for it
     reason: str  # why it is a target, for people
+    parameter: str = ""  # the bare parameter's own name
 
-
-@dataclass(frozen=True, slots=True)
-class ParameterTarget:
-    """A bare parameter that gets an adapter: ``<module>.<parameter>``; the rest as in `Target`."""
-
-    module: str
-    parameter: str
-    pattern: str
-    overrides: Mapping[str, object]
-    reason: str
+    @property
+    def module(self) -> str:
+        """The name of the module that has the parameter."""
+        return self.name.removesuffix(f".{self.parameter}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +81,7 @@ class Plan:
     """What a config does to a model."""
 
     targets: tuple[Target, ...]  # modules that get an adapter, in the order of the model
-    parameters: tuple[ParameterTarget, ...]  # bare parameters that get one, by module, then by name
+    parameters: tuple[Target, ...]  # bare parameters that get one, by module, then by name
     saved: tuple[tuple[str, str], ...]  # modules trained whole, each with its entry of ``modules_to_save``
     matched: Mapping[str, int]  # how many modules or parameters each pattern named, before any was left out
     # Patterns that named nothing, each with a hint such as ``"; closest: q_proj"`` or ``""``.
@@ -328,7 +323,7 @@ class _Planner:
         self.hints = _Hints(name for m in likely for name in m.names)
         self.saved: dict[str, str] = {}
         self.chosen: dict[str, tuple[Module, str]] = {}
-        self.chosen_parameters: list[ParameterTarget] = []
+        self.chosen_parameters: list[Target] = []
         self.skipped: list[Skip] = []
         self.left_out: dict[str, list[Skip]] = {}
         self.unmatched: list[tuple[str, str]] = []
@@ -428,7 +423,7 @@ class _Planner:
                 continue
             self._refuse_parameter(full, module, hits[0])
             reason = why(names, hits[0], "target_parameters")
-            self.chosen_parameters.append(ParameterTarget(module, parameter, hits[0], self._overrides(names), reason))
+            self.chosen_parameters.append(Target(full, hits[0], self._overrides(names), reason, parameter))
 
     def _refuse_parameter(self, full: str, module: str, entry: str) -> None:
         if "Parameter" not in self.asked.supported:
@@ -559,7 +554,7 @@ class _Planner:
             self.warnings.append(f"{len(idle) - _MAX_HINTS} more entries of exclude_modules exclude nothing.")
 
     def _warn_overrides(self) -> None:
-        names = [*self.chosen, *(f"{p.module}.{p.parameter}" for p in self.chosen_parameters)]
+        names = [*self.chosen, *(target.name for target in self.chosen_parameters)]
         hints = _Hints(names)
         for label, table in self.overrides.items():
             if unused := table.unused():
