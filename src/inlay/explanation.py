@@ -295,7 +295,10 @@ def _planned(
         raise PlanError("The model is a PeftModel already: explain what its get_base_model() gives.")
     if config.layer_replication:
         model = _copied(model, lambda t: t)
-    _add_heads(model, config)
+    # The handle of a task trains fresh heads beside the adapter: the same rule, on a copy of the config.
+    listed = list(config.modules_to_save or ())
+    if new := [n for n in handle_class(config).heads if n in model._modules and n not in listed]:
+        config.modules_to_save = listed + new
     with replicated(model, config.layer_replication), inject.collector_paused():
         if isinstance(config, PromptLearningConfig):
             prepared = inject.prepare_saved(model, config.modules_to_save or ())
@@ -313,13 +316,6 @@ def _device(model: nn.Module, device: Any) -> str:
         return torch.device(device).type
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device must be a torch.device or its name, as 'cpu', got {device!r}.") from error
-
-
-def _add_heads(model: nn.Module, config: AnyConfig) -> None:
-    """The handle of a task trains fresh heads beside the adapter: the same rule, on a copy of the config."""
-    listed = list(config.modules_to_save or ())
-    if new := [n for n in handle_class(config).heads if n in model._modules and n not in listed]:
-        config.modules_to_save = listed + new
 
 
 # ---------------------------------------------------------------------- rows and sums

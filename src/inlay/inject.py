@@ -301,20 +301,9 @@ def prepare(
             raise DuplicateAdapterError(
                 f"Adapter {adapter_name!r} is already in the model: choose another name, or delete it first."
             )
-    plan = _plan(found, config, method, only)
-    prepared = Prepared(config, found, plan, [], [name for name, _ in plan.saved], [])
+    prepared = _prepared(found, config, _plan(found, config, method, only))
     prepared.replaces = adapter_name in found.adapters
-    for target in plan.targets:
-        prepared.works += _works_for(found, config, target)
-    for _, group in groupby(plan.parameters, lambda target: target.module):
-        prepared.works += _parameter_works(found, config, list(group))
-    if config.ensure_weight_tying:
-        _follow_ties(prepared)
-    _check_ties(prepared)
-    _check_saved(prepared)
-    prepared.tokens = _token_works(found, config)
-    _check_apart(prepared)
-    prepared.plan = replace(plan, warnings=(*plan.warnings, *_told_of_ties(prepared)))
+    prepared.plan = replace(prepared.plan, warnings=(*prepared.plan.warnings, *_told_of_ties(prepared)))
     return prepared
 
 
@@ -334,10 +323,24 @@ def prepare_saved(model: nn.Module, names: Iterable[str], tokens: Tokens = None)
     targeting = match.Targeting(
         target_modules=[], modules_to_save=config.modules_to_save, supported=frozenset(), optional=True
     )
-    plan = match.plan(found.facts, (), targeting)
+    return _prepared(found, config, match.plan(found.facts, (), targeting))
+
+
+def _prepared(found: Survey, config: AdapterConfig, plan: match.Plan) -> Prepared:
     prepared = Prepared(config, found, plan, [], [path for path, _ in plan.saved], [])
-    _check_saved(prepared)
+    for target in plan.targets:
+        prepared.works += _works_for(found, config, target)
+    for _, group in groupby(plan.parameters, lambda target: target.module):
+        prepared.works += _parameter_works(found, config, list(group))
+    if config.ensure_weight_tying:
+        _follow_ties(prepared)
+    _check_ties(prepared)
+    for path in prepared.saved:
+        module = found.modules[path]
+        own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        ModulesToSaveWrapper.check(own, path)
     prepared.tokens = _token_works(found, config)
+    _check_apart(prepared)
     return prepared
 
 
@@ -407,13 +410,6 @@ def _told_of_ties(prepared: Prepared) -> Iterator[str]:
             f"Model has `tie_word_embeddings=True`, and {tied!r} is adapted apart from what it is tied to. Set "
             "ensure_weight_tying=True to keep the tie."
         )
-
-
-def _check_saved(prepared: Prepared) -> None:
-    for path in prepared.saved:
-        module = prepared.survey.modules[path]
-        own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-        ModulesToSaveWrapper.check(own, path)
 
 
 def _head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
