@@ -455,6 +455,18 @@ def test_merged_adapters_stay_until_they_can_go(net: Perceptron) -> None:
         net.add_adapter(lora(), "c")
 
 
+@pytest.mark.parametrize("step", ["adapted.Adapted.add", "trained.ModulesToSaveWrapper.add", "inject.biases"])
+def test_injection_that_fails_halfway(net: Perceptron, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inlay.inject_adapter_in_model(lora(modules_to_save=["head"]), net, "a")
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("halfway")
+
+    monkeypatch.setattr(f"inlay.{step}", fails)
+    with raises_and_leaves(net, RuntimeError, "halfway"):
+        inlay.inject_adapter_in_model(lora(modules_to_save=["head"]), net, "b")
+
+
 def test_not_strict_loads_what_fits_and_warns(net: Perceptron) -> None:
     tensors = _tensors(lora_B=None, lora_C=torch.ones(2))
     with pytest.warns(inlay.PeftWarning, match="missing"):

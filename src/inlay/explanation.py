@@ -31,7 +31,7 @@ from inlay.model import PeftModel, handle_class
 from inlay.prompts import PROMPTS, AnyConfig, Host, PromptLearningConfig
 from inlay.prompts._abstract import EMBEDDINGS
 from inlay.prompts.attach import Prompts
-from inlay.replicate import replicated
+from inlay.replicate import clone_module, replicated
 from inlay.state import EMBEDDING_NAMES, embedding_weights
 from inlay.storage import storage_of, stored_parameters
 
@@ -294,7 +294,7 @@ def _planned(
     if isinstance(model, PeftModel):
         raise PlanError("The model is a PeftModel already: explain what its get_base_model() gives.")
     if config.layer_replication:
-        model = _copied(model, lambda t: t)
+        model = clone_module(model, share_weights=True)
     # The handle of a task trains fresh heads beside the adapter: the same rule, on a copy of the config.
     listed = list(config.modules_to_save or ())
     if new := [n for n in handle_class(config).heads if n in model._modules and n not in listed]:
@@ -568,27 +568,20 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
         empty = torch.empty_like(t, device="meta", requires_grad=False)
         return nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
 
-    packed = [(module, storage_of(module)) for module in model.modules()]
-    # What unpacks a weight has to see its numbers: an ordinary layer of the same shape stands in for it.
-    stand_ins = {id(m): _ordinary(m, storage.facts(m)[0]) for m, storage in packed if not storage.in_place}
-    copied = _copied(model, without_numbers, stand_ins).train()
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        storage = storage_of(module)
+        if not storage.in_place:
+            # What unpacks a weight has to see its numbers: an ordinary layer of the same shape stands in for it.
+            memo[id(module)] = _ordinary(module, storage.facts(module)[0])
+        for t in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+            if isinstance(t, Tensor) and id(t) not in memo:
+                memo[id(t)] = without_numbers(t)
+    copied = copy.deepcopy(model, memo).train()
     for module in copied.modules():
         if "gradient_checkpointing" in module.__dict__:
             module.__dict__["gradient_checkpointing"] = False
     return copied
-
-
-def _copied(
-    model: nn.Module, made: Callable[[Tensor], Tensor], stand_ins: Mapping[int, nn.Module] | None = None
-) -> nn.Module:
-    """A copy of the model's modules, with ``made(t)`` for each of its tensors; ``stand_ins`` by id of the module."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for t in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-            if isinstance(t, Tensor) and id(t) not in memo:
-                memo[id(t)] = made(t)
-    memo.update(stand_ins or {})
-    return copy.deepcopy(model, memo)
 
 
 def _ordinary(layer: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -651,7 +651,7 @@ def _token_work(found: Survey, config: AdapterConfig, path: str, asked: dict[str
 
 @dataclass
 class _Applying:
-    """An adapter on its way into a model: what it is to be, and what has been done so far, for undoing."""
+    """An adapter on its way into a model: what it is to be, and the steps that undo what has been done so far."""
 
     found: Survey
     router: Router
@@ -660,8 +660,7 @@ class _Applying:
     autocast: bool
     active: bool
     trained: bool
-    replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
-    added: list[Adapted | ModulesToSaveWrapper] = field(default_factory=list)
+    undoing: list[tuple[Callable[..., object], tuple[object, ...]]] = field(default_factory=list)
 
     def place(self, work: Work) -> None:
         """Puts a layer's adapter into the wrapper that stands there, or into a new one."""
@@ -691,7 +690,8 @@ class _Applying:
         if not isinstance(module, ModulesToSaveWrapper):
             module = ModulesToSaveWrapper(module, self.router, path)
             self._replace_everywhere(parent, attribute, module)
-        self.added.append(module)
+        frozen = not any(p.requires_grad for p in module.modules_to_save.parameters())
+        self.undoing += [(module.set_adapter, (module._active, frozen)), (module.delete_adapter, (self.name,))]
         module.add(self.name)
         if self.active:
             module.set_adapter(self.name, inference_mode=not self.trained)
@@ -713,17 +713,13 @@ class _Applying:
             self._replace_everywhere(work.parent, work.attribute, TrainableTokensWrapper(layer))
         self._add(layer, work.adapter)
 
-    def undo(self) -> None:
-        """Takes out again what has been put in."""
-        for wrapper in reversed(self.added):
-            wrapper.delete_adapter(self.name)
-            if isinstance(wrapper, Adapted):
-                wrapper.drop_empty()
-        for parent, attribute, module in reversed(self.replaced):
-            setattr(parent, attribute, module)
-
     def _add(self, layer: Adapted, adapter: AbstractAdapter) -> None:
-        self.added.append(layer)
+        self.undoing += [
+            (layer.set_requires_grad, (layer._trained,)),
+            (layer.drop_empty, ()),
+            (layer.delete_adapter, (self.name,)),
+            (setattr, (layer, "_active", layer._active)),  # first of all: what is not active is deleted in silence
+        ]
         if isinstance(layer, Tied):
             layer.add(self.name, adapter, "meta", active=self.active)
             return
@@ -744,7 +740,7 @@ class _Applying:
             adapter.initialise(layer.params(self.name), layer)
 
     def _replace(self, parent: nn.Module, attribute: str, value: nn.Module | None) -> None:
-        self.replaced.append((parent, attribute, getattr(parent, attribute)))
+        self.undoing.append((setattr, (parent, attribute, getattr(parent, attribute))))
         setattr(parent, attribute, value)
 
     def _replace_everywhere(self, parent: nn.Module, attribute: str, wrapper: nn.Module) -> None:
@@ -807,7 +803,8 @@ def apply(
             for _, parameter in biases(found.model, prepared.config, name) if activate else ():
                 parameter.requires_grad_(trainable)
     except BaseException:
-        applying.undo()
+        for step, args in reversed(applying.undoing):
+            step(*args)
         for parameter in grads:
             parameter.requires_grad = True
         raise
