@@ -300,12 +300,15 @@ def _planned(
     if new := [n for n in handle_class(config).heads if n in model._modules and n not in listed]:
         config.modules_to_save = listed + new
     with replicated(model, config.layer_replication), inject.collector_paused():
-        if isinstance(config, PromptLearningConfig):
-            prepared = inject.prepare_saved(model, config.modules_to_save or ())
-            first = [_prompt_row(model, config, optimizer)]
-        else:
-            prepared, first = inject.prepare(model, config), []
+        prepared = _prepared(model, config)
+        first = [_prompt_row(model, config, optimizer)] if isinstance(config, PromptLearningConfig) else []
         return prepared, (*first, *_rows(prepared, autocast, optimizer))
+
+
+def _prepared(model: nn.Module, config: AnyConfig) -> inject.Prepared:
+    if isinstance(config, PromptLearningConfig):
+        return inject.prepare_saved(model, config.modules_to_save or ())
+    return inject.prepare(model, dataclasses.replace(config))
 
 
 def _device(model: nn.Module, device: Any) -> str:
@@ -333,8 +336,8 @@ def _rows(prepared: inject.Prepared, autocast: bool, optimizer: str) -> Iterator
         row = _work_row(work, prepared.config)
         yield _sized(row, optimizer, tensors if work.source is None else [], filed)
     patterns, names = dict(prepared.plan.saved), {fact.name: fact.names for fact in found.facts if fact.also}
-    for path in prepared.saved:
-        module, source = inject._unwrapped(found.modules[path]), prepared.ties.get(path)
+    for path, source in prepared.saved.items():
+        module = inject._unwrapped(found.modules[path])
         own = [p for name, p in module.named_parameters() if source is None or name != "weight"]
         tensors = [_empty(p.shape, p.dtype, trained and p.is_floating_point()) for p in own]
         filed = _nbytes(t for t in module.state_dict().values() if isinstance(t, Tensor))
@@ -457,13 +460,12 @@ def _sums(
     if prepared.survey.router is not None:  # adapters of before stay trained; a model without any is frozen
         changed = {id(bias) for _, bias in _biases(prepared)}
         old = [p for p in model.parameters() if p.requires_grad and id(p) not in changed]
-    gradients = sum(row.gradient_bytes for row in rows) + _nbytes(old)
     return Totals(
         trainable=sum(row.parameters for row in rows) + _numel(old),
         parameters=sum(row.added for row in rows) + sum(storage.numel(p) for p, storage in stored_parameters(model)),
         frozen_bytes=sum(storage.nbytes(p) for p, storage in stored_parameters(model)) + _nbytes(model.buffers()),
         adapter_bytes=sum(row.nbytes for row in rows),
-        gradient_bytes=gradients,
+        gradient_bytes=sum(row.gradient_bytes for row in rows) + _nbytes(old),
         optimizer_bytes=sum(row.optimizer_bytes for row in rows) + sum(_states(optimizer, p) for p in old),
         file_bytes=sum(row.file_bytes for row in rows),
         activation_bytes=kept,
@@ -528,13 +530,9 @@ def _traced(model: nn.Module, config: AnyConfig, call: _Call, autocast: bool, cp
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad(), inject.collector_paused():
         warnings.simplefilter("ignore")
         bare, adapted = _copy_on_meta(model).requires_grad_(False), _copy_on_meta(model)
-        trained, called = not config.inference_mode, adapted
-        if isinstance(config, PromptLearningConfig):
-            prepared = inject.prepare_saved(adapted, config.modules_to_save or ())
-            called = _with_prompt(adapted, config)
-        else:
-            prepared = inject.prepare(adapted, dataclasses.replace(config))
-        inject.apply(prepared, "explained", autocast=autocast, trainable=trained)
+        prepared = _prepared(adapted, config)
+        called = _with_prompt(adapted, config) if isinstance(config, PromptLearningConfig) else adapted
+        inject.apply(prepared, "explained", autocast=autocast, trainable=not config.inference_mode)
         kept = _kept_by(called, call, mode)
         # The frozen model keeps nothing by itself: to compare, gradients flow into the inputs of both.
         for t in tree_leaves(call):

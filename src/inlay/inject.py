@@ -258,9 +258,8 @@ class Prepared:
     survey: Survey
     plan: match.Plan
     works: list[Work]
-    saved: list[str]
+    saved: dict[str, str | None]  # what is trained whole -> what is also, and has the weight that this one follows
     tokens: list[TokenWork]
-    ties: dict[str, str] = field(default_factory=dict)
     replaces: bool = False  # an adapter of the same name is to go
 
 
@@ -327,7 +326,7 @@ def prepare_saved(model: nn.Module, names: Iterable[str], tokens: Tokens = None)
 
 
 def _prepared(found: Survey, config: AdapterConfig, plan: match.Plan) -> Prepared:
-    prepared = Prepared(config, found, plan, [], [path for path, _ in plan.saved], [])
+    prepared = Prepared(config, found, plan, [], dict.fromkeys(path for path, _ in plan.saved), [])
     for target in plan.targets:
         prepared.works += _works_for(found, config, target)
     for _, group in groupby(plan.parameters, lambda target: target.module):
@@ -365,9 +364,8 @@ def _follow_ties(prepared: Prepared) -> None:
     found, config = prepared.survey, prepared.config
     for path in [*prepared.saved]:
         for other in found.tied_to(path):
-            if path not in prepared.ties and other not in prepared.ties:
-                prepared.saved += [] if other in prepared.saved else [other]
-                prepared.ties[other] = path
+            if prepared.saved[path] is None and prepared.saved.get(other) is None:
+                prepared.saved[other] = path
     following: set[str] = set()
     for work in sorted(prepared.works, key=lambda work: not work.kind.indexed):
         if work.target is None or work.target.parameter or work.nested or work.path in following:
@@ -604,7 +602,9 @@ def _token_works(found: Survey, config: AdapterConfig) -> list[TokenWork]:
 
 
 def _check_apart(prepared: Prepared) -> None:
-    adapted = {work.path for work in prepared.works} | {*prepared.ties, *prepared.ties.values()}
+    adapted = {work.path for work in prepared.works}
+    for path, source in prepared.saved.items():
+        adapted |= set() if source is None else {path, source}
     both = [tokens.path for tokens in prepared.tokens if tokens.path in adapted]
     if both:
         raise UnsupportedLayerError(
@@ -796,8 +796,8 @@ def apply(
                 parameter.requires_grad = False  # requires_grad_() is not to be had of a lazy layer's
             for work in prepared.works:
                 applying.place(work)
-            for path in prepared.saved:
-                applying.place_saved(path, prepared.ties.get(path))
+            for path, source in prepared.saved.items():
+                applying.place_saved(path, source)
             for tokens in prepared.tokens:
                 applying.place_tokens(tokens)
             for _, parameter in biases(found.model, prepared.config, name) if activate else ():

@@ -34,6 +34,7 @@ _SHRINK_FROM = 20
 SHORTHAND = "all-linear"
 # Heads that a task's handle asks to save on the chance that the model has them.
 _USUAL_HEADS = frozenset({"classifier", "score", "qa_outputs"})
+Names = Iterable[str] | str  # names and dotted suffixes, or one regular expression
 _REGEX_CHARACTERS = re.compile(r"[\\*+?()\[\]|^$]")
 
 
@@ -140,7 +141,7 @@ def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targe
     return planner.finish()
 
 
-def check_layers(targets: Iterable[str] | str | None, layers: object, pattern: object) -> None:
+def check_layers(targets: Names | None, layers: object, pattern: object) -> None:
     """Raises `ConfigError` where ``layers_to_transform`` and ``layers_pattern`` contradict the rest, or each other."""
     if isinstance(targets, str) and not _is_all_linear(targets):
         for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
@@ -158,7 +159,7 @@ def check_layers(targets: Iterable[str] | str | None, layers: object, pattern: o
 # ------------------------------------------------------------------------------------------------- matching one name
 
 
-def _is_all_linear(entries: Iterable[str] | str | None) -> bool:
+def _is_all_linear(entries: Names | None) -> bool:
     return isinstance(entries, str) and entries.lower() == SHORTHAND
 
 
@@ -178,7 +179,7 @@ class _Matcher:
     A list costs one look-up per component of a name, however long it is.
     """
 
-    def __init__(self, name: str, entries: Iterable[str] | str | None, linear: frozenset[str] = frozenset()) -> None:
+    def __init__(self, name: str, entries: Names | None, linear: frozenset[str] = frozenset()) -> None:
         self.field = name
         self.linear = linear if _is_all_linear(entries) else frozenset()
         self.regex = compile_pattern(entries) if isinstance(entries, str) and not self.linear else None
@@ -205,7 +206,7 @@ class _Matcher:
         return [entry for entry in self.entries if not self.counts[entry]]
 
 
-def matcher(entries: Iterable[str] | str) -> Callable[[str], bool]:
+def matcher(entries: Names) -> Callable[[str], bool]:
     """Whether a name is among ``entries``, names and dotted suffixes or one regular expression, compiled once.
 
     Example:
@@ -247,11 +248,7 @@ class _Layers:
 
 
 def names_module(
-    name: str,
-    targets: Iterable[str] | str,
-    exclude: Iterable[str] | str | None,
-    layers: list[int] | int | None,
-    pattern: list[str] | str | None,
+    name: str, targets: Names, exclude: Names | None, layers: list[int] | int | None, pattern: list[str] | str | None
 ) -> bool:
     """Whether a config's fields name one module, as `plan` reads them for all.
 
@@ -349,7 +346,6 @@ class _Planner:
         for name, outer in inner.items():
             rule = "the rule for targets inside targets"
             self._leave_out(name, rule, f"inside {outer!r}, which is a target itself")
-            del self.chosen[name]
         self._refuse_unsupported()
         self._keep_topmost()
         for name, entry in self.saved.items():
@@ -376,6 +372,7 @@ class _Planner:
         return "", ""
 
     def _leave_out(self, name: str, rule: str, reason: str) -> None:
+        self.chosen.pop(name, None)
         self.skipped.append(Skip(name, reason))
         self.left_out.setdefault(rule, []).append(self.skipped[-1])
 
@@ -385,11 +382,9 @@ class _Planner:
             return
         module, entry = bad[0]
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        kind = (
-            f"{'an' if module.kind[0] in 'AE' else 'a'} {module.kind}"
-            if module.kind
-            else "a container or a layer of another kind"
-        )
+        kind = "a container or a layer of another kind"
+        if module.kind is not None:
+            kind = f"{'an' if module.kind[0] in 'AE' else 'a'} {module.kind}"
         raise UnsupportedLayerError(
             f"Target module {module.name!r}{more} is not supported: {entry!r} in target_modules names it, which is "
             f"{kind}; {self.asked.method} adapts {', '.join(sorted(self.asked.supported))}. Name the layers inside "
@@ -407,7 +402,6 @@ class _Planner:
             )
         for name in list(self.chosen)[:-wanted]:
             self._leave_out(name, "adapter_layers", f"below the last {wanted}, which adapter_layers asks for")
-            del self.chosen[name]
 
     def choose_parameters(self) -> None:
         order = {module: i for i, (module, _) in enumerate(self.given)}
