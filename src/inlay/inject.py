@@ -172,14 +172,12 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Adapted | ModulesToSaveWra
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, (Adapted, ModulesToSaveWrapper)):
             yield name, module
+            if isinstance(module, Adapted):
+                stack.append((within(name, module), module._modules["base_layer"]))  # type: ignore[arg-type]
             continue
         prefix = f"{name}." if name else ""
-        if isinstance(module, Adapted):
-            yield name, module
-            stack.append((within(name, module), module._modules["base_layer"]))  # type: ignore[arg-type]  # it has one
-            continue
         # What has no children is no wrapper, and most of what a model has is that.
         stack.extend([(prefix + k, m) for k, m in reversed(module._modules.items()) if m is not None and m._modules])
 
