@@ -33,7 +33,8 @@ from inlay.errors import (
     UnknownArgumentError,
     UnwritableError,
 )
-from inlay.inject import prepare, wrappers
+from inlay.walk import wrappers
+from inlay.works import prepare
 
 
 def lora(*targets: str, **fields: Any) -> inlay.LoraConfig:

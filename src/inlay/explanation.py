@@ -1,6 +1,6 @@
 """What a config would do to a model, told before anything is touched: `explain`.
 
-The plan and every shape come from `inlay.inject.prepare`, which `get_peft_model` applies, so what is told is what is
+The plan and every shape come from `inlay.works.prepare`, which `get_peft_model` applies, so what is told is what is
 done. Activations are measured: a copy of the model on the meta device, which holds no numbers, is adapted and called,
 and what autograd keeps for backward is counted by storage.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from inlay import inject
+from inlay import inject, walk, works
 from inlay.config import AdapterConfig
 from inlay.errors import ConfigError, PeftError, PlanError, nearest
 from inlay.layers import LayerKind, kind_of
@@ -290,7 +290,7 @@ def _check(model: Any, config: Any, batch: Any, tokens: Any, optimizer: Any) -> 
 
 def _planned(
     model: nn.Module, config: AnyConfig, autocast: bool, optimizer: str
-) -> tuple[inject.Prepared, tuple[Row, ...]]:
+) -> tuple[works.Prepared, tuple[Row, ...]]:
     if isinstance(model, PeftModel):
         raise PlanError("The model is a PeftModel already: explain what its get_base_model() gives.")
     if config.layer_replication:
@@ -299,16 +299,16 @@ def _planned(
     listed = list(config.modules_to_save or ())
     if new := [n for n in handle_class(config).heads if n in model._modules and n not in listed]:
         config.modules_to_save = listed + new
-    with replicated(model, config.layer_replication), inject.collector_paused():
+    with replicated(model, config.layer_replication), works.collector_paused():
         prepared = _prepared(model, config)
         first = [_prompt_row(model, config, optimizer)] if isinstance(config, PromptLearningConfig) else []
         return prepared, (*first, *_rows(prepared, autocast, optimizer))
 
 
-def _prepared(model: nn.Module, config: AnyConfig) -> inject.Prepared:
+def _prepared(model: nn.Module, config: AnyConfig) -> works.Prepared:
     if isinstance(config, PromptLearningConfig):
-        return inject.prepare_saved(model, config.modules_to_save or ())
-    return inject.prepare(model, dataclasses.replace(config))
+        return works.prepare_saved(model, config.modules_to_save or ())
+    return works.prepare(model, dataclasses.replace(config))
 
 
 def _device(model: nn.Module, device: Any) -> str:
@@ -324,12 +324,12 @@ def _device(model: nn.Module, device: Any) -> str:
 # ---------------------------------------------------------------------- rows and sums
 
 
-def _rows(prepared: inject.Prepared, autocast: bool, optimizer: str) -> Iterator[Row]:
+def _rows(prepared: works.Prepared, autocast: bool, optimizer: str) -> Iterator[Row]:
     found, trained = prepared.survey, not prepared.config.inference_mode
     embeddings = {id(W) for _, W in embedding_weights(found.model)} if not prepared.tokens else set()
     for work in (*prepared.works, *prepared.tokens):
         tensors = _slots(work, autocast, trained)
-        filed = 0 if isinstance(work, inject.TokenWork) and work.source is not None else _nbytes(tensors)
+        filed = 0 if isinstance(work, works.TokenWork) and work.source is not None else _nbytes(tensors)
         W = work.layer._parameters.get("weight")
         if W is not None and id(W) in embeddings and work.path.rpartition(".")[2] in EMBEDDING_NAMES:
             filed += W.nbytes  # files hold an adapted embedding's own weight too
@@ -337,7 +337,7 @@ def _rows(prepared: inject.Prepared, autocast: bool, optimizer: str) -> Iterator
         yield _sized(row, optimizer, tensors if work.source is None else [], filed)
     patterns, names = dict(prepared.plan.saved), {fact.name: fact.names for fact in found.facts if fact.also}
     for path, source in prepared.saved.items():
-        module = inject._unwrapped(found.modules[path])
+        module = walk.unwrapped(found.modules[path])
         own = [p for name, p in module.named_parameters() if source is None or name != "weight"]
         tensors = [_empty(p.shape, p.dtype, trained and p.is_floating_point()) for p in own]
         filed = _nbytes(t for t in module.state_dict().values() if isinstance(t, Tensor))
@@ -403,7 +403,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, trained: bool) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=trained)
 
 
-def _slots(work: inject.Work, autocast: bool, trained: bool) -> list[Tensor]:
+def _slots(work: works.Work, autocast: bool, trained: bool) -> list[Tensor]:
     dtype = work.kept_dtype()
     if autocast and dtype in inject.NARROW:
         dtype = torch.float32
@@ -415,17 +415,17 @@ def _shape(kind: LayerKind, layer: nn.Module) -> tuple[int, ...]:
     return ((experts,) if experts > 1 else ()) + kind.shape(layer)
 
 
-def _work_row(work: inject.Work, config: AdapterConfig) -> Row:
+def _work_row(work: works.Work, config: AdapterConfig) -> Row:
     name, pattern, reason, shape = work.path, "", "", _shape(work.kind, work.layer)
     if work.source is not None:
         reason = f"tied to {work.source!r}, whose tensors it uses"
-    elif isinstance(work, inject.TokenWork):
+    elif isinstance(work, works.TokenWork):
         reason = f"{len(work.adapter.token_indices)} tokens in trainable_token_indices"
     elif work.target is not None:
         name, pattern, reason = work.target.name, work.target.pattern, work.target.reason
         if work.nested:
             name, reason = f"{name}.{work.attribute}", "part of the attention around it, which is a target"
-    if isinstance(work, inject.TokenWork):
+    if isinstance(work, works.TokenWork):
         return Row(name, "tokens", work.kind.name, shape, reason)
     values = {key: getattr(work.adapter, key) for key in type(config).patterned}
     return Row(name, "adapter", work.kind.name, shape, reason, pattern, values)
@@ -438,14 +438,14 @@ def _saved_row(names: tuple[str, ...], module: nn.Module, pattern: str, source: 
     return Row(names[0], "saved", name, shape, f"trained whole: {reason}", pattern)
 
 
-def _biases(prepared: inject.Prepared) -> Iterator[tuple[str, nn.Parameter]]:
-    """The model's own biases that will be trained; `inject.biases` says the same of an adapted model."""
+def _biases(prepared: works.Prepared) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's own biases that will be trained; `walk.biases` says the same of an adapted model."""
     rule, modules = prepared.config.bias, prepared.survey.modules
     if rule == "none":
         return
     adapted = {id(work.layer) for work in prepared.works}
     seen = {id(p) for path in prepared.saved for p in modules[path].parameters()}
-    for name, module in inject.own_modules(prepared.survey.model):
+    for name, module in walk.own_modules(prepared.survey.model):
         bias = module._parameters.get("bias")
         if bias is not None and id(bias) not in seen and (rule == "all" or id(module) in adapted):
             seen.add(id(bias))
@@ -453,7 +453,7 @@ def _biases(prepared: inject.Prepared) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _sums(
-    prepared: inject.Prepared, rows: Sequence[Row], optimizer: str, kept: int | None, added: int | None
+    prepared: works.Prepared, rows: Sequence[Row], optimizer: str, kept: int | None, added: int | None
 ) -> Totals:
     model = prepared.survey.model
     old: list[nn.Parameter] = []
@@ -482,7 +482,7 @@ def _call(model: nn.Module, batch: int | None, tokens: int | None, example: Any)
         return _from_example(example)
     if batch is None:
         return None
-    layer = next((m for m in map(inject._unwrapped, model.modules()) if kind_of(m) is not None), model)
+    layer = next((m for m in map(walk.unwrapped, model.modules()) if kind_of(m) is not None), model)
     kind = kind_of(layer)
     if getattr(model, "main_input_name", None) == "input_ids" or (kind is not None and kind.indexed):
         if tokens is None:
@@ -510,7 +510,7 @@ def _from_example(example: Any) -> _Call:
     raise ConfigError(f"example must be a tensor, a tuple, a dict or (tuple, dict), got {type(example).__name__}.")
 
 
-def _activations(prepared: inject.Prepared, config: AnyConfig, call: _Call | None, autocast: bool, cpu: bool) -> _Kept:
+def _activations(prepared: works.Prepared, config: AnyConfig, call: _Call | None, autocast: bool, cpu: bool) -> _Kept:
     if call is None:
         return None, None, ()
     model = prepared.survey.model
@@ -527,7 +527,7 @@ def _activations(prepared: inject.Prepared, config: AnyConfig, call: _Call | Non
 
 def _traced(model: nn.Module, config: AnyConfig, call: _Call, autocast: bool, cpu: bool) -> tuple[int, int]:
     mode = _OnMeta(cpu)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad(), inject.collector_paused():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad(), works.collector_paused():
         warnings.simplefilter("ignore")
         bare, adapted = _copy_on_meta(model).requires_grad_(False), _copy_on_meta(model)
         prepared = _prepared(adapted, config)
@@ -539,7 +539,7 @@ def _traced(model: nn.Module, config: AnyConfig, call: _Call, autocast: bool, cp
             if isinstance(t, Tensor) and t.is_floating_point():
                 t.requires_grad_()
         for name, table in list(bare.named_modules()):
-            if isinstance(inject._unwrapped(table), nn.Embedding):
+            if isinstance(walk.unwrapped(table), nn.Embedding):
                 table.register_forward_hook(_require_grad)
                 adapted.get_submodule(name).register_forward_hook(_require_grad)
         return kept, _kept_by(called, call, mode) - _kept_by(bare, call, mode)

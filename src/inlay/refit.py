@@ -14,9 +14,9 @@ from inlay.adapted import Adapted
 from inlay.errors import CorruptFileError, MissingFileError, UnsupportedLayerError
 from inlay.formats import files
 from inlay.formats.peft import PREFIX
-from inlay.inject import adapted_layers
 from inlay.methods._low_rank import AbstractLowRank
 from inlay.state import config_of
+from inlay.walk import adapted_layers
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
