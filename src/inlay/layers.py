@@ -28,6 +28,8 @@ class AbstractKind(ABC, Generic[L]):
     """How one kind of layer, of the class L, is seen by methods. Stateless: a row of `KINDS`."""
 
     name: ClassVar[str]
+    # The class that layers of this kind have, or one above it.
+    cls: type[nn.Module]
     # What PEFT calls its classes of this kind, where that is something else.
     printed: ClassVar[str] = ""
     row_dim: ClassVar[int] = 0
@@ -47,9 +49,9 @@ class AbstractKind(ABC, Generic[L]):
     weight_name: str = "weight"
     bias_name: str = "bias"
 
-    @abstractmethod
     def owns(self, layer: nn.Module) -> bool:
         """Whether this row describes ``layer``."""
+        return isinstance(layer, self.cls)
 
     @abstractmethod
     def shape(self, layer: L) -> tuple[int, int]:
@@ -147,10 +149,8 @@ LayerKind = AbstractKind[Any]  # a row, whatever its class of layers
 
 class _Linear(AbstractKind[nn.Linear]):
     name = "Linear"
+    cls = nn.Linear
     matrix = True
-
-    def owns(self, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Linear)
 
     def shape(self, layer: nn.Linear) -> tuple[int, int]:
         return layer.out_features, layer.in_features
@@ -181,12 +181,9 @@ class _Conv1D(LayerKind):
 class _Conv(AbstractKind[nn.Conv2d]):
     def __init__(self, dims: int) -> None:
         self.dims = dims
-        self.cls: type[nn.Module] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        self.cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
         self.conv: Any = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
         self.name = self.cls.__name__  # type: ignore[misc]  # one row per number of dimensions
-
-    def owns(self, layer: nn.Module) -> bool:
-        return isinstance(layer, self.cls)
 
     def shape(self, layer: nn.Conv2d) -> tuple[int, int]:
         return layer.out_channels, layer.weight[0].numel()
@@ -253,12 +250,10 @@ class _Embedding(AbstractKind[nn.Embedding]):
     """The matrix view is the transposed table W_DV: an index is a one-hot input."""
 
     name = "Embedding"
+    cls = nn.Embedding
     infix = "embedding_"
     bare = True
     indexed = True
-
-    def owns(self, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Embedding)
 
     def shape(self, layer: nn.Embedding) -> tuple[int, int]:
         return layer.embedding_dim, layer.num_embeddings
@@ -307,13 +302,11 @@ class _MultiheadAttention(AbstractKind[nn.MultiheadAttention]):
     """torch's attention hands its weights to one fused call, so adapters act on the packed in-projection W_(3n)n."""
 
     name = "MultiheadAttention"
+    cls = nn.MultiheadAttention
     by_weight = True
     ignores_dropout = True
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
-
-    def owns(self, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.MultiheadAttention)
 
     def unadaptable(self, layer: nn.MultiheadAttention) -> str | None:
         same = layer._qkv_same_embed_dim
