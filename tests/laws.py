@@ -22,8 +22,8 @@ import inlay
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig
 from inlay.errors import NotMergeableError, PeftError, RowsError, UnsupportedLayerError
-from inlay.inject import wrappers
 from inlay.methods import METHODS
+from inlay.walk import wrappers
 
 # ---------------------------------------------------------------- the layers
 

@@ -34,11 +34,11 @@ from inlay.errors import (
     UnknownAdapterError,
     UnsupportedLayerError,
 )
-from inlay.inject import wrappers
 from inlay.methods import _low_rank
 from inlay.ops import low_rank
 from inlay.storage.plain import Plain
 from inlay.tuner import Tuner
+from inlay.walk import wrappers
 
 Tiny = Callable[[str], nn.Module]
 

@@ -12,7 +12,7 @@ from laws import LAWS, MERGE_LAWS, Law, cases, cells, close
 from torch import Tensor, nn
 
 import inlay
-from inlay.inject import wrappers
+from inlay.walk import wrappers
 
 if not torch.cuda.is_available():  # one line, for thousands of cells
     pytest.skip("no CUDA device", allow_module_level=True)

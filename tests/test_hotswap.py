@@ -47,7 +47,7 @@ from inlay.hotswap import (
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
-from inlay.inject import wrappers
+from inlay.walk import wrappers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*dropout has no effect there"),
@@ -652,7 +652,7 @@ def test_the_short_way_is_the_long_one(saved: Callable[..., Path], monkeypatch: 
             model, folder = adapted(copy.deepcopy(config)), saved(config)
             with monkeypatch.context() as patched:
                 if short:
-                    patched.setattr(inlay.inject, "prepare", None)
+                    patched.setattr(inlay.works, "prepare", None)
                 else:
                     patched.setattr(hotswap._Swap, "_is_plain", lambda self: False)
                 hotswap_adapter(model, folder, "default")

@@ -56,6 +56,8 @@ RANKS = {
     "memo": 5,
     "parametrized": 5,
     "trained": 5,
+    "walk": 6,
+    "works": 6,
     "inject": 6,
     "explanation": 8,
     "prepare": 6,

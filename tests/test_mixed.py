@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.errors import ConfigError, MissingFileError, UnknownAdapterError
-from inlay.inject import wrappers
+from inlay.walk import wrappers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* does not divide a layer's width")
 

@@ -33,7 +33,8 @@ from inlay.errors import (
     UnknownArgumentError,
     UnwritableError,
 )
-from inlay.inject import prepare, wrappers
+from inlay.walk import wrappers
+from inlay.works import prepare
 
 
 def lora(*targets: str, **fields: Any) -> inlay.LoraConfig:
@@ -453,6 +454,18 @@ def test_merged_adapters_stay_until_they_can_go(net: Perceptron) -> None:
     net.lin1.merge(adapter_names=["b"], keep_base=False)  # for good: activating another one would have to undo it
     with raises_and_leaves(net, BaseGoneError, "keep_base"):
         net.add_adapter(lora(), "c")
+
+
+@pytest.mark.parametrize("step", ["adapted.Adapted.add", "trained.ModulesToSaveWrapper.add", "inject.biases"])
+def test_injection_that_fails_halfway(net: Perceptron, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inlay.inject_adapter_in_model(lora(modules_to_save=["head"]), net, "a")
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("halfway")
+
+    monkeypatch.setattr(f"inlay.{step}", fails)
+    with raises_and_leaves(net, RuntimeError, "halfway"):
+        inlay.inject_adapter_in_model(lora(modules_to_save=["head"]), net, "b")
 
 
 def test_not_strict_loads_what_fits_and_warns(net: Perceptron) -> None:

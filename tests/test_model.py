@@ -34,8 +34,8 @@ from inlay.errors import (
     UnwritableError,
 )
 from inlay.formats.files import reseal
-from inlay.inject import wrappers
 from inlay.trained import ModulesToSaveWrapper
+from inlay.walk import wrappers
 
 Tiny = Callable[[str], nn.Module]
 

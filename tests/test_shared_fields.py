@@ -17,8 +17,8 @@ import inlay
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig
 from inlay.errors import PeftWarning
-from inlay.inject import wrappers
 from inlay.methods import METHODS
+from inlay.walk import wrappers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* does not divide a layer's width")
 

@@ -84,7 +84,12 @@ def fused_config(config: AdapterConfig, former: Former, modules: Iterable[str], 
         left = targets if isinstance(targets, str) else {t for t in targets if t.rpartition(".")[2] not in known}
     if not any(found.values()):
         return config
-    _check_halves(found, former)
+    if found[former.gate] != found[former.up]:
+        one, other = (former.gate, former.up) if found[former.gate] else (former.up, former.gate)
+        raise PlanError(
+            f"Cannot convert PEFT target(s) {one} without also targeting {other} because they are fused into "
+            f"{GATE_UP}: name both or none."
+        )
     named = {name for target, where in found.items() for name in _named(known[target], where, experts)}
     fused = replace(config, target_modules=left, target_parameters=sorted({*(config.target_parameters or ()), *named}))
     if not found[former.gate]:
@@ -92,15 +97,6 @@ def fused_config(config: AdapterConfig, former: Former, modules: Iterable[str], 
     alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)  # so that the scale stays what it was
     ranks, alphas = {**config.rank_pattern, PATTERN: 2 * config.r}, {**config.alpha_pattern, PATTERN: alpha}
     return replace(fused, rank_pattern=ranks, alpha_pattern=alphas)
-
-
-def _check_halves(found: Mapping[str, list[str]], former: Former) -> None:
-    if found[former.gate] != found[former.up]:
-        one, other = (former.gate, former.up) if found[former.gate] else (former.up, former.gate)
-        raise PlanError(
-            f"Cannot convert PEFT target(s) {one} without also targeting {other} because they are fused into "
-            f"{GATE_UP}: name both or none."
-        )
 
 
 def _named(parameter: str, where: list[str], experts: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """What a config would do to a model, told before anything is touched: `explain`.
 
-The plan and every shape come from `inlay.inject.prepare`, which `get_peft_model` applies, so what is told is what is
+The plan and every shape come from `inlay.works.prepare`, which `get_peft_model` applies, so what is told is what is
 done. Activations are measured: a copy of the model on the meta device, which holds no numbers, is adapted and called,
 and what autograd keeps for backward is counted by storage.
 """
@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from inlay import inject
+from inlay import inject, walk, works
 from inlay.config import AdapterConfig
 from inlay.errors import ConfigError, PeftError, PlanError, nearest
 from inlay.layers import LayerKind, kind_of
-from inlay.match import ParameterTarget, Skip, why
+from inlay.match import Skip, why
 from inlay.model import PeftModel, handle_class
 from inlay.prompts import PROMPTS, AnyConfig, Host, PromptLearningConfig
 from inlay.prompts._abstract import EMBEDDINGS
 from inlay.prompts.attach import Prompts
-from inlay.replicate import replicated
+from inlay.replicate import clone_module, replicated
 from inlay.state import EMBEDDING_NAMES, embedding_weights
 from inlay.storage import storage_of, stored_parameters
 
@@ -290,19 +290,25 @@ def _check(model: Any, config: Any, batch: Any, tokens: Any, optimizer: Any) -> 
 
 def _planned(
     model: nn.Module, config: AnyConfig, autocast: bool, optimizer: str
-) -> tuple[inject.Prepared, tuple[Row, ...]]:
+) -> tuple[works.Prepared, tuple[Row, ...]]:
     if isinstance(model, PeftModel):
         raise PlanError("The model is a PeftModel already: explain what its get_base_model() gives.")
     if config.layer_replication:
-        model = _copied(model, lambda t: t)
-    _add_heads(model, config)
-    with replicated(model, config.layer_replication), inject.collector_paused():
-        if isinstance(config, PromptLearningConfig):
-            prepared = inject.prepare_saved(model, config.modules_to_save or ())
-            first = [_prompt_row(model, config, optimizer)]
-        else:
-            prepared, first = inject.prepare(model, config), []
+        model = clone_module(model, share_weights=True)
+    # The handle of a task trains fresh heads beside the adapter: the same rule, on a copy of the config.
+    listed = list(config.modules_to_save or ())
+    if new := [n for n in handle_class(config).heads if n in model._modules and n not in listed]:
+        config.modules_to_save = listed + new
+    with replicated(model, config.layer_replication), works.collector_paused():
+        prepared = _prepared(model, config)
+        first = [_prompt_row(model, config, optimizer)] if isinstance(config, PromptLearningConfig) else []
         return prepared, (*first, *_rows(prepared, autocast, optimizer))
+
+
+def _prepared(model: nn.Module, config: AnyConfig) -> works.Prepared:
+    if isinstance(config, PromptLearningConfig):
+        return works.prepare_saved(model, config.modules_to_save or ())
+    return works.prepare(model, dataclasses.replace(config))
 
 
 def _device(model: nn.Module, device: Any) -> str:
@@ -315,32 +321,23 @@ def _device(model: nn.Module, device: Any) -> str:
         raise ConfigError(f"device must be a torch.device or its name, as 'cpu', got {device!r}.") from error
 
 
-def _add_heads(model: nn.Module, config: AnyConfig) -> None:
-    """The handle of a task trains fresh heads beside the adapter: the same rule, on a copy of the config."""
-    listed = list(config.modules_to_save or ())
-    if new := [n for n in handle_class(config).heads if n in model._modules and n not in listed]:
-        config.modules_to_save = listed + new
-
-
 # ---------------------------------------------------------------------- rows and sums
 
 
-def _rows(prepared: inject.Prepared, autocast: bool, optimizer: str) -> Iterator[Row]:
+def _rows(prepared: works.Prepared, autocast: bool, optimizer: str) -> Iterator[Row]:
     found, trained = prepared.survey, not prepared.config.inference_mode
-    parameters = {f"{p.module}.{p.parameter}": p for p in prepared.plan.parameters}
     embeddings = {id(W) for _, W in embedding_weights(found.model)} if not prepared.tokens else set()
-    works: list[inject.Work | inject.TokenWork] = [*prepared.works, *prepared.tokens]
-    for work in works:
+    for work in (*prepared.works, *prepared.tokens):
         tensors = _slots(work, autocast, trained)
-        filed = _nbytes(tensors) if work.source is None or isinstance(work, inject.Work) else 0
+        filed = 0 if isinstance(work, works.TokenWork) and work.source is not None else _nbytes(tensors)
         W = work.layer._parameters.get("weight")
         if W is not None and id(W) in embeddings and work.path.rpartition(".")[2] in EMBEDDING_NAMES:
             filed += W.nbytes  # files hold an adapted embedding's own weight too
-        row = _work_row(work, prepared.config, parameters)
+        row = _work_row(work, prepared.config)
         yield _sized(row, optimizer, tensors if work.source is None else [], filed)
     patterns, names = dict(prepared.plan.saved), {fact.name: fact.names for fact in found.facts if fact.also}
-    for path in prepared.saved:
-        module, source = inject._unwrapped(found.modules[path]), prepared.ties.get(path)
+    for path, source in prepared.saved.items():
+        module = walk.unwrapped(found.modules[path])
         own = [p for name, p in module.named_parameters() if source is None or name != "weight"]
         tensors = [_empty(p.shape, p.dtype, trained and p.is_floating_point()) for p in own]
         filed = _nbytes(t for t in module.state_dict().values() if isinstance(t, Tensor))
@@ -406,7 +403,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, trained: bool) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=trained)
 
 
-def _slots(work: inject.Work | inject.TokenWork, autocast: bool, trained: bool) -> list[Tensor]:
+def _slots(work: works.Work, autocast: bool, trained: bool) -> list[Tensor]:
     dtype = work.kept_dtype()
     if autocast and dtype in inject.NARROW:
         dtype = torch.float32
@@ -418,22 +415,17 @@ def _shape(kind: LayerKind, layer: nn.Module) -> tuple[int, ...]:
     return ((experts,) if experts > 1 else ()) + kind.shape(layer)
 
 
-def _work_row(
-    work: inject.Work | inject.TokenWork, config: AdapterConfig, parameters: Mapping[str, ParameterTarget]
-) -> Row:
-    name, pattern, shape = work.path, "", _shape(work.kind, work.layer)
+def _work_row(work: works.Work, config: AdapterConfig) -> Row:
+    name, pattern, reason, shape = work.path, "", "", _shape(work.kind, work.layer)
     if work.source is not None:
         reason = f"tied to {work.source!r}, whose tensors it uses"
-    elif isinstance(work, inject.TokenWork):
+    elif isinstance(work, works.TokenWork):
         reason = f"{len(work.adapter.token_indices)} tokens in trainable_token_indices"
-    elif work.target is None:
-        name = f"{name.partition('.base_layer')[0]}.{work.kind.weight_name}"
-        pattern, reason = parameters[name].pattern, parameters[name].reason
-    else:
+    elif work.target is not None:
         name, pattern, reason = work.target.name, work.target.pattern, work.target.reason
         if work.nested:
             name, reason = f"{name}.{work.attribute}", "part of the attention around it, which is a target"
-    if isinstance(work, inject.TokenWork):
+    if isinstance(work, works.TokenWork):
         return Row(name, "tokens", work.kind.name, shape, reason)
     values = {key: getattr(work.adapter, key) for key in type(config).patterned}
     return Row(name, "adapter", work.kind.name, shape, reason, pattern, values)
@@ -446,14 +438,14 @@ def _saved_row(names: tuple[str, ...], module: nn.Module, pattern: str, source: 
     return Row(names[0], "saved", name, shape, f"trained whole: {reason}", pattern)
 
 
-def _biases(prepared: inject.Prepared) -> Iterator[tuple[str, nn.Parameter]]:
-    """The model's own biases that will be trained; `inject.biases` says the same of an adapted model."""
+def _biases(prepared: works.Prepared) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's own biases that will be trained; `walk.biases` says the same of an adapted model."""
     rule, modules = prepared.config.bias, prepared.survey.modules
     if rule == "none":
         return
     adapted = {id(work.layer) for work in prepared.works}
     seen = {id(p) for path in prepared.saved for p in modules[path].parameters()}
-    for name, module in inject.own_modules(prepared.survey.model):
+    for name, module in walk.own_modules(prepared.survey.model):
         bias = module._parameters.get("bias")
         if bias is not None and id(bias) not in seen and (rule == "all" or id(module) in adapted):
             seen.add(id(bias))
@@ -461,20 +453,19 @@ def _biases(prepared: inject.Prepared) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _sums(
-    prepared: inject.Prepared, rows: Sequence[Row], optimizer: str, kept: int | None, added: int | None
+    prepared: works.Prepared, rows: Sequence[Row], optimizer: str, kept: int | None, added: int | None
 ) -> Totals:
     model = prepared.survey.model
     old: list[nn.Parameter] = []
     if prepared.survey.router is not None:  # adapters of before stay trained; a model without any is frozen
         changed = {id(bias) for _, bias in _biases(prepared)}
         old = [p for p in model.parameters() if p.requires_grad and id(p) not in changed]
-    gradients = sum(row.gradient_bytes for row in rows) + _nbytes(old)
     return Totals(
         trainable=sum(row.parameters for row in rows) + _numel(old),
         parameters=sum(row.added for row in rows) + sum(storage.numel(p) for p, storage in stored_parameters(model)),
         frozen_bytes=sum(storage.nbytes(p) for p, storage in stored_parameters(model)) + _nbytes(model.buffers()),
         adapter_bytes=sum(row.nbytes for row in rows),
-        gradient_bytes=gradients,
+        gradient_bytes=sum(row.gradient_bytes for row in rows) + _nbytes(old),
         optimizer_bytes=sum(row.optimizer_bytes for row in rows) + sum(_states(optimizer, p) for p in old),
         file_bytes=sum(row.file_bytes for row in rows),
         activation_bytes=kept,
@@ -491,7 +482,7 @@ def _call(model: nn.Module, batch: int | None, tokens: int | None, example: Any)
         return _from_example(example)
     if batch is None:
         return None
-    layer = next((m for m in map(inject._unwrapped, model.modules()) if kind_of(m) is not None), model)
+    layer = next((m for m in map(walk.unwrapped, model.modules()) if kind_of(m) is not None), model)
     kind = kind_of(layer)
     if getattr(model, "main_input_name", None) == "input_ids" or (kind is not None and kind.indexed):
         if tokens is None:
@@ -519,7 +510,7 @@ def _from_example(example: Any) -> _Call:
     raise ConfigError(f"example must be a tensor, a tuple, a dict or (tuple, dict), got {type(example).__name__}.")
 
 
-def _activations(prepared: inject.Prepared, config: AnyConfig, call: _Call | None, autocast: bool, cpu: bool) -> _Kept:
+def _activations(prepared: works.Prepared, config: AnyConfig, call: _Call | None, autocast: bool, cpu: bool) -> _Kept:
     if call is None:
         return None, None, ()
     model = prepared.survey.model
@@ -536,23 +527,19 @@ def _activations(prepared: inject.Prepared, config: AnyConfig, call: _Call | Non
 
 def _traced(model: nn.Module, config: AnyConfig, call: _Call, autocast: bool, cpu: bool) -> tuple[int, int]:
     mode = _OnMeta(cpu)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad(), inject.collector_paused():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad(), works.collector_paused():
         warnings.simplefilter("ignore")
         bare, adapted = _copy_on_meta(model).requires_grad_(False), _copy_on_meta(model)
-        trained, called = not config.inference_mode, adapted
-        if isinstance(config, PromptLearningConfig):
-            prepared = inject.prepare_saved(adapted, config.modules_to_save or ())
-            called = _with_prompt(adapted, config)
-        else:
-            prepared = inject.prepare(adapted, dataclasses.replace(config))
-        inject.apply(prepared, "explained", autocast=autocast, trainable=trained)
+        prepared = _prepared(adapted, config)
+        called = _with_prompt(adapted, config) if isinstance(config, PromptLearningConfig) else adapted
+        inject.apply(prepared, "explained", autocast=autocast, trainable=not config.inference_mode)
         kept = _kept_by(called, call, mode)
         # The frozen model keeps nothing by itself: to compare, gradients flow into the inputs of both.
         for t in tree_leaves(call):
             if isinstance(t, Tensor) and t.is_floating_point():
                 t.requires_grad_()
         for name, table in list(bare.named_modules()):
-            if isinstance(inject._unwrapped(table), nn.Embedding):
+            if isinstance(walk.unwrapped(table), nn.Embedding):
                 table.register_forward_hook(_require_grad)
                 adapted.get_submodule(name).register_forward_hook(_require_grad)
         return kept, _kept_by(called, call, mode) - _kept_by(bare, call, mode)
@@ -579,27 +566,20 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
         empty = torch.empty_like(t, device="meta", requires_grad=False)
         return nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
 
-    packed = [(module, storage_of(module)) for module in model.modules()]
-    # What unpacks a weight has to see its numbers: an ordinary layer of the same shape stands in for it.
-    stand_ins = {id(m): _ordinary(m, storage.facts(m)[0]) for m, storage in packed if not storage.in_place}
-    copied = _copied(model, without_numbers, stand_ins).train()
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        storage = storage_of(module)
+        if not storage.in_place:
+            # What unpacks a weight has to see its numbers: an ordinary layer of the same shape stands in for it.
+            memo[id(module)] = _ordinary(module, storage.facts(module)[0])
+        for t in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+            if isinstance(t, Tensor) and id(t) not in memo:
+                memo[id(t)] = without_numbers(t)
+    copied = copy.deepcopy(model, memo).train()
     for module in copied.modules():
         if "gradient_checkpointing" in module.__dict__:
             module.__dict__["gradient_checkpointing"] = False
     return copied
-
-
-def _copied(
-    model: nn.Module, made: Callable[[Tensor], Tensor], stand_ins: Mapping[int, nn.Module] | None = None
-) -> nn.Module:
-    """A copy of the model's modules, with ``made(t)`` for each of its tensors; ``stand_ins`` by id of the module."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for t in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-            if isinstance(t, Tensor) and id(t) not in memo:
-                memo[id(t)] = made(t)
-    memo.update(stand_ins or {})
-    return copy.deepcopy(model, memo)
 
 
 def _ordinary(layer: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -15,17 +15,7 @@ from torch import Tensor, nn
 from inlay.adapted import Adapted, merged_already
 from inlay.config import AdapterConfig
 from inlay.errors import ConfigError, FieldTypeError, LoadError, NoMatchingPeftModuleError, PeftWarning
-from inlay.inject import (
-    NARROW,
-    Prepared,
-    adapted_layers,
-    apply,
-    own_modules,
-    prepare,
-    prepare_saved,
-    unmerge_first,
-    wrappers,
-)
+from inlay.inject import NARROW, apply, unmerge_first
 from inlay.match import SHORTHAND, names_module, shortest
 from inlay.model import inject_adapter_in_model as inject_adapter_in_model
 from inlay.model import train_again
@@ -42,6 +32,8 @@ from inlay.trained import (
     TrainableTokensWrapper,
 )
 from inlay.tuner import Tuner
+from inlay.walk import adapted_layers, own_modules, wrappers
+from inlay.works import Prepared, prepare, prepare_saved
 
 
 def set_adapter(

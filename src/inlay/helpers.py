@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from inlay.adapted import Adapted
 from inlay.config import PeftConfig
 from inlay.errors import ConfigError, FieldTypeError, FileError, MissingMethodError, PlanError
-from inlay.inject import adapted_layers
 from inlay.model import PeftModel
 from inlay.storage import storage_of
+from inlay.walk import adapted_layers
 
 
 def update_forward_signature(model: PeftModel) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay import inject, match, settings, slots, sources, state
+from inlay import match, settings, slots, sources, state, walk, works
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import BaseGoneError, HotswapError, MoreLayersError, PeftWarning
@@ -210,7 +210,7 @@ class _Swap:
 
     def plan(self, strict: bool) -> None:
         """Finds out what is to be written, and raises for whatever is in the way."""
-        for path, wrapper in inject.wrappers(self.root):
+        for path, wrapper in walk.wrappers(self.root):
             if isinstance(wrapper, Adapted):
                 if self.name in wrapper.methods:
                     self.layers[state.without_foreign(path)] = wrapper
@@ -239,21 +239,21 @@ class _Swap:
     def _plan_adapters(self, all_there: bool) -> None:
         config, root = self.config, self.root
         if all_there and self._is_plain():
-            survey, alike = inject.Survey(root), type(config).layer_values is AdapterConfig.layer_values
+            survey, alike = walk.Survey(root), type(config).layer_values is AdapterConfig.layer_values
             made: dict[Any, AbstractAdapter] = {}  # by what an adapter reads of a layer
             for path, layer in self.layers.items():
                 base, kind = layer.get_base_layer(), layer.kind
                 at = (kind, kind.shape(base), kind.down_shape(base, 1), kind.groups(base)) if alike else path
                 if at not in made:
-                    made[at] = inject._adapter(survey, config, kind, base, path, {})
+                    made[at] = works.adapter_for(survey, config, kind, base, path, {})
                 self.adapters[path] = made[at]
             return
-        prepared = inject.prepare(root, config)
+        prepared = works.prepare(root, config)
         self.adapters = {work.path: work.adapter for work in prepared.works}
         self.adapters.update({f"{tokens.path}.token_adapter": tokens.adapter for tokens in prepared.tokens})
         if different := sorted(self.whole.keys() ^ set(prepared.saved)):
             raise HotswapError(f"One of the two adapters only trains {different} whole: {_APART}")
-        inject.with_targets(config, prepared)
+        works.with_targets(config, prepared)
 
     def _is_plain(self) -> bool:
         """Whether the config and the layers' names say all about their adapters: then no plan has to be made."""
@@ -342,7 +342,7 @@ class _Swap:
         for path, wrapper in self.whole.items():
             for name, t in wrapper.modules_to_save[self.name].state_dict().items():
                 wanted[f"{path}.{name}"] = (t, f"{path}.modules_to_save.{self.name}.{name}")
-        for name, b in inject.biases(self.root, self.config, self.name):
+        for name, b in walk.biases(self.root, self.config, self.name):
             wanted[state.without_foreign(name)] = (b, name)
         for name, (live, other) in wanted.items():
             if (t := self._take(name, other)) is None:
@@ -360,7 +360,7 @@ class _Swap:
                 raise HotswapError(f"{name!r} of the frozen model is another one in the new adapter's file: {_APART}")
 
     def _complain(self) -> None:
-        report, start = self.report, f".{inject.method_of(self.config).prefix}"
+        report, start = self.report, f".{works.method_of(self.config).prefix}"
         report.unexpected.extend(self.rest)
         layers = {key.rpartition(start)[0] for key in self.rest if start in key} - self.layers.keys()
         if layers:
@@ -408,7 +408,7 @@ def _swap(model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Te
     config = copy.copy(config)
     handle: Any = model
     # The plan too is made alone with the model: what it has looked at must be there when it is written.
-    alone = next(w.router for _, w in inject.wrappers(root)).writing()
+    alone = next(w.router for _, w in walk.wrappers(root)).writing()
     with alone, torch.inference_mode(False), torch.no_grad():
         config.inference_mode = state.config_of(model, name).inference_mode
         swap = _Swap(root, name, config, dict(tensors))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import prod
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,17 @@ from torch import Tensor, nn
 
 from inlay.errors import UnsupportedLayerError
 
+L = TypeVar("L", bound=nn.Module)
 Resolve = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
 Part = Callable[[str], nn.Module]
 
 
-class LayerKind(ABC):
-    """How one kind of layer is seen by methods. Stateless: a row of `KINDS`."""
+class AbstractKind(ABC, Generic[L]):
+    """How one kind of layer, of the class L, is seen by methods. Stateless: a row of `KINDS`."""
 
     name: ClassVar[str]
+    # The class that layers of this kind have, or one above it.
+    cls: type[nn.Module]
     # What PEFT calls its classes of this kind, where that is something else.
     printed: ClassVar[str] = ""
     row_dim: ClassVar[int] = 0
@@ -46,57 +49,57 @@ class LayerKind(ABC):
     weight_name: str = "weight"
     bias_name: str = "bias"
 
-    @abstractmethod
     def owns(self, layer: nn.Module) -> bool:
         """Whether this row describes ``layer``."""
+        return isinstance(layer, self.cls)
 
     @abstractmethod
-    def shape(self, layer: nn.Module) -> tuple[int, int]:
+    def shape(self, layer: L) -> tuple[int, int]:
         """(O, I) of the matrix view."""
 
-    def features(self, layer: nn.Module) -> tuple[int, int]:
+    def features(self, layer: L) -> tuple[int, int]:
         """(in, out) as users of the layer count them."""
         out, inner = self.shape(layer)
         return inner, out
 
-    @abstractmethod
-    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
+    def apply(self, layer: L, x: Tensor, W_OI: Tensor) -> Tensor:
         """The layer's operation, without bias, with the matrix ``W_OI`` in place of its weight; O is free."""
+        if not self.matrix:
+            raise UnsupportedLayerError(f"{self.name} has no call that would take another weight.")
+        return F.linear(x, W_OI)
 
-    def apply_kron(
-        self, layer: nn.Module, x: Tensor, W_AC: Tensor, right_RD: Tensor, left_BR: Tensor | None
-    ) -> Tensor:
+    def apply_kron(self, layer: L, x: Tensor, W_AC: Tensor, right_RD: Tensor, left_BR: Tensor | None) -> Tensor:
         """`apply` with the matrix ``kron(W, left @ right)``, which is built only where there is no way around it."""
         if not self.matrix:
             return self.apply(layer, x, torch.kron(W_AC, right_RD if left_BR is None else left_BR @ right_RD))
         z = W_AC @ F.linear(x.reshape(*x.shape[:-1], W_AC.shape[1], right_RD.shape[1]), right_RD)
         return (z if left_BR is None else F.linear(z, left_BR)).flatten(-2)
 
-    def looked_up(self, layer: nn.Module, x: Tensor, h: Tensor) -> Tensor:
+    def looked_up(self, layer: L, x: Tensor, h: Tensor) -> Tensor:
         """What a table gives for the tokens ``x`` whose rows are ``h``; the padding's row learns nothing."""
         return h
 
-    def mix(self, layer: nn.Module, h: Tensor, W_OR: Tensor) -> Tensor:
+    def mix(self, layer: L, h: Tensor, W_OR: Tensor) -> Tensor:
         """Mixes the output channels of ``h``."""
         return F.linear(h, W_OR)
 
-    def spread(self, layer: nn.Module, down_RI: Tensor) -> Tensor:
+    def spread(self, layer: L, down_RI: Tensor) -> Tensor:
         """A down factor for `apply`: where the layer is grouped, each group sees its own input through it."""
         return down_RI
 
-    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+    def to_matrix(self, layer: L, W: Tensor) -> Tensor:
         """The layer's weight as W_OI; a view where possible."""
         return W
 
-    def from_matrix(self, layer: nn.Module, W_OI: Tensor) -> Tensor:
+    def from_matrix(self, layer: L, W_OI: Tensor, /) -> Tensor:
         """A matrix of the view's shape in the layer's own layout."""
         return W_OI
 
-    def down_shape(self, layer: nn.Module, r: int) -> tuple[int, ...]:
+    def down_shape(self, layer: L, r: int) -> tuple[int, ...]:
         """Shape of a down factor as it stands in files."""
         return (r, self.shape(layer)[1])
 
-    def up_shape(self, layer: nn.Module, r: int) -> tuple[int, ...]:
+    def up_shape(self, layer: L, r: int) -> tuple[int, ...]:
         """Shape of an up factor as it stands in files."""
         return (self.shape(layer)[0], r)
 
@@ -104,38 +107,36 @@ class LayerKind(ABC):
         """A vector over output channels, shaped to multiply the layer's output."""
         return v_O
 
-    def channel_shape(self, layer: nn.Module) -> tuple[int, ...]:
+    def channel_shape(self, layer: L) -> tuple[int, ...]:
         """Shape of a vector over output channels as it stands in files."""
         return (self.shape(layer)[0],)
 
-    def groups(self, layer: nn.Module) -> int:
+    def groups(self, layer: L) -> int:
         """In how many groups the output channels see the input."""
         return 1
 
-    def experts(self, layer: nn.Module) -> int:
+    def experts(self, layer: L) -> int:
         """How many matrices of one shape the weight stacks."""
         return 1
 
-    def keeper(self, layer: nn.Module) -> tuple[nn.Module, str]:
+    def keeper(self, layer: L) -> tuple[nn.Module, str]:
         """The module and its parameter that tell dtype and device of the layer."""
         return layer, self.weight_name
 
-    def unadaptable(self, layer: nn.Module) -> str | None:
+    def unadaptable(self, layer: L) -> str | None:
         """Why this one layer of the kind cannot be adapted, or None."""
-        W = layer._parameters.get(self.weight_name)
-        if W is None:
-            return "its weight is computed from others (weight norm or another parametrization)"
-        return None
+        known = layer._parameters.get(self.weight_name) is not None
+        return None if known else "its weight is computed from others (weight norm or another parametrization)"
 
-    def unmergeable(self, layer: nn.Module) -> str | None:
+    def unmergeable(self, layer: L) -> str | None:
         """Why no adapter can be written into this layer's weight, or None."""
         return None
 
-    def call(self, layer: nn.Module, W: Tensor, b: Tensor | None, resolve: Resolve, args: Any, kwargs: Any) -> Any:
+    def call(self, layer: L, W: Tensor, b: Tensor | None, resolve: Resolve, args: Any, kwargs: Any) -> Any:
         """Runs a layer that is adapted by weight; ``resolve`` gives the weights of modules inside it."""
         raise UnsupportedLayerError(f"{self.name} is adapted beside its call, not through its weight.")
 
-    def around(self, layer: nn.Module, part: Part, args: Any, kwargs: Any, adapted: Callable[..., Tensor]) -> Any:
+    def around(self, layer: L, part: Part, args: Any, kwargs: Any, adapted: Callable[..., Tensor]) -> Any:
         """Runs a composite layer; ``adapted(call, x)`` is what adapters make of ``call(x)``.
 
         ``part`` gives a module inside the layer by name, without adapters of its own.
@@ -143,19 +144,16 @@ class LayerKind(ABC):
         raise UnsupportedLayerError(f"{self.name} is called with a tensor and gives one.")
 
 
-class _Linear(LayerKind):
+LayerKind = AbstractKind[Any]  # a row, whatever its class of layers
+
+
+class _Linear(AbstractKind[nn.Linear]):
     name = "Linear"
+    cls = nn.Linear
     matrix = True
 
-    def owns(self, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Linear)
-
-    def shape(self, layer: nn.Module) -> tuple[int, int]:
-        linear = cast(nn.Linear, layer)
-        return linear.out_features, linear.in_features
-
-    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
-        return F.linear(x, W_OI)
+    def shape(self, layer: nn.Linear) -> tuple[int, int]:
+        return layer.out_features, layer.in_features
 
 
 class _Conv1D(LayerKind):
@@ -170,53 +168,43 @@ class _Conv1D(LayerKind):
             c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__
         )
 
-    def shape(self, layer: nn.Module) -> tuple[int, int]:
-        n_in, n_out = cast(Tensor, layer.weight).shape
+    def shape(self, layer: Any) -> tuple[int, int]:
+        n_in, n_out = layer.weight.shape
         return n_out, n_in
-
-    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
-        return F.linear(x, W_OI)
 
     def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         return W.t()
 
-    def from_matrix(self, layer: nn.Module, W_OI: Tensor) -> Tensor:
-        return W_OI.t()
+    from_matrix = to_matrix
 
 
-class _Conv(LayerKind):
+class _Conv(AbstractKind[nn.Conv2d]):
     def __init__(self, dims: int) -> None:
         self.dims = dims
-        self.cls: type[nn.Module] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        self.cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
         self.conv: Any = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
         self.name = self.cls.__name__  # type: ignore[misc]  # one row per number of dimensions
 
-    def owns(self, layer: nn.Module) -> bool:
-        return isinstance(layer, self.cls)
+    def shape(self, layer: nn.Conv2d) -> tuple[int, int]:
+        return layer.out_channels, layer.weight[0].numel()
 
-    def shape(self, layer: nn.Module) -> tuple[int, int]:
-        conv = cast(nn.Conv2d, layer)
-        return conv.out_channels, conv.weight[0].numel()
+    def features(self, layer: nn.Conv2d) -> tuple[int, int]:
+        return layer.in_channels, layer.out_channels
 
-    def features(self, layer: nn.Module) -> tuple[int, int]:
-        conv = cast(nn.Conv2d, layer)
-        return conv.in_channels, conv.out_channels
+    def groups(self, layer: nn.Conv2d) -> int:
+        return layer.groups
 
-    def groups(self, layer: nn.Module) -> int:
-        return cast(nn.Conv2d, layer).groups
-
-    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
-        conv = cast(nn.Conv2d, layer)
-        W = W_OI.reshape(W_OI.shape[0], -1, *conv.kernel_size)
-        padding: Any = conv.padding
-        if conv.padding_mode != "zeros":
-            x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+    def apply(self, layer: nn.Conv2d, x: Tensor, W_OI: Tensor) -> Tensor:
+        W = W_OI.reshape(W_OI.shape[0], -1, *layer.kernel_size)
+        padding: Any = layer.padding
+        if layer.padding_mode != "zeros":
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
         # A factor may see all input channels though the base is grouped (that is how files have it).
         groups = x.shape[-self.dims - 1] // W.shape[1]
-        return cast(Tensor, self.conv(x, W, None, conv.stride, padding, conv.dilation, groups))
+        return cast(Tensor, self.conv(x, W, None, layer.stride, padding, layer.dilation, groups))
 
     def apply_kron(
-        self, layer: nn.Module, x: Tensor, W_AC: Tensor, right_RD: Tensor, left_BR: Tensor | None
+        self, layer: nn.Conv2d, x: Tensor, W_AC: Tensor, right_RD: Tensor, left_BR: Tensor | None
     ) -> Tensor:
         if self.groups(layer) > 1:
             return super().apply_kron(layer, x, W_AC, right_RD, left_BR)
@@ -228,63 +216,56 @@ class _Conv(LayerKind):
         z = z if left_BR is None else self.mix(layer, z, left_BR)
         return z.reshape(*lead, W_AC.shape[0] * z.shape[1], *h.shape[2:])
 
-    def spread(self, layer: nn.Module, down_RI: Tensor) -> Tensor:
+    def spread(self, layer: nn.Conv2d, down_RI: Tensor) -> Tensor:
         groups = self.groups(layer)
         grouped = groups > 1 and down_RI.shape[1] == self.shape(layer)[1]  # else the factor sees all channels itself
         return down_RI.repeat(groups, 1) if grouped else down_RI
 
-    def mix(self, layer: nn.Module, h: Tensor, W_OR: Tensor) -> Tensor:
+    def mix(self, layer: nn.Conv2d, h: Tensor, W_OR: Tensor) -> Tensor:
         W = W_OR.reshape(*W_OR.shape[:2], *(1,) * self.dims)
         return cast(Tensor, self.conv(h, W, groups=h.shape[-self.dims - 1] // W.shape[1]))
 
-    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+    def to_matrix(self, layer: nn.Conv2d, W: Tensor) -> Tensor:
         return W.flatten(1)
 
-    def from_matrix(self, layer: nn.Module, W_OI: Tensor) -> Tensor:
-        return W_OI.reshape(W_OI.shape[0], -1, *cast(nn.Conv2d, layer).kernel_size)
+    def from_matrix(self, layer: nn.Conv2d, W_OI: Tensor) -> Tensor:
+        return W_OI.reshape(W_OI.shape[0], -1, *layer.kernel_size)
 
-    def down_shape(self, layer: nn.Module, r: int) -> tuple[int, ...]:
-        conv = cast(nn.Conv2d, layer)
-        return (r, conv.in_channels, *conv.kernel_size)
+    def down_shape(self, layer: nn.Conv2d, r: int) -> tuple[int, ...]:
+        return (r, layer.in_channels, *layer.kernel_size)
 
-    def up_shape(self, layer: nn.Module, r: int) -> tuple[int, ...]:
-        conv = cast(nn.Conv2d, layer)
-        if r % conv.groups:
-            raise UnsupportedLayerError(f"r={r} must be a multiple of the convolution's {conv.groups} groups.")
-        return (conv.out_channels, r // conv.groups, *(1,) * self.dims)
+    def up_shape(self, layer: nn.Conv2d, r: int) -> tuple[int, ...]:
+        if r % layer.groups:
+            raise UnsupportedLayerError(f"r={r} must be a multiple of the convolution's {layer.groups} groups.")
+        return (layer.out_channels, r // layer.groups, *(1,) * self.dims)
 
     def channels(self, v_O: Tensor) -> Tensor:
         return v_O.reshape(-1, *(1,) * self.dims)
 
-    def channel_shape(self, layer: nn.Module) -> tuple[int, ...]:
-        return (1, cast(nn.Conv2d, layer).out_channels, *(1,) * self.dims)
+    def channel_shape(self, layer: nn.Conv2d) -> tuple[int, ...]:
+        return (1, layer.out_channels, *(1,) * self.dims)
 
 
-class _Embedding(LayerKind):
+class _Embedding(AbstractKind[nn.Embedding]):
     """The matrix view is the transposed table W_DV: an index is a one-hot input."""
 
     name = "Embedding"
+    cls = nn.Embedding
     infix = "embedding_"
     bare = True
     indexed = True
 
-    def owns(self, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Embedding)
+    def shape(self, layer: nn.Embedding) -> tuple[int, int]:
+        return layer.embedding_dim, layer.num_embeddings
 
-    def shape(self, layer: nn.Module) -> tuple[int, int]:
-        table = cast(nn.Embedding, layer)
-        return table.embedding_dim, table.num_embeddings
-
-    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
-        table = cast(nn.Embedding, layer)
-        h = F.embedding(x, W_OI.t(), padding_idx=table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
+    def apply(self, layer: nn.Embedding, x: Tensor, W_OI: Tensor) -> Tensor:
+        h = F.embedding(x, W_OI.t(), padding_idx=layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
         return self._scaled(layer, h)
 
     def apply_kron(
-        self, layer: nn.Module, x: Tensor, W_AC: Tensor, right_RD: Tensor, left_BR: Tensor | None
+        self, layer: nn.Embedding, x: Tensor, W_AC: Tensor, right_RD: Tensor, left_BR: Tensor | None
     ) -> Tensor:
-        table = cast(nn.Embedding, layer)
-        if table.scale_grad_by_freq:  # counts tokens, not the blocks that they are in
+        if layer.scale_grad_by_freq:  # counts tokens, not the blocks that they are in
             return super().apply_kron(layer, x, W_AC, right_RD, left_BR)
         D = right_RD.shape[1]
         w1, w2 = F.embedding(x // D, W_AC.t()), F.embedding(x % D, right_RD.t())
@@ -292,59 +273,52 @@ class _Embedding(LayerKind):
         h = (w1[..., :, None] * w2[..., None, :]).flatten(-2)
         return self.looked_up(layer, x, h)
 
-    def looked_up(self, layer: nn.Module, x: Tensor, h: Tensor) -> Tensor:
-        padding = cast(nn.Embedding, layer).padding_idx
-        if padding is not None:
-            h = torch.where((x == padding)[..., None], h.detach(), h)
+    def looked_up(self, layer: nn.Embedding, x: Tensor, h: Tensor) -> Tensor:
+        if layer.padding_idx is not None:
+            h = torch.where((x == layer.padding_idx)[..., None], h.detach(), h)
         return self._scaled(layer, h)
 
-    def _scaled(self, layer: nn.Module, h: Tensor) -> Tensor:
+    def _scaled(self, layer: nn.Embedding, h: Tensor) -> Tensor:
         # Some embeddings (Gemma's) multiply their output; the factor belongs to the layer, not to the table.
         scale = getattr(layer, "embed_scale", None)
         return h if scale is None else h * (scale.to(h.dtype) if isinstance(scale, Tensor) else scale)
 
-    def unadaptable(self, layer: nn.Module) -> str | None:
+    def unadaptable(self, layer: nn.Embedding) -> str | None:
         if type(layer).forward is not nn.Embedding.forward and getattr(layer, "embed_scale", None) is None:
             return "its forward is its own, so what it looks up in the table is not known"
         return super().unadaptable(layer)
 
-    def unmergeable(self, layer: nn.Module) -> str | None:
-        limited = cast(nn.Embedding, layer).max_norm is not None
+    def unmergeable(self, layer: nn.Embedding) -> str | None:
+        limited = layer.max_norm is not None
         return "an embedding with max_norm rewrites its rows when it runs: leave it unmerged." if limited else None
 
-    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+    def to_matrix(self, layer: nn.Embedding, W: Tensor) -> Tensor:
         return W.t()
 
-    def from_matrix(self, layer: nn.Module, W_OI: Tensor) -> Tensor:
-        return W_OI.t()
+    from_matrix = to_matrix
 
 
-class _MultiheadAttention(LayerKind):
+class _MultiheadAttention(AbstractKind[nn.MultiheadAttention]):
     """torch's attention hands its weights to one fused call, so adapters act on the packed in-projection W_(3n)n."""
 
     name = "MultiheadAttention"
+    cls = nn.MultiheadAttention
     by_weight = True
     ignores_dropout = True
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
 
-    def owns(self, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.MultiheadAttention)
+    def unadaptable(self, layer: nn.MultiheadAttention) -> str | None:
+        same = layer._qkv_same_embed_dim
+        return None if same else "its query, key and value have different widths, so there is no packed projection"
 
-    def unadaptable(self, layer: nn.Module) -> str | None:
-        packed = cast(nn.MultiheadAttention, layer)._qkv_same_embed_dim
-        return None if packed else "its query, key and value have different widths, so there is no packed projection"
+    def shape(self, layer: nn.MultiheadAttention) -> tuple[int, int]:
+        return 3 * layer.embed_dim, layer.embed_dim
 
-    def shape(self, layer: nn.Module) -> tuple[int, int]:
-        attention = cast(nn.MultiheadAttention, layer)
-        return 3 * attention.embed_dim, attention.embed_dim
-
-    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
-        raise UnsupportedLayerError("MultiheadAttention is adapted through its weight, not beside its call.")
-
-    def call(self, layer: nn.Module, W: Tensor, b: Tensor | None, resolve: Resolve, args: Any, kwargs: Any) -> Any:
-        mha = cast(nn.MultiheadAttention, layer)
-        return attention(mha, W, b, *resolve(mha.out_proj), *args, **kwargs)
+    def call(
+        self, layer: nn.MultiheadAttention, W: Tensor, b: Tensor | None, resolve: Resolve, args: Any, kwargs: Any
+    ) -> Any:
+        return _attention(layer, (W, b), resolve(layer.out_proj), *args, **kwargs)
 
 
 class Attention(LayerKind):
@@ -380,9 +354,6 @@ class Attention(LayerKind):
         kind = kind_of(projection)
         assert kind is not None, "looked at in unadaptable"
         return kind.shape(projection)
-
-    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
-        raise UnsupportedLayerError("Attention has no one weight: its projections can be adapted, or its call.")
 
     def project(self, layer: nn.Module, part: Part, x: Tensor, which: int) -> Tensor:
         """Queries (0), keys (1) or values (2) of ``x``, by heads."""
@@ -435,47 +406,28 @@ def kind_of(layer: nn.Module) -> LayerKind | None:
     return None
 
 
-def attention(
+_OPTIONS = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+
+
+def _attention(
     layer: nn.MultiheadAttention,
-    W_in: Tensor,
-    b_in: Tensor | None,
-    W_out: Tensor,
-    b_out: Tensor | None,
+    inner: tuple[Tensor, Tensor | None],
+    outer: tuple[Tensor, Tensor | None],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
+    *options: Any,
+    **named: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`torch.nn.MultiheadAttention`'s forward as a function of its weights; ``layer`` is only read."""
-    batched = query.dim() == 3
-    if layer.batch_first and batched:
+    """`torch.nn.MultiheadAttention`'s forward as a function of its projections' (W, b); ``layer`` is only read."""
+    named |= zip(_OPTIONS[: len(options)], options, strict=True)
+    turned = layer.batch_first and query.dim() == 3
+    if turned:
         query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-    out, weights = F.multi_head_attention_forward(
-        query,
-        key,
-        value,
-        layer.embed_dim,
-        layer.num_heads,
-        W_in,
-        b_in,
-        layer.bias_k,
-        layer.bias_v,
-        layer.add_zero_attn,
-        layer.dropout,
-        W_out,
-        b_out,
-        training=layer.training,
-        key_padding_mask=key_padding_mask,
-        need_weights=need_weights,
-        attn_mask=attn_mask,
-        average_attn_weights=average_attn_weights,
-        is_causal=is_causal,
-    )
-    return (out.transpose(0, 1) if layer.batch_first and batched else out), weights
+    extra = (layer.bias_k, layer.bias_v, layer.add_zero_attn, layer.dropout)
+    own: Any = (layer.embed_dim, layer.num_heads, *inner, *extra, *outer, layer.training)
+    out, weights = F.multi_head_attention_forward(query, key, value, *own, **named)
+    return (out.transpose(0, 1) if turned else out), weights
 
 
 def embeddings_of(model: nn.Module, which: str = "input") -> nn.Module | None:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from inlay.adapted import Adapted
-from inlay.inject import survey
 from inlay.layers import embeddings_of
 from inlay.state import root_of
+from inlay.walk import survey
 
 
 def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:

@@ -34,6 +34,7 @@ _SHRINK_FROM = 20
 SHORTHAND = "all-linear"
 # Heads that a task's handle asks to save on the chance that the model has them.
 _USUAL_HEADS = frozenset({"classifier", "score", "qa_outputs"})
+Names = Iterable[str] | str  # names and dotted suffixes, or one regular expression
 _REGEX_CHARACTERS = re.compile(r"[\\*+?()\[\]|^$]")
 
 
@@ -54,23 +55,18 @@ class Module(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A module that gets an adapter."""
+    """A module, or one bare parameter of it, that gets an adapter."""
 
-    name: str  # the module
-    pattern: str  # the entry of ``target_modules`` that named it; the longest, where several do
+    name: str  # of the module, or of the parameter: ``<module>.<parameter>``
+    pattern: str  # the entry of the config that named it; the longest, where several do
     overrides: Mapping[str, object]  # field and value, where a table such as ``rank_pattern`` has one for it
     reason: str  # why it is a target, for people
+    parameter: str = ""  # the bare parameter's own name
 
-
-@dataclass(frozen=True, slots=True)
-class ParameterTarget:
-    """A bare parameter that gets an adapter: ``<module>.<parameter>``; the rest as in `Target`."""
-
-    module: str
-    parameter: str
-    pattern: str
-    overrides: Mapping[str, object]
-    reason: str
+    @property
+    def module(self) -> str:
+        """The name of the module that has the parameter."""
+        return self.name.removesuffix(f".{self.parameter}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +82,7 @@ class Plan:
     """What a config does to a model."""
 
     targets: tuple[Target, ...]  # modules that get an adapter, in the order of the model
-    parameters: tuple[ParameterTarget, ...]  # bare parameters that get one, by module, then by name
+    parameters: tuple[Target, ...]  # bare parameters that get one, by module, then by name
     saved: tuple[tuple[str, str], ...]  # modules trained whole, each with its entry of ``modules_to_save``
     matched: Mapping[str, int]  # how many modules or parameters each pattern named, before any was left out
     # Patterns that named nothing, each with a hint such as ``"; closest: q_proj"`` or ``""``.
@@ -145,7 +141,7 @@ def plan(modules: Sequence[Module], parameters: Sequence[tuple[str, str]], targe
     return planner.finish()
 
 
-def check_layers(targets: Iterable[str] | str | None, layers: object, pattern: object) -> None:
+def check_layers(targets: Names | None, layers: object, pattern: object) -> None:
     """Raises `ConfigError` where ``layers_to_transform`` and ``layers_pattern`` contradict the rest, or each other."""
     if isinstance(targets, str) and not _is_all_linear(targets):
         for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
@@ -163,7 +159,7 @@ def check_layers(targets: Iterable[str] | str | None, layers: object, pattern: o
 # ------------------------------------------------------------------------------------------------- matching one name
 
 
-def _is_all_linear(entries: Iterable[str] | str | None) -> bool:
+def _is_all_linear(entries: Names | None) -> bool:
     return isinstance(entries, str) and entries.lower() == SHORTHAND
 
 
@@ -183,7 +179,7 @@ class _Matcher:
     A list costs one look-up per component of a name, however long it is.
     """
 
-    def __init__(self, name: str, entries: Iterable[str] | str | None, linear: frozenset[str] = frozenset()) -> None:
+    def __init__(self, name: str, entries: Names | None, linear: frozenset[str] = frozenset()) -> None:
         self.field = name
         self.linear = linear if _is_all_linear(entries) else frozenset()
         self.regex = compile_pattern(entries) if isinstance(entries, str) and not self.linear else None
@@ -210,7 +206,7 @@ class _Matcher:
         return [entry for entry in self.entries if not self.counts[entry]]
 
 
-def matcher(entries: Iterable[str] | str) -> Callable[[str], bool]:
+def matcher(entries: Names) -> Callable[[str], bool]:
     """Whether a name is among ``entries``, names and dotted suffixes or one regular expression, compiled once.
 
     Example:
@@ -252,11 +248,7 @@ class _Layers:
 
 
 def names_module(
-    name: str,
-    targets: Iterable[str] | str,
-    exclude: Iterable[str] | str | None,
-    layers: list[int] | int | None,
-    pattern: list[str] | str | None,
+    name: str, targets: Names, exclude: Names | None, layers: list[int] | int | None, pattern: list[str] | str | None
 ) -> bool:
     """Whether a config's fields name one module, as `plan` reads them for all.
 
@@ -328,7 +320,7 @@ class _Planner:
         self.hints = _Hints(name for m in likely for name in m.names)
         self.saved: dict[str, str] = {}
         self.chosen: dict[str, tuple[Module, str]] = {}
-        self.chosen_parameters: list[ParameterTarget] = []
+        self.chosen_parameters: list[Target] = []
         self.skipped: list[Skip] = []
         self.left_out: dict[str, list[Skip]] = {}
         self.unmatched: list[tuple[str, str]] = []
@@ -354,7 +346,6 @@ class _Planner:
         for name, outer in inner.items():
             rule = "the rule for targets inside targets"
             self._leave_out(name, rule, f"inside {outer!r}, which is a target itself")
-            del self.chosen[name]
         self._refuse_unsupported()
         self._keep_topmost()
         for name, entry in self.saved.items():
@@ -381,6 +372,7 @@ class _Planner:
         return "", ""
 
     def _leave_out(self, name: str, rule: str, reason: str) -> None:
+        self.chosen.pop(name, None)
         self.skipped.append(Skip(name, reason))
         self.left_out.setdefault(rule, []).append(self.skipped[-1])
 
@@ -390,11 +382,9 @@ class _Planner:
             return
         module, entry = bad[0]
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        kind = (
-            f"{'an' if module.kind[0] in 'AE' else 'a'} {module.kind}"
-            if module.kind
-            else "a container or a layer of another kind"
-        )
+        kind = "a container or a layer of another kind"
+        if module.kind is not None:
+            kind = f"{'an' if module.kind[0] in 'AE' else 'a'} {module.kind}"
         raise UnsupportedLayerError(
             f"Target module {module.name!r}{more} is not supported: {entry!r} in target_modules names it, which is "
             f"{kind}; {self.asked.method} adapts {', '.join(sorted(self.asked.supported))}. Name the layers inside "
@@ -412,7 +402,6 @@ class _Planner:
             )
         for name in list(self.chosen)[:-wanted]:
             self._leave_out(name, "adapter_layers", f"below the last {wanted}, which adapter_layers asks for")
-            del self.chosen[name]
 
     def choose_parameters(self) -> None:
         order = {module: i for i, (module, _) in enumerate(self.given)}
@@ -428,7 +417,7 @@ class _Planner:
                 continue
             self._refuse_parameter(full, module, hits[0])
             reason = why(names, hits[0], "target_parameters")
-            self.chosen_parameters.append(ParameterTarget(module, parameter, hits[0], self._overrides(names), reason))
+            self.chosen_parameters.append(Target(full, hits[0], self._overrides(names), reason, parameter))
 
     def _refuse_parameter(self, full: str, module: str, entry: str) -> None:
         if "Parameter" not in self.asked.supported:
@@ -559,7 +548,7 @@ class _Planner:
             self.warnings.append(f"{len(idle) - _MAX_HINTS} more entries of exclude_modules exclude nothing.")
 
     def _warn_overrides(self) -> None:
-        names = [*self.chosen, *(f"{p.module}.{p.parameter}" for p in self.chosen_parameters)]
+        names = [*self.chosen, *(target.name for target in self.chosen_parameters)]
         hints = _Hints(names)
         for label, table in self.overrides.items():
             if unused := table.unused():

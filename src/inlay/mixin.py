@@ -21,7 +21,6 @@ from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import ConfigError, DuplicateAdapterError, PeftWarning, UnknownAdapterError
 from inlay.formats import files
 from inlay.formats.peft import DEFAULT_ADAPTER, PREFIX
-from inlay.inject import with_targets, wrappers
 from inlay.model import (
     check_biases,
     check_injectable,
@@ -34,6 +33,8 @@ from inlay.model import (
 from inlay.replicate import replicated
 from inlay.report import LoadReport
 from inlay.tuner import Tuner, as_names
+from inlay.walk import wrappers
+from inlay.works import with_targets
 
 if TYPE_CHECKING:
     _Module = nn.Module

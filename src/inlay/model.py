@@ -39,21 +39,7 @@ from inlay.errors import (
 )
 from inlay.formats import files
 from inlay.formats.peft import DEFAULT_ADAPTER, adapter_dir, check_adapter_name
-from inlay.inject import (
-    FORBIDDEN_NAMES,
-    adapted_layers,
-    apply,
-    check_at_hand,
-    layers_in,
-    method_of,
-    own_modules,
-    prepare,
-    prepare_saved,
-    told_by_config,
-    unmerge_first,
-    with_targets,
-    wrappers,
-)
+from inlay.inject import apply, unmerge_first
 from inlay.invocation import check_invocation
 from inlay.prompts import EMBEDDINGS, AnyConfig, PromptLearningConfig, encoder_for, outline_for
 from inlay.prompts.attach import Prompts
@@ -65,6 +51,17 @@ from inlay.signature import PassesOn
 from inlay.storage import stored_parameters
 from inlay.storage.placement import HOOK_NAMES
 from inlay.tuner import Tuner, as_names
+from inlay.walk import adapted_layers, own_modules, wrappers
+from inlay.works import (
+    FORBIDDEN_NAMES,
+    check_at_hand,
+    layers_in,
+    method_of,
+    prepare,
+    prepare_saved,
+    told_by_config,
+    with_targets,
+)
 
 
 class PeftModel(nn.Module):

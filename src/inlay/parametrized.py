@@ -53,8 +53,7 @@ class ParameterKind(LayerKind):
     def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         return W.mT if W.dim() == 3 and getattr(innermost(layer), "is_transposed", False) else W
 
-    def from_matrix(self, layer: nn.Module, W_OI: Tensor) -> Tensor:
-        return self.to_matrix(layer, W_OI)
+    from_matrix = to_matrix
 
     def experts(self, layer: nn.Module) -> int:
         W = self._weight(layer)
@@ -65,9 +64,6 @@ class ParameterKind(LayerKind):
 
     def up_shape(self, layer: nn.Module, r: int) -> tuple[int, ...]:
         return (self.shape(layer)[0], r * self.experts(layer))
-
-    def apply(self, layer: nn.Module, x: Tensor, W_OI: Tensor) -> Tensor:
-        raise UnsupportedLayerError(f"The parameter {self.weight_name!r} is adapted as a weight, it has no call.")
 
     def call(self, layer: nn.Module, W: Tensor, b: Tensor | None, resolve: Resolve, args: Any, kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

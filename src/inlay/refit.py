@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from inlay.adapted import Adapted
 from inlay.errors import CorruptFileError, MissingFileError, UnsupportedLayerError
 from inlay.formats import files
 from inlay.formats.peft import PREFIX
-from inlay.inject import adapted_layers
 from inlay.methods._low_rank import AbstractLowRank
 from inlay.state import config_of
+from inlay.walk import adapted_layers
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -45,8 +45,8 @@ def replace_lora_weights_loftq(
         CorruptFileError: A weight has another shape. Nothing was changed, in every case.
     """
     config_of(peft_model, adapter_name)
-    layers = {f"{path.removeprefix(PREFIX)}.{w.kind.weight_name}": (path, w) for path, w in _packed(peft_model)}
-    layers = {key: at for key, at in layers.items() if adapter_name in at[1].methods}
+    there = [(path, w) for path, w in adapted_layers(peft_model, adapter_name) if w.storage.name != "plain"]
+    layers = {f"{path.removeprefix(PREFIX)}.{w.kind.weight_name}": (path, w) for path, w in there}
     if not layers:
         raise UnsupportedLayerError(f"No quantised layer has the adapter {adapter_name!r}: nothing was lost.")
     for path, layer in layers.values():
@@ -55,17 +55,18 @@ def replace_lora_weights_loftq(
             raise UnsupportedLayerError(
                 f"{path}: {adapter_name!r} must be an unmerged LoRA with init_lora_weights=True to be given a start."
             )
-    with ExitStack() as opened:
+    with ExitStack() as opened, torch.no_grad():
         shards = [opened.enter_context(files.Weights(path)) for path in _weights(peft_model, model_path)]
         _check(shards, {key: w.kind.shape(w.get_base_layer()) for key, (_, w) in layers.items()})
         for key, W in (pair for shard in shards for pair in shard.each()):
             if key in layers:
                 path, layer = layers[key]
-                _refit(peft_model, path, layer, adapter_name, W, callback)
-
-
-def _packed(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    return ((path, layer) for path, layer in adapted_layers(model) if layer.storage.name != "plain")
+                p = layer.params(adapter_name)
+                before = {key: t.clone() for key, t in p.items()}
+                _refit(layer, adapter_name, p, W)
+                if callback is not None and not callback(peft_model, path):
+                    for key, t in before.items():
+                        p[key].copy_(t)
 
 
 def _weights(model: nn.Module, model_path: str | Path | None) -> list[Path]:
@@ -94,21 +95,9 @@ def _check(shards: list[files.Weights], wanted: dict[str, tuple[int, ...]]) -> N
             raise CorruptFileError(f"{key!r} is {list(found[key])} in the original weights, here {list(shape)}.")
 
 
-def _refit(
-    model: nn.Module,
-    path: str,
-    layer: Adapted,
-    adapter_name: str,
-    W_OI: Tensor,
-    callback: Callable[[nn.Module, str], bool] | None,
-) -> None:
-    method, p = layer.methods[adapter_name], layer.params(adapter_name)
+def _refit(layer: Adapted, adapter_name: str, p: Mapping[str, Tensor], W_OI: Tensor) -> None:
+    method = layer.methods[adapter_name]
     assert isinstance(method, AbstractLowRank)
-    with torch.no_grad():
-        before = {key: p[key].clone() for key in method.rank_dims}
-        lost_OI = W_OI.to(layer.facts()[1], torch.float32) - layer.matrix().float()
-        start = inits.pissa(lost_OI, method.r, method.natural_scaling())
-        method.begin(p, start.down_RI, start.up_OR)
-        if callback is not None and not callback(model, path):
-            for key, t in before.items():
-                p[key].copy_(t)
+    lost_OI = W_OI.to(layer.facts()[1], torch.float32) - layer.matrix().float()
+    start = inits.pissa(lost_OI, method.r, method.natural_scaling())
+    method.begin(p, start.down_RI, start.up_OR)

@@ -40,15 +40,17 @@ def replicated(model: nn.Module, ranges: Sequence[tuple[int, int]] | None) -> It
         for module in layer.modules():
             if "layer_idx" in module.__dict__:
                 module.layer_idx = index  # type: ignore[assignment]
-    setattr(parent, name, nn.ModuleList(new))
-    if depth is not None:
-        config.num_hidden_layers = len(new)
+
+    def put(stack: nn.ModuleList, count: int | None) -> None:
+        setattr(parent, name, stack)
+        if depth is not None:
+            config.num_hidden_layers = count
+
+    put(nn.ModuleList(new), len(new))
     try:
         yield
     except BaseException:
-        setattr(parent, name, layers)
-        if depth is not None:
-            config.num_hidden_layers = depth
+        put(layers, depth)
         raise
 
 

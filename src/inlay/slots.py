@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay import inject
+from inlay import inject, walk, works
 from inlay.adapted import Adapted
 from inlay.config import AdapterConfig
 from inlay.errors import HotswapError
@@ -40,7 +40,7 @@ def compiled(model: nn.Module) -> str | None:
     """The first compiled module with adapters inside, in words."""
     for name, module in model.named_modules():
         found = "_orig_mod" in module._modules or module._compiled_call_impl is not None
-        if found and any(True for _ in inject.wrappers(module)):
+        if found and any(True for _ in walk.wrappers(module)):
             return f"The module {name!r}" if name else "The model"
     return None
 
@@ -81,7 +81,7 @@ def prepare(
 
 def _adapters(root: nn.Module, names: Iterable[str] | None) -> Iterator[tuple[Adapted, str, AbstractAdapter]]:
     """(layer, adapter's name, adapter) of all layers, for all names or these."""
-    for _, layer in inject.adapted_layers(root):
+    for _, layer in walk.adapted_layers(root):
         yield from [(layer, n, m) for n, m in layer.methods.items() if names is None or n in names]
 
 
@@ -108,16 +108,16 @@ def _pad(layer: Adapted, name: str, method: AbstractAdapter, rank: int) -> None:
             owner._parameters[attribute] = nn.Parameter(value, requires_grad=t.requires_grad)
 
 
-def _further(root: nn.Module, name: str, config: AdapterConfig, targets: Any) -> inject.Prepared:
+def _further(root: nn.Module, name: str, config: AdapterConfig, targets: Any) -> works.Prepared:
     """The plan to put an adapter on the layers that it is not on yet."""
     nowhere: dict[str, Any] = dict.fromkeys(ELSEWHERE)
-    prepared = inject.prepare(root, replace(config, target_modules=targets, bias="none", **nowhere))
+    prepared = works.prepare(root, replace(config, target_modules=targets, bias="none", **nowhere))
     standing = {id(layer) for layer, _, _ in _adapters(root, [name])}
     prepared.works = [work for work in prepared.works if id(work.base) not in standing]
     return prepared
 
 
-def _extend(root: nn.Module, name: str, prepared: inject.Prepared) -> None:
+def _extend(root: nn.Module, name: str, prepared: works.Prepared) -> None:
     first = next(layer for layer, _, _ in _adapters(root, [name]))
     active, dtype = first.active_adapters, next(iter(first.params(name).values())).dtype
     inject.apply(prepared, name, autocast=dtype == torch.float32, activate=False, trainable=False)

@@ -23,7 +23,7 @@ from inlay.config import AdapterConfig, PeftConfig
 from inlay.errors import DuplicateAdapterError, LoadError, MergeError, PeftWarning, UnknownAdapterError
 from inlay.formats import files
 from inlay.formats.peft import PREFIX, apply_key_mapping, strip_prefix
-from inlay.inject import Prepared, Work, adapted_layers, apply, biases, model_config, own_modules, prepare, wrappers
+from inlay.inject import apply
 from inlay.layers import embeddings_of
 from inlay.methods._abstract import AbstractAdapter, Params
 from inlay.prompts import AbstractPrompt, AnyConfig
@@ -31,6 +31,8 @@ from inlay.report import BASE_KEY, LoadReport, base_fingerprint
 from inlay.routing import Router
 from inlay.storage.placement import as_parted, held, replace
 from inlay.trained import ModulesToSaveWrapper, Tied, TrainableTokensWrapper
+from inlay.walk import adapted_layers, biases, model_config, own_modules, wrappers
+from inlay.works import Prepared, Work, prepare
 
 PROMPT_PREFIX = "base_model."  # what the keys of heads beside a prompt begin with
 EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head"})

@@ -11,10 +11,10 @@ from torch import nn
 
 from inlay.adapted import Adapted
 from inlay.errors import UnsupportedLayerError
-from inlay.inject import wrappers
 from inlay.state import root_of
 from inlay.storage import stored_parameters
 from inlay.trained import ModulesToSaveWrapper
+from inlay.walk import wrappers
 
 T = TypeVar("T")
 Irregular = Literal["irregular"]

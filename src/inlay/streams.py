@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from inlay.activation import NEVER
 from inlay.adapted import Adapted
 from inlay.errors import CacheError
-from inlay.inject import wrappers
+from inlay.walk import wrappers
 
 Names = tuple[str, ...]
 Entries = tuple[tuple[Tensor, Tensor], ...]  # for each layer keys and values (1, heads, tokens, width)

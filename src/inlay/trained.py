@@ -40,6 +40,18 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """Rest of a tensor's name in a file -> the rest of its live name, for the adapter's tensors in this module."""
         raise NotImplementedError
 
+    def _running(self) -> nn.Module:
+        """The module that has what is asked of the wrapper and not its own."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in HOOK_NAMES or not self.__dict__.get("_modules"):
+                raise
+            return getattr(self._running(), name)
+
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module and, for each adapter, a copy that is trained in its stead.
@@ -188,13 +200,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Whether the original module runs, for all threads or the caller."""
         return not self._enabled or self.router.off
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in HOOK_NAMES or "modules_to_save" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.copy_for(self._serving()[0]), name)
+    def _running(self) -> nn.Module:
+        return self.copy_for(self._serving()[0])
 
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
@@ -231,29 +238,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """The embedding itself."""
         return self.token_adapter.get_base_layer()
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in HOOK_NAMES or "token_adapter" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.token_adapter, name)
-
-
-class _Originals(Mapping[str, Tensor]):
-    def __init__(self, layer: Adapted) -> None:
-        self._layer = layer
-
-    def __getitem__(self, name: str) -> Tensor:
-        method: Any = self._layer.methods[name]
-        rows: Tensor = method.rows(self._layer.matrix())
-        return rows
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layer.methods)
-
-    def __len__(self) -> int:
-        return len(self._layer.methods)
+    def _running(self) -> nn.Module:
+        return self.token_adapter
 
 
 class TrainableTokensLayer(Adapted):
@@ -268,7 +254,8 @@ class TrainableTokensLayer(Adapted):
     @property
     def trainable_tokens_original(self) -> Mapping[str, Tensor]:
         """By adapter, what these rows are without it."""
-        return _Originals(self)
+        methods: dict[str, Any] = self.methods
+        return {name: method.rows(self.matrix()) for name, method in methods.items()}
 
 
 class Tied(Adapted):

@@ -26,24 +26,7 @@ from inlay.errors import (
     UnsupportedLayerError,
 )
 from inlay.hooks import Served, TrainingHooks
-from inlay.inject import (
-    Prepared,
-    adapted_layers,
-    apply,
-    biases,
-    layers_in,
-    method_of,
-    model_config,
-    prepare,
-    remove,
-    shared_weights,
-    tell_rounding,
-    told_by_config,
-    unmerge,
-    unmerge_first,
-    with_targets,
-    wrappers,
-)
+from inlay.inject import apply, remove, tell_rounding, unmerge, unmerge_first
 from inlay.invocation import Invocations
 from inlay.methods._budget import RankBudget
 from inlay.prompts import AnyConfig, PromptLearningConfig
@@ -52,6 +35,8 @@ from inlay.routing import Router
 from inlay.storage.arena import Arena, bytes_of
 from inlay.storage.placement import HOOK_NAMES
 from inlay.trained import Tied
+from inlay.walk import adapted_layers, biases, model_config, shared_weights, wrappers
+from inlay.works import Prepared, layers_in, method_of, prepare, told_by_config, with_targets
 
 
 class Tuner(nn.Module):

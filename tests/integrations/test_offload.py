@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import inlay
 from inlay import functional
 from inlay.errors import NotMergeableError
-from inlay.inject import wrappers
 from inlay.storage.placement import onload_layer
+from inlay.walk import wrappers
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import inlay
 from inlay.adapted import Adapted
 from inlay.errors import PeftWarning
-from inlay.inject import wrappers
+from inlay.walk import wrappers
 
 pytestmark = [pytest.mark.bnb, pytest.mark.filterwarnings("ignore:Merged into")]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.errors import NotMergeableError, PeftWarning
-from inlay.inject import wrappers
+from inlay.walk import wrappers
 
 ARCH, TASK = "llama", "CAUSAL_LM"
 PROMPTS = ("p3", "k4")

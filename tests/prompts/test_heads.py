@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.errors import AdapterNameError, NotMergeableError, UnknownAdapterError
-from inlay.inject import wrappers
+from inlay.walk import wrappers
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 PROMPTS = ("p3", "k4")  # embeddings, and keys and values in the cache

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import inlay
 from inlay.errors import BaseGoneError, ConfigError, PeftWarning, UnsupportedLayerError
 from inlay.helpers import dequantize_module_weight
-from inlay.inject import wrappers
 from inlay.storage import packing_of, storage_of
 from inlay.storage.bnb import dequantize_bnb_weight, get_bnb_param_type
+from inlay.walk import wrappers
 
 pytestmark = [pytest.mark.bnb, pytest.mark.filterwarnings("ignore:Merged into")]
 

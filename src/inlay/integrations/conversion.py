@@ -27,8 +27,9 @@ from inlay import experts
 from inlay.config import AdapterConfig
 from inlay.errors import PlanError
 from inlay.formats.peft import PREFIX, strip_prefix
-from inlay.inject import survey, with_experts
 from inlay.methods import METHODS
+from inlay.walk import survey
+from inlay.works import with_experts
 
 Conversion: TypeAlias = WeightConverter | WeightRenaming
 
