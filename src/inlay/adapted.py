@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -39,18 +39,18 @@ from inlay.inits.draw import DRAWN
 from inlay.layers import LayerKind, kind_of
 from inlay.leaves import BARE, Group, Leaf, Light, Numbers, Rate
 from inlay.memo import Memo, Stack
-from inlay.methods import METHODS
+from inlay.methods import adapter_alone
 from inlay.methods._abstract import AbstractAdapter, Slot, as_dtype
 from inlay.ops.dora import square_norm
 from inlay.ops.rows import rows as rows_product
-from inlay.routing import Router, Rows
+from inlay.routing import HasDefault, Router, Rows
 from inlay.storage import Rounding, Storage, facts, packing_of, storage_of
 from inlay.storage.placement import HOOK_NAMES, at_hand, brought, distributed, held, hooked, without_hooks
 
 _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Adapted(Light):
+class Adapted(Light, HasDefault):
     """A frozen layer with adapters.
 
     Args:
@@ -68,7 +68,6 @@ class Adapted(Light):
     tied: bool
     methods: dict[str, AbstractAdapter]
     _places: dict[str, tuple[tuple[str, str, str], ...]]
-    _active: tuple[str, ...]
     _trained: tuple[str, ...]  # adapters that were set to be trained: of hundreds, those that may have to be frozen
     _enabled: bool
     _run: tuple[str, ...]
@@ -85,24 +84,9 @@ class Adapted(Light):
         self._modules["base_layer"] = base_layer
         # Past nn.Module.__setattr__, which looks for parameters and modules in each of these.
         self.__dict__.update(
-            kind=kind,
-            router=router,
-            path=path,
-            tied=tied,
-            methods={},
-            _places={},
-            _active=(),
-            _trained=(),
-            _enabled=True,
-            _run=(),
-            _merged=(),
-            _kept={},
-            _added=[],
-            _written={},
-            rounding=None,
-            _memo=Memo(),
-            _stacks={},
-        )
+            kind=kind, router=router, path=path, tied=tied, methods={}, _places={}, _active=(), _trained=(), _run=(),
+            _enabled=True, _merged=(), _kept={}, _added=[], _written={}, rounding=None, _memo=Memo(), _stacks={},
+        )  # fmt: skip
 
     @classmethod
     def around(
@@ -256,7 +240,11 @@ class Adapted(Light):
 
     def _forward_rows(self, rows: Rows, tokens: Tokens | None, *args: Any, **kwargs: Any) -> Any:
         if self.kind.by_weight:
-            return self._forward_unreachable(rows, *args, **kwargs)
+            if self._merged or any(n in self.methods for n in rows.names):
+                raise RowsUnreachableError(
+                    f"{self.path} ({self.kind.name}) uses its weight whole: adapter_names cannot reach its rows."
+                )
+            return self.base_layer(*args, **kwargs)
         base: Any = self._frozen() if self._merged else self._modules["base_layer"]
         if self.kind.composite:
             return self.kind.around(base, self.part, args, kwargs, partial(self._rows_of, rows))
@@ -268,38 +256,27 @@ class Adapted(Light):
     ) -> Tensor:
         rows = rows.fitted(x.shape[self.kind.row_dim], x.device, self.path)
         stack = self._stack(rows.names)
-        names = stack.apart
-        z = self._into_rows(rows, names, x) if names else x
-        h: Tensor = base(z, *args, **kwargs)
-        h0 = h
+        z = x
+        for name in stack.apart:
+            method, at = self.methods[name], rows.of_adapter(name)
+            if method.changes_input and not method.through_weight:
+                z = z.index_copy(0, at, method.into(self.params(name), z[at], self))
+        h0: Tensor = base(z, *args, **kwargs)
+        h = h0
         if stack.order:
             own = type(base) is nn.Linear and "forward" not in base.__dict__
-            fresh = own and not base._forward_hooks and not _global_forward_hooks and not names and tokens is None
+            fresh = (
+                own and not base._forward_hooks and not _global_forward_hooks and not stack.apart and tokens is None
+            )
             h = rows_product(x, h, *stack.factors, rows.index_of(stack.order), h_is_fresh=fresh)
-        for name in names:
-            at = rows.members[rows.names.index(name)]
-            mine = self._row_of(name, x[at], h0[at])
+        for name in stack.apart:
+            method, at = self.methods[name], rows.of_adapter(name)
+            if method.through_weight:
+                mine = self._through_weight((name,), x[at])
+            else:
+                mine = method.out(self.params(name), x[at], h0[at], self)
             h = h.index_copy(0, at, mine.to(h.dtype))
         return h if tokens is None else tokens.applied("", h, h0, self.path)
-
-    def _row_of(self, name: str, x: Tensor, h: Tensor) -> Tensor:
-        method = self.methods[name]
-        return self._through_weight((name,), x) if method.through_weight else method.out(self.params(name), x, h, self)
-
-    def _forward_unreachable(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
-        if self._merged or any(n in self.methods for n in rows.names):
-            raise RowsUnreachableError(
-                f"{self.path} ({self.kind.name}) uses its weight whole: adapter_names cannot reach its rows."
-            )
-        return self.base_layer(*args, **kwargs)
-
-    def _into_rows(self, rows: Rows, names: Sequence[str], x: Tensor) -> Tensor:
-        for name in names:
-            method = self.methods[name]
-            if method.changes_input and not method.through_weight:
-                at = rows.members[rows.names.index(name)]
-                x = x.index_copy(0, at, method.into(self.params(name), x[at], self))
-        return x
 
     def _stack(self, names: tuple[str, ...]) -> Stack:
         """The factors of those of ``names`` that can be stacked, made anew only where one of them has changed."""
@@ -517,13 +494,7 @@ class Adapted(Light):
         self.router.changing(self, self._run, [adapter_name])
         if adapter_name in self._merged:
             self._settle(adapter_name)
-        gone = self.methods[adapter_name]
-        for slot in {s.name for s in gone.slots.values()} | ({gone.dropout_name} - {""}):
-            group = self._modules.get(slot)
-            if group is None:  # of a dropout that nobody has
-                continue
-            group._modules.pop(adapter_name, None)
-            group._parameters.pop(adapter_name, None)
+        self._take_out(adapter_name)
         self.__dict__["_last"] = self.methods.pop(adapter_name).numbers
         del self._places[adapter_name]
         if self.methods:
@@ -536,6 +507,14 @@ class Adapted(Light):
                 text = f"Adapter {adapter_name} was active and is deleted: {self._active[0]} is active now."
                 warnings.warn(text, PeftWarning, stacklevel=2)
         self._refresh()
+
+    def _take_out(self, name: str) -> None:
+        """Removes an adapter's tensors and dropout."""
+        method = self.methods[name]
+        for slot in {method.dropout_name, *(s.name for s in method.slots.values())}:
+            if (group := self._modules.get(slot)) is not None:  # else a dropout that nobody has
+                group._modules.pop(name, None)
+                group._parameters.pop(name, None)
 
     def renumber(self, name: str, other: AbstractAdapter) -> None:
         """Gives an adapter the numbers of another one of its method; a scale that is a tensor keeps its place."""
@@ -600,38 +579,12 @@ class Adapted(Light):
         """The adapters that merging would write, after checking that it can; nothing is written."""
         wanted = self._active if adapter_names is None else adapter_names
         new = tuple([n for n in wanted if n in self.methods and n not in self._merged])
-        if not new:
-            return new
-        base = self._modules["base_layer"]
-        assert base is not None
+        base: Any = self._modules["base_layer"]
         for name in new:
-            if self.methods[name].activated:
-                raise NotMergeableError(
-                    f"{self.path}: {name!r} acts from its invocation on, and a merged weight would on every token: "
-                    "leave it unmerged."
-                )
             self.methods[name].check_mergeable(self.kind, base)
-        if why := self.kind.unmergeable(base):
+        if new and (why := self._unmergeable(new, base)):
             raise NotMergeableError(f"{self.path}: {why}")
-        owner, parameter = self.kind.keeper(self.get_base_layer())
-        if owner._parameters.get(parameter) is None:
-            raise NotMergeableError(
-                f"{self.path}: its weight is computed from others by now, so nothing can be written into it: remove "
-                "that parametrization first."
-            )
-        W: Tensor = getattr(base, self.kind.weight_name)
-        if W.is_meta and (self.tied or held(self.get_base_layer(), self.kind.weight_name) is None):
-            what = "is offloaded, and another layer's too" if self.tied else "is on the meta device"
-            raise NotMergeableError(f"{self.path}: its weight {what}: bring it back first.")
-        if distributed(W) and not distributed(self._beside(W)):
-            raise NotMergeableError(
-                f"{self.path}: its weight is a DTensor, and the adapter's tensors are none: merge, then distribute."
-            )
-        if distributed(W) and (whole := [name for name in new if not self.methods[name].merges_parts]):
-            raise NotMergeableError(
-                f"{self.path}: its weight is a DTensor, and {whole[0]!r} turns it as a whole: merge, then distribute."
-            )
-        if safe_merge:
+        if new and safe_merge:
             with torch.no_grad():
                 finite = [bool(t.isfinite().all()) for t in self._merged_with(new) if t is not None]
             if not all(finite):
@@ -641,6 +594,30 @@ class Adapted(Light):
                     f"infinity would stand in {self.path}; nothing was written."
                 )
         return new
+
+    def _unmergeable(self, new: tuple[str, ...], base: nn.Module) -> str | None:
+        """Why this layer's weight, as it stands, cannot take these adapters, or None."""
+        if late := [n for n in new if self.methods[n].activated]:
+            told = f"{late[0]!r} acts from its invocation on, and a merged weight would on every token"
+            return f"{told}: leave it unmerged."
+        if why := self.kind.unmergeable(base):
+            return why
+        owner, parameter = self.kind.keeper(self.get_base_layer())
+        if owner._parameters.get(parameter) is None:
+            told = "its weight is computed from others by now, so nothing can be written into it"
+            return f"{told}: remove that parametrization first."
+        W: Tensor = getattr(base, self.kind.weight_name)
+        if W.is_meta and self.tied:
+            return "its weight is offloaded, and another layer's too: bring it back first."
+        if W.is_meta and held(self.get_base_layer(), self.kind.weight_name) is None:
+            return "its weight is on the meta device: bring it back first."
+        if not distributed(W):
+            return None
+        if not distributed(self._beside(W)):
+            return "its weight is a DTensor, and the adapter's tensors are none: merge, then distribute."
+        if whole := [n for n in new if not self.methods[n].merges_parts]:
+            return f"its weight is a DTensor, and {whole[0]!r} turns it as a whole: merge, then distribute."
+        return None
 
     def write(
         self, new: tuple[str, ...], keep_base: bool = True, room: Callable[[Tensor], Tensor] = torch.empty_like
@@ -781,21 +758,11 @@ class Adapted(Light):
     # ------------------------------------------------------------------ what users of PEFT read and call
 
     @property
-    def active_adapters(self) -> list[str]:
-        """The default adapters of this layer."""
-        return list(self._active)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The same under its older name."""
-        return list(self._active)
-
-    @property
     def disable_adapters(self) -> bool:
         """Whether all adapters are off, by `enable_adapters` or, for the caller alone, by ``disable_adapter``."""
         return not self._enabled or self.router.off
 
-    _active_adapter = active_adapter
+    _active_adapter = HasDefault.active_adapters
     _disable_adapters = disable_adapters
 
     def _all_available_adapter_names(self) -> list[str]:
@@ -897,7 +864,7 @@ class Adapted(Light):
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the frozen weight has its inputs first."""
-        return self.kind.name == "Conv1D"
+        return self.kind.fan_in_fan_out
 
     is_target_conv_1d_layer = fan_in_fan_out
 
@@ -924,20 +891,15 @@ class Adapted(Light):
             UnsupportedLayerError: The method is not defined on this layer, or the adapter would have parts elsewhere.
             MergeError: An adapter is merged.
         """
-        kind = self.kind
-        if kind.composite or kind.by_weight or kind.name not in METHODS[config.method].kinds:
-            raise UnsupportedLayerError(f"{self.path}: a {kind.name} alone cannot be adapted by {config.method}.")
         self._check_unmerged()
         own = replace(config, **dict(zip(dict.fromkeys(("r", *config.patterned)), values, strict=False)), **numbers)
-        method = METHODS[own.method].on(own, kind, self.get_base_layer(), own.layer_values(self.path, None))
+        method = adapter_alone(own, self.kind, self.get_base_layer(), self.path)
         if method.unpacked_only is not None and not self.storage.in_place:
             raise UnsupportedLayerError(f"{self.path} is packed already: {method.unpacked_only}.")
-        old, active = self.methods.get(adapter_name), self.active_adapters
+        active = self.active_adapters
         self.router.changing(self, self._run, [adapter_name])
-        if old is not None:
-            for slot in {slot.name for slot in old.slots.values()}:
-                self._modules[slot]._parameters.pop(adapter_name, None)  # type: ignore[union-attr]  # its groups
-                self._modules[slot]._modules.pop(adapter_name, None)  # type: ignore[union-attr]
+        if adapter_name in self.methods:
+            self._take_out(adapter_name)
         self.add(adapter_name, method, self.facts()[1])
         self.drop_empty()
         method.initialise(self.params(adapter_name), self)
@@ -1039,9 +1001,8 @@ class Adapted(Light):
 
     def _get_name(self) -> str:
         """What it is printed as: the first adapter's method and the kind of layer, as in ``lora.Linear``."""
-        adapter = type(next(iter(self.methods.values()), None))
-        method = next((key.lower() for key, row in METHODS.items() if row.adapter is adapter), None)
-        return type(self).__name__ if method is None else f"{method}.{self.kind.printed or self.kind.name}"
+        method = next((m.method.lower() for m in self.methods.values()), "")
+        return f"{method}.{self.kind.printed or self.kind.name}" if method else type(self).__name__
 
     def extra_repr(self) -> str:
         bare = f"parameter_name={self.kind.weight_name!r}, " if self.kind.name == "Parameter" else ""

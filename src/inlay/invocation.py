@@ -214,7 +214,7 @@ class Invocations:
         for name, starts_B in starts.items():
             silent = starts_B == NEVER
             if rows is not None:
-                silent = silent[rows.members[rows.names.index(name)].to(silent.device)]
+                silent = silent[rows.of_adapter(name).to(silent.device)]
             if n := int(silent.sum()):
                 told.append(no_invocation(name, n))
         if told:

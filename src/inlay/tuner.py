@@ -48,13 +48,13 @@ from inlay.invocation import Invocations
 from inlay.methods._budget import RankBudget
 from inlay.prompts import AnyConfig, PromptLearningConfig
 from inlay.prompts.attach import Prompts
-from inlay.routing import Router
+from inlay.routing import HasDefault, Router
 from inlay.storage.arena import Arena, bytes_of
 from inlay.storage.placement import HOOK_NAMES
 from inlay.trained import Tied
 
 
-class Tuner(nn.Module):
+class Tuner(nn.Module, HasDefault):
     """The user's model with adapters inside, and the verbs that act on all of its layers.
 
     Args:
@@ -116,16 +116,6 @@ class Tuner(nn.Module):
         if isinstance(config, PromptLearningConfig):
             return f"{config.method.lower()}_"
         return "" if config is None else method_of(config).prefix
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that run by default."""
-        return list(self._active)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The same under its older name."""
-        return list(self._active)
 
     def layers(self) -> Iterator[tuple[str, Adapted]]:
         """(name, wrapper) of every adapted layer."""

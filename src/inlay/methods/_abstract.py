@@ -85,6 +85,8 @@ class AbstractAdapter(ABC):
         values (`dict`): The values that vary by layer (`AdapterConfig.patterned`), resolved for this one.
     """
 
+    # Its row in `METHODS`, which has made it.
+    method: str = ""
     # Field names whose values stand as `layer.<name>[adapter]`, as users of PEFT read them.
     numbers: ClassVar[tuple[str, ...]] = ()
     # Attribute of the layer in PEFT, without an adapter's name -> attribute here.
