@@ -24,24 +24,16 @@ from torch import Tensor, nn
 from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import AbstractPrompt, Host
 from inlay.prompts._placed import (
+    Call,
     Choice,
     Placed,
-    check_gap,
-    check_mask,
-    check_positions,
-    check_room,
-    check_shape,
     continued,
-    embedded,
     empty_cache,
-    fill,
     leading,
     ordered,
     padding_behind,
     run,
-    seen,
     shift_tokens_right,
-    sized,
 )
 from inlay.prompts.generation import Generation
 from inlay.routing import Defaults, Following, Route
@@ -123,7 +115,7 @@ class Prompts:
         values = P.expand(B, -1, -1)
         if not prompt.config.in_cache:
             return values
-        return fill(self.host, Placed(values, None, prompt.config), empty_cache(self.host, length))
+        return Placed(values, None, prompt.config).fill(self.host, empty_cache(self.host, length))
 
     def choice(self, route: Route | None) -> Choice | None:
         """The prompts that a call with this routing has; None where it has none."""
@@ -153,7 +145,7 @@ class Prompts:
         return self.host.model.generate(**Generation(self.host, choice, given).arguments())
 
 
-class Entry:
+class Entry(Call):
     """One forward's arguments on their way in.
 
     Args:
@@ -167,13 +159,10 @@ class Entry:
 
     def __init__(self, host: Host, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         names = [n for n, p in host.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        self.given: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        self.host, self.choice = host, choice
+        super().__init__(host, choice, {**dict(zip(names, args, strict=False)), **kwargs})
         if "input_ids" in self.given and "inputs_embeds" in self.given:
             raise PromptError("The input is given twice, as input_ids and as inputs_embeds: leave one of them out.")
-        self.B, self.L = sized(self.given.get("input_ids"), self.given.get("inputs_embeds"))
-        self.tasks_B = self.given.pop("task_ids", None)
+        self._place(self.given.get("input_ids"), self.given.get("inputs_embeds"))
         self.only = choice.only()
         self.own = {k: self.given.pop(k) for p in choice.prompts.values() for k in p.arguments if k in self.given}
         self.prefix: Any = None
@@ -183,15 +172,12 @@ class Entry:
 
     def enter(self) -> None:
         """Puts the prompts before the input."""
-        cache = self.given.get("past_key_values")
-        cached = self.choice.placed(True, self.B, self.tasks_B)
-        front = self.choice.placed(False, self.B, self.tasks_B)
-        going_on = seen(cache) > 0  # from a call that brought the prompts in
-        self._check(front, cached, going_on)
-        if front is not None and (self.host.seq2seq or not going_on):  # an encoder reads its input anew
+        front, cached, cache = self.front, self.cached, self.given.get("past_key_values")
+        self._check(front)
+        if front is not None and (self.host.seq2seq or not self.going_on):  # an encoder reads its input anew
             self._stand_in_front(front)
-        if going_on:
-            before = [p for p in (None if self.host.seq2seq else front, cached) if p is not None]
+        if self.going_on:
+            before = [p for p in reversed(self.parts) if p is cached or not self.host.seq2seq]
             self.past = continued(cache, before)
             for placed in before:
                 self._shift(placed)
@@ -229,27 +215,25 @@ class Entry:
             )
             outputs["loss"] = sum(losses) / 2
 
-    def _check(self, front: Placed | None, cached: Placed | None, going_on: bool) -> None:
+    def _check(self, front: Placed | None) -> None:
         alone = [n for n, p in self.choice.prompts.items() if p.alone]
         if alone and self.only is None and "labels" in self.given:
             raise RowsError(
                 f"{alone[0]!r} has a loss or a prompt in the decoder of its own: train it alone, on a whole batch."
             )
-        shape = (self.B, self.L)
-        check_mask(self.given, None if going_on else shape)
+        self._check_input()
         positions = self.given.get("position_ids")
         if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape != (1, self.L):
-            check_shape("position_ids", positions, shape)
-        check_positions(self.host, front, cached, self.L)
-        check_gap(self.host, cached, front, self.L)
+            self._check_shape("position_ids")
+        self._check_gap(self.L)
         if not self.host.seq2seq:
-            mask, T = self.given.get("attention_mask"), sum(p.length for p in (front, cached) if p is not None)
-            check_room(self.host, self.given.get("past_key_values"), T + (self.L if mask is None else mask.shape[1]))
+            mask, T = self.given.get("attention_mask"), sum(p.length for p in self.parts)
+            self._check_room(self.given.get("past_key_values"), T + (self.L if mask is None else mask.shape[1]))
         self._check_labels(front)
-        if front is None or going_on:
+        if front is None or self.going_on:
             return
         if "token_type_ids" in self.given:
-            check_shape("token_type_ids", self.given["token_type_ids"], shape)
+            self._check_shape("token_type_ids")
         for name, value in self.given.items():
             known = name in ("input_ids", "inputs_embeds", "position_ids", *_LENGTHENED) or name.startswith(_ELSEWHERE)
             if not known and isinstance(value, Tensor) and value.shape[:2] == (self.B, self.L):
@@ -263,12 +247,12 @@ class Entry:
         if front is not None and front.mask_BT is None and not self.host.predicts_next:
             lengths.append(front.length + self.L)  # those of PEFT's token classifiers, which lengthens none
         if labels.shape[1] not in lengths or len(labels) != self.B:
-            check_shape("labels", labels, (self.B, self.L))
+            self._check_shape("labels")
 
     def _stand_in_front(self, front: Placed) -> None:
         given, host, own = self.given, self.host, front.own()
         ids = given.pop("input_ids", None)
-        x_BLD = embedded(host, ids, given.pop("inputs_embeds", None))
+        x_BLD = self._embedded(ids, given.pop("inputs_embeds", None))
         given["inputs_embeds"] = torch.cat([front.values.to(x_BLD), x_BLD], 1)
         last = host.classifier and not (host.seq2seq or host.bidirectional)
         if last:
@@ -352,7 +336,7 @@ class Entry:
         given, mask, own = self.given.get("position_ids"), self.given.get("attention_mask"), front.own()
         as_it_stands = self.host.bidirectional and not self.host.first  # padding in front has a number there
         if given is not None:
-            self._check_positions(given)
+            self._check_numbered(given)
             L = given.expand(self.B, -1)
         elif self.host.by_mask or as_it_stands or (mask is None and front.mask_BT is None):
             return
@@ -371,7 +355,7 @@ class Entry:
         L = torch.arange(self.past, self.past + width, device=device).expand(self.B, -1)
         return self.host.first + (L if mask is None else (L - leading(mask)).clamp(min=0))
 
-    def _check_positions(self, given: Tensor) -> None:
+    def _check_numbered(self, given: Tensor) -> None:
         if given.dim() != 2:
             raise PromptError(
                 f"A prompt comes before position_ids of shape (batch, tokens), these have shape {tuple(given.shape)}."
@@ -404,7 +388,7 @@ class Entry:
                 raise PromptError("The decoder has no input: give labels, decoder_input_ids or decoder_inputs_embeds.")
             text = self.host.text
             ids = shift_tokens_right(given["labels"], text.pad_token_id, text.decoder_start_token_id)
-        x_BLD = embedded(self.host, ids, x_BLD)
+        x_BLD = self._embedded(ids, x_BLD)
         placed = self.choice.placed(False, self.B, self.tasks_B, decoder=True)
         assert placed is not None, "the choice has this prompt"
         given["decoder_inputs_embeds"] = torch.cat([placed.values.to(x_BLD), x_BLD], 1)
@@ -420,10 +404,9 @@ class Entry:
                 "gradient_checkpointing_disable(), or eval(), or use a prompt of embeddings."
             )
         if self.host.seq2seq:
-            check_positions(self.host, cached, None, self._decoded())
-        filled = fill(self.host, cached, cache)
+            self._check_positions([cached], self._decoded())
+        self.given["past_key_values"] = filled = cached.fill(self.host, cache)
         self.prefix = (filled, cached.length)
-        self.given["past_key_values"] = filled
         self._shift(cached)
 
     def _decoded(self) -> int:
@@ -440,7 +423,7 @@ class Entry:
         given, before = self.given.get("position_ids"), self.given.get(mask)
         self._lengthen(placed, mask, 1)
         if given is not None:
-            self._check_positions(given)
+            self._check_numbered(given)
             self.given["position_ids"] = given + placed.own()
         elif self.host.by_mask or (placed.mask_BT is None and self._numbers_itself(before)):
             return
