@@ -47,6 +47,7 @@ from inlay.routing import HasDefault, Router, Rows
 from inlay.storage import Rounding, Storage, facts, packing_of, storage_of
 from inlay.storage.placement import HOOK_NAMES, at_hand, brought, distributed, held, hooked, without_hooks
 
+Make = Callable[[Tensor], Tensor]  # of a parameter: room for it, or what is to stand in its place
 _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -549,12 +550,7 @@ class Adapted(Light, HasDefault):
 
     # ------------------------------------------------------------------ merging
 
-    def merge(
-        self,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        keep_base: bool = True,
-    ) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep_base: bool = True) -> None:
         """Writes adapters into the frozen weight.
 
         Args:
@@ -619,9 +615,7 @@ class Adapted(Light, HasDefault):
             return f"its weight is a DTensor, and {whole[0]!r} turns it as a whole: merge, then distribute."
         return None
 
-    def write(
-        self, new: tuple[str, ...], keep_base: bool = True, room: Callable[[Tensor], Tensor] = torch.empty_like
-    ) -> None:
+    def write(self, new: tuple[str, ...], keep_base: bool = True, room: Make = torch.empty_like) -> None:
         """`merge` of what `check_merge` has returned."""
         if not new:
             return
@@ -641,43 +635,38 @@ class Adapted(Light, HasDefault):
                 snapshot.scaling = snapshot.scaling.clone()
         self._refresh()
 
-    def _add_products(self, new: tuple[str, ...], keep_base: bool, room: Callable[[Tensor], Tensor]) -> bool:
+    def _add_products(self, new: tuple[str, ...], keep_base: bool, room: Make) -> bool:
         """Adds products to the weight, one by one; False, and nothing done, where merging is more than that."""
-        storage, base, name = self.storage, self.base_layer, self.kind.weight_name
-        if self.tied or not storage.in_place or self.weight.is_meta or (self._merged and self._kept):
+        storage, name, W = self.storage, self.kind.weight_name, self.weight
+        stacked = self.kind.by_weight and W.dim() > 2  # of one expert perhaps
+        if self.tied or stacked or not storage.in_place or W.is_meta or (self._merged and self._kept):
             return False
-        if self.kind.by_weight and self.weight.dim() > 2:  # a stack, of one expert perhaps
+        factors = [f for n in new if (f := self.methods[n].factors(self.params(n))) is not None]
+        if len(factors) < len(new):
             return False
-        factors = []
-        for n in new:
-            pair = self.methods[n].factors(self.params(n))
-            if pair is None:
-                return False
-            factors.append(pair)
-        added = 0
+        first = 0
         if keep_base and not self._merged:
             # The first product goes with the weight into new memory: one pass where a copy and a sum would be two.
-            kept = storage.exchange(base, name, lambda W: self._add_product(*factors[0], sign=1, W=W, out=room(W)))
-            added = 1 if kept is not None else 0
-            self._kept[name] = storage.keep(base, name, room) if kept is None else kept
-        for down, up, scale in factors[added:]:
+            sum_of = partial(self._add_product, *factors[0], sign=1)
+            first = int(self._keep(self.get_base_layer(), storage, name, room, lambda W: sum_of(W=W, out=room(W))))
+        for down, up, scale in factors[first:]:
             self._add_product(down, up, scale, sign=1)
             if not keep_base:  # the adapter may change while it is merged: what was added is what is subtracted
                 self._added.append((down.detach().clone(), up.detach().clone(), scale * 1))
         return True
 
-    def _replace(self, parameter: str, value: Tensor, keep_base: bool, room: Callable[[Tensor], Tensor]) -> None:
+    def _keep(self, base: nn.Module, storage: Storage, parameter: str, room: Make, make: Make) -> bool:
+        """Puts a pristine parameter aside; True where what ``make`` makes of it stands in its place by then."""
+        kept = storage.stored(base, parameter) if self.tied else storage.exchange(base, parameter, make)
+        self._kept[parameter] = storage.keep(base, parameter, room) if kept is None else kept
+        return not self.tied and kept is not None
+
+    def _replace(self, parameter: str, value: Tensor, keep_base: bool, room: Make) -> None:
         base, storage = self.get_base_layer(), self._storage(parameter)
-        if keep_base and parameter not in self._kept:
-            keep = storage.stored(base, parameter) if self.tied else None
-            # Filled before it is the weight's: an interrupt finds the one or the other.
-            if (
-                keep is None
-                and (kept := storage.exchange(base, parameter, lambda W: room(W).copy_(value))) is not None
-            ):
-                self._kept[parameter] = kept
-                return
-            self._kept[parameter] = storage.keep(base, parameter, room) if keep is None else keep
+        wanted = keep_base and parameter not in self._kept
+        # Filled before it is the weight's: an interrupt finds the one or the other.
+        if wanted and self._keep(base, storage, parameter, room, lambda W: room(W).copy_(value)):
+            return
         if self.tied:
             self._put(parameter, storage.keep(base, parameter, torch.empty_like))
         storage.write(base, value, parameter)
@@ -1006,9 +995,8 @@ class Adapted(Light, HasDefault):
 
     def extra_repr(self) -> str:
         bare = f"parameter_name={self.kind.weight_name!r}, " if self.kind.name == "Parameter" else ""
-        return f"{bare}adapters={list(self.methods)}, active={list(self._active)}" + (
-            f", merged={list(self._merged)}" if self._merged else ""
-        )
+        merged = f", merged={list(self._merged)}" if self._merged else ""
+        return f"{bare}adapters={list(self.methods)}, active={list(self._active)}{merged}"
 
 
 def merged_already(wanted: Iterable[str], merged: Iterable[str]) -> str:

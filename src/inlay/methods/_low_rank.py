@@ -105,8 +105,8 @@ class AbstractLowRank(AbstractDelta):
         (down_RI, up_OR), dropout = self.pair(p), 0.0
         if layer.training:
             dropout = self.dropout
-            if (keep_O := self.mask(p, layer)) is not None:
-                up_OR = up_OR * keep_O[:, None]
+            if self.rank_dropout or self.module_dropout:
+                up_OR = up_OR * self.mask(p, layer)[:, None]
         return low_rank(x, h, down_RI, up_OR, self.scaling, dropout, p.get("bias"), h_is_fresh=fresh, W_OI=W_OI)
 
     def takes_in(self, p: Params, x: Tensor, W_OI: Tensor, b_O: Tensor | None, layer: Layer) -> bool:
