@@ -135,12 +135,10 @@ class Tuner(nn.Module, HasDefault):
     def register(self, adapter_name: str, config: AdapterConfig) -> None:
         """Makes ``config`` an adapter's, in place of the one it may have."""
         self.peft_config[adapter_name] = config
-        self._forget_invocation(adapter_name)
+        self._forget(adapter_name)
         if config.invocation is not None:
             self.invocations = self.invocations or Invocations(self.model, self.router)
             self.invocations.tokens[adapter_name] = config.invocation
-        self.hooks.pop(adapter_name, None)
-        self._hooked.pop(adapter_name, None)
         if (hooks := method_of(config).hooks) is not None:
             self.hooks[adapter_name] = hooks(config)
 
@@ -232,9 +230,7 @@ class Tuner(nn.Module, HasDefault):
             for wrapper in found:
                 wrapper.delete_adapter(adapter_name)
             del self.peft_config[adapter_name]
-            self.hooks.pop(adapter_name, None)
-            self._hooked.pop(adapter_name, None)
-            self._forget_invocation(adapter_name)
+            self._forget(adapter_name)
             if left != self._active:
                 for wrapper in found if others else ():  # what is left may be another handle's, which has its choice
                     wrapper.set_adapter(list(left))
@@ -247,11 +243,14 @@ class Tuner(nn.Module, HasDefault):
         if found := [n for n in names if n in merged]:
             raise PlanError(f"Cannot delete adapter(s) {found} while they are merged: call unmerge_adapter() before.")
 
-    def _forget_invocation(self, *names: str) -> None:
-        for name in names if self.invocations is not None else ():
-            self.invocations.remove(name)  # type: ignore[union-attr]  # it is there
-        if self.invocations is not None and not self.invocations.tokens:
-            self.invocations = None
+    def _forget(self, *names: str) -> None:
+        """Drops what is kept of adapters beside their configs."""
+        for name in names:
+            self.hooks.pop(name, None)
+            self._hooked.pop(name, None)
+            if self.invocations is not None:
+                self.invocations.remove(name)
+                self.invocations = self.invocations if self.invocations.tokens else None
 
     def inject_adapter(
         self,
@@ -330,8 +329,8 @@ class Tuner(nn.Module, HasDefault):
             route = self.router.route()
             names = self._active if route is None else route.names or (() if route.rows is None else route.rows.names)
             for name, hooks, layers in self.trained():
-                extra = hooks.loss(layers) if name in names else None
-                loss = loss if extra is None else loss + extra.to(loss)
+                if name in names and (extra := hooks.loss(layers)) is not None:
+                    loss = loss + extra.to(loss)
             outputs["loss"] = loss  # type: ignore[index]  # a dict, or transformers' own kind of it
         return outputs
 
@@ -374,7 +373,10 @@ class Tuner(nn.Module, HasDefault):
                 "they stand before, and delete_adapter removes one."
             )
 
-    def _check_writable(self, names: Sequence[str]) -> None:
+    def _check_mergeable(self, verb: str, names: Sequence[str]) -> None:
+        self._check_in_layers(verb)
+        if isinstance(names, str):
+            raise TypeError(f"adapter_names must be a list, got a str: write [{names!r}].")
         self.check_known(names)
         if prompts := [n for n in names if isinstance(self.peft_config[n], PromptLearningConfig)]:
             raise NotMergeableError(f"{prompts[0]!r} is a prompt before the input: no weight can hold it.")
@@ -396,10 +398,7 @@ class Tuner(nn.Module, HasDefault):
             NotMergeableError, NonFiniteMergeError: They cannot be merged; nothing was written.
             MissingMethodError: All adapters are prompts.
         """
-        self._check_in_layers("merge_adapter")
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
-        self._check_writable(adapter_names or ())
+        self._check_mergeable("merge_adapter", adapter_names or ())
         with self.router.writing():
             layers = [layer for _, layer in self.layers()]
             changing = [(layer, new) for layer in layers if (new := layer.check_merge(adapter_names, safe_merge))]
@@ -442,10 +441,7 @@ class Tuner(nn.Module, HasDefault):
             NotMergeableError, NonFiniteMergeError: They cannot be merged; nothing was written.
             MissingMethodError: All adapters are prompts.
         """
-        self._check_in_layers("merge_and_unload")
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
-        self._check_writable(adapter_names or self._active)
+        self._check_mergeable("merge_and_unload", adapter_names or self._active)
         if any(config.layer_replication for config in self.peft_config.values()):
             raise UnsupportedLayerError(
                 "Replicated layers share one weight and have an adapter each: they cannot merge."
@@ -488,15 +484,13 @@ class Tuner(nn.Module, HasDefault):
         return self._released()
 
     def _released(self) -> nn.Module:
-        self._forget_invocation(*self.peft_config)
+        self._forget(*self.peft_config)
         self.peft_config = {}
-        self.hooks, self._hooked = {}, {}
         self._active = ()
         if self.prompts is not None:
             self.prompts.encoders.clear()
             self.prompts.set_adapter([])
-        if "peft_config" in self.model.__dict__:
-            del self.model.peft_config
+        self.model.__dict__.pop("peft_config", None)
         return self.model
 
     @property

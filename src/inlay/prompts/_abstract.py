@@ -45,6 +45,7 @@ class PromptLearningConfig(PeftConfig):
     modules_to_save: list[str] | set[str] | None = None
 
     is_prompt_learning: ClassVar[bool] = True
+    example: ClassVar[dict[str, Any]] = {"num_virtual_tokens": 8}
     # Whether the prompt stands in the cache, and the fields above are those of keys.
     in_cache: ClassVar[bool] = False
     # What a layer method's config has and a prompt's has not, at the value that means nothing.
@@ -125,15 +126,10 @@ class Host:
                 f"A prompt stands before the embeddings of a transformers model's tokens; {type(model).__name__} has "
                 "no config, or its get_input_embeddings() gives no table."
             )
-        self._model = model
+        self.model: Any = model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_model": self._model}  # signatures, which are kept here too, cannot be copied
-
-    @property
-    def model(self) -> Any:
-        """The model."""
-        return self._model
+        return {"model": self.model}  # signatures, which are kept here too, cannot be copied
 
     @property
     def embeddings(self) -> nn.Module:
@@ -346,7 +342,7 @@ class AbstractPrompt(nn.Module):
 
     def forward(self, task_ids_B: Tensor | None = None) -> Tensor:
         """The prompt: (T * submodules, D), or (B, T * submodules, D) where it depends on the task."""
-        raise NotImplementedError
+        return self.embedding.weight
 
     def filed(self) -> dict[str, Tensor]:
         """The tensors that files hold, by their names there."""
@@ -357,19 +353,18 @@ class AbstractPrompt(nn.Module):
         return {EMBEDDINGS: self.config.shape}
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes up the tensors of a file, or some of them."""
-        raise NotImplementedError
+        """Takes up the tensors of a file, or some of them.
 
-    def settle(self, prompt: Tensor) -> None:
-        """Makes a file's prompt the table, which is then the prompt itself where an encoder had made it."""
+        The prompt becomes the table, which is then the prompt itself where an encoder had made it.
+        """
+        if (prompt := tensors.get(EMBEDDINGS)) is None:
+            return
         W = self.embedding.weight
         self.fixed = self.fixed or not self.resumable
-        if W.shape == prompt.shape:
-            put(W, prompt)
-        else:
+        if W.shape != prompt.shape:
             rows, width = prompt.shape
             self.embedding = table(rows, width, W.requires_grad).to(W)
-            self.settle(prompt)
+        put(self.embedding.weight, prompt)
 
     # -- what a method may do to a call beside putting its tokens in
 

@@ -6,7 +6,6 @@ The prompt is a table of embeddings P (T, D), trained as it stands; the input be
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inlay.errors import ConfigError, PromptError
-from inlay.prompts._abstract import EMBEDDINGS, AbstractPrompt, Host, PromptLearningConfig, put, table
+from inlay.prompts._abstract import AbstractPrompt, Host, PromptLearningConfig, put, table
 
 
 class PromptTuningInit(str, enum.Enum):
@@ -50,7 +49,6 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_kwargs: dict[str, Any] | None = None
 
     method = "PROMPT_TUNING"
-    example = {"num_virtual_tokens": 8}
     starts = tuple(kind.value for kind in PromptTuningInit)
 
     def __post_init__(self) -> None:
@@ -76,13 +74,6 @@ class PromptEmbedding(AbstractPrompt):
         tokens = first_tokens(self.config, host)
         if tokens is not None:
             put(self.embedding.weight, rows(host, tokens))
-
-    def forward(self, task_ids_B: Tensor | None = None) -> Tensor:
-        return self.embedding.weight
-
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        if EMBEDDINGS in tensors:
-            self.settle(tensors[EMBEDDINGS])
 
 
 def rows(host: Host, tokens: Tensor) -> Tensor:
