@@ -54,6 +54,11 @@ _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Adapted(Light, HasDefault):
     """A frozen layer with adapters.
 
+    A forward asks the router which adapters run here, gathers their tensors (`params`), lets those that change the
+    input do so (`AbstractAdapter.into`), calls the frozen layer once, and has each adapter make of its output what it
+    makes (`AbstractAdapter.out`). Where that is not possible, the layer's operation runs with the weight that the
+    adapters make of its own (`effective`). With adapters by row all rows still share the one call.
+
     Args:
         base_layer (`nn.Module`): The layer, left as it is.
         kind (`LayerKind`): Its row in `inlay.layers.KINDS`.
@@ -137,24 +142,23 @@ class Adapted(Light, HasDefault):
         if self._merged:
             base = self._frozen()
         x = args[0] if args else kwargs.pop(_input_of(self.get_base_layer(), kwargs))
-        if route is not None and route.tokens is not None:
-            return self._forward_several(run, base, x, *args[1:], tokens=route.tokens, **kwargs)
-        if len(run) == 1:
-            method, p = self.methods[run[0]], self.params(run[0])
-            if method.activated:
-                self._check_called(run[0])
-            if method.through_weight:
-                return self._through_weight(run, x)
-            z = method.into(p, x, self) if method.changes_input else x
-            # Nobody else can hold what a plain linear layer returns, so it may be written to.
-            own = type(base) is nn.Linear and "forward" not in base.__dict__
-            fresh = own and not base._forward_hooks and not _global_forward_hooks
-            if fresh and torch.is_grad_enabled() and self._takes_in(method, p, x, base):
-                with torch.no_grad():
-                    h = base(z, *args[1:], **kwargs)
-                return method.taken_in(p, x, h, base.weight, self)
-            return method.out(p, x, base(z, *args[1:], **kwargs), self, fresh)
-        return self._forward_several(run, base, x, *args[1:], **kwargs)
+        tokens = None if route is None else route.tokens
+        if len(run) != 1 or tokens is not None:
+            return self._forward_several(run, base, x, *args[1:], tokens=tokens, **kwargs)
+        method, p = self.methods[run[0]], self.params(run[0])
+        if method.activated:
+            self._check_called(run[0])
+        if method.through_weight:
+            return self._through_weight(run, x)
+        z = method.into(p, x, self) if method.changes_input else x
+        # Nobody else can hold what a plain linear layer returns, so it may be written to.
+        own = type(base) is nn.Linear and "forward" not in base.__dict__
+        fresh = own and not base._forward_hooks and not _global_forward_hooks
+        if fresh and torch.is_grad_enabled() and self._takes_in(method, p, x, base):
+            with torch.no_grad():
+                h = base(z, *args[1:], **kwargs)
+            return method.taken_in(p, x, h, base.weight, self)
+        return method.out(p, x, base(z, *args[1:], **kwargs), self, fresh)
 
     def _forward_several(
         self, run: tuple[str, ...], base: Any, x: Tensor, *args: Any, tokens: Tokens | None = None, **kwargs: Any
@@ -266,9 +270,8 @@ class Adapted(Light, HasDefault):
         h = h0
         if stack.order:
             own = type(base) is nn.Linear and "forward" not in base.__dict__
-            fresh = (
-                own and not base._forward_hooks and not _global_forward_hooks and not stack.apart and tokens is None
-            )
+            alone = tokens is None and not stack.apart  # nothing below asks for h0
+            fresh = alone and own and not base._forward_hooks and not _global_forward_hooks
             h = rows_product(x, h, *stack.factors, rows.index_of(stack.order), h_is_fresh=fresh)
         for name in stack.apart:
             method, at = self.methods[name], rows.of_adapter(name)
@@ -283,20 +286,16 @@ class Adapted(Light, HasDefault):
         """The factors of those of ``names`` that can be stacked, made anew only where one of them has changed."""
         stack = self._stacks.get((names, self.training))
         if stack is None or not stack.current():
-            order = tuple(n for n in names if n in self.methods and self._stackable(n))
-            apart = tuple(n for n in names if n in self.methods and n not in order)
-            stack = Stack({n: (self.methods[n], self.params(n), self._owners(n)) for n in order}, apart)
+            parts: dict[str, Any] = {}
+            for name in [n for n in names if n in self.methods]:
+                method, p = self.methods[name], self.params(name)
+                drops = self.training and method.drops()
+                if self.kind.matrix and not drops and method.factors(p) is not None:
+                    parts[name] = method, p, [(o._parameters, key) for _, o, key in self.tensors(name)]
+            stack = Stack(parts, tuple(n for n in names if n in self.methods and n not in parts))
             if not stack.trained:
                 self._stacks[names, self.training] = stack
         return stack
-
-    def _stackable(self, name: str) -> bool:
-        method = self.methods[name]
-        drops = self.training and method.drops()
-        return self.kind.matrix and not drops and method.factors(self.params(name)) is not None
-
-    def _owners(self, name: str) -> list[tuple[dict[str, Any], str]]:
-        return [(owner._parameters, attribute) for _, owner, attribute in self.tensors(name)]
 
     # ------------------------------------------------------------------ what methods ask of a layer
 
