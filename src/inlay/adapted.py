@@ -78,7 +78,7 @@ class Adapted(Light, HasDefault):
     _enabled: bool
     _run: tuple[str, ...]
     _merged: tuple[str, ...]
-    _kept: dict[str, Any]
+    _kept: dict[str, Tensor]
     _added: list[tuple[Tensor, Tensor, Any]]
     _written: dict[str, AbstractAdapter]
     rounding: Rounding | None
@@ -338,8 +338,7 @@ class Adapted(Light, HasDefault):
                     "anew, or merge with keep_base=True."
                 )
             if parameter in self._kept:
-                kept: Tensor = self._kept[parameter]
-                return kept
+                return self._kept[parameter]
         return self._storage(parameter).stored(self.base_layer, parameter)
 
     def _parts(self) -> tuple[Tensor, ...]:
@@ -353,8 +352,7 @@ class Adapted(Light, HasDefault):
         if (parts := self._parts())[0].is_meta:  # offloaded: nothing tells whether it has changed
             return make()
         owners = tuple(t.of if isinstance(t, Hooked) else t for t in owners)
-        value: Tensor = self._memo.get(key, (*owners, *parts), make)
-        return value
+        return self._memo.get(key, (*owners, *parts), make)
 
     def row_squares(self) -> Tensor:
         """Squared norm of each row of the pristine weight, O."""
@@ -362,8 +360,7 @@ class Adapted(Light, HasDefault):
         # Of a small weight they are computed sooner than it is known to be the same.
         if not parts or parts[0].is_meta or parts[0].numel() <= Memo.small:
             return square_norm(self.matrix())
-        value: Tensor = self._memo.get("row squares", parts, lambda: square_norm(self.matrix()))
-        return value
+        return self._memo.get("row squares", parts, lambda: square_norm(self.matrix()))
 
     def effective(self, run: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
         """Weight (in the layer's layout) and bias of the one layer that does what ``run`` does."""

@@ -20,9 +20,9 @@ class Memo:
     small = 1 << 18
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[list[tuple[weakref.ref[Tensor], int, int, Tensor | None]], Any]] = {}
+        self._known: dict[Any, tuple[list[tuple[weakref.ref[Tensor], int, int, Tensor | None]], Tensor]] = {}
 
-    def get(self, key: Hashable, owners: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
+    def get(self, key: Hashable, owners: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
         at = (key, *map(id, owners))
         known = self._known.get(at)
         if known is not None and all(map(self._unchanged, owners, known[0])):

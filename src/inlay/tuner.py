@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay import state
+from inlay import inject, state
 from inlay.adapted import Adapted, merged_already
 from inlay.config import AdapterConfig
 from inlay.errors import (
@@ -26,24 +26,6 @@ from inlay.errors import (
     UnsupportedLayerError,
 )
 from inlay.hooks import Served, TrainingHooks
-from inlay.inject import (
-    Prepared,
-    adapted_layers,
-    apply,
-    biases,
-    layers_in,
-    method_of,
-    model_config,
-    prepare,
-    remove,
-    shared_weights,
-    tell_rounding,
-    told_by_config,
-    unmerge,
-    unmerge_first,
-    with_targets,
-    wrappers,
-)
 from inlay.invocation import Invocations
 from inlay.methods._budget import RankBudget
 from inlay.prompts import AnyConfig, PromptLearningConfig
@@ -84,7 +66,7 @@ class Tuner(nn.Module, HasDefault):
         """The verbs for a model with adapters inside and no handle around it, which keeps its own configs."""
         tuner = cls(model)
         tuner.peft_config = model.__dict__.get("peft_config") or {}
-        for _, wrapper in wrappers(model):
+        for _, wrapper in inject.wrappers(model):
             tuner._active, tuner.enabled = tuple(wrapper.active_adapters), not wrapper.disable_adapters
             break
         return tuner
@@ -104,7 +86,7 @@ class Tuner(nn.Module, HasDefault):
     def router(self) -> Router:
         """The routing that all wrappers of this model share."""
         if self._own_router is None:
-            for _, wrapper in wrappers(self.model):
+            for _, wrapper in inject.wrappers(self.model):
                 return wrapper.router
             self._own_router = Router()
         return self._own_router
@@ -115,19 +97,19 @@ class Tuner(nn.Module, HasDefault):
         config = next(iter(self.peft_config.values()), None)
         if isinstance(config, PromptLearningConfig):
             return f"{config.method.lower()}_"
-        return "" if config is None else method_of(config).prefix
+        return "" if config is None else inject.method_of(config).prefix
 
     def layers(self) -> Iterator[tuple[str, Adapted]]:
         """(name, wrapper) of every adapted layer."""
-        return adapted_layers(self.model)
+        return inject.adapted_layers(self.model)
 
     def _standing(self) -> list[Any]:
         """Everything with adapters of its own: wrappers, and the prompts before the model."""
-        return [*(w for _, w in wrappers(self.model)), *([self.prompts] if self.prompts is not None else [])]
+        return [*(w for _, w in inject.wrappers(self.model)), *([self.prompts] if self.prompts is not None else [])]
 
-    def add(self, adapter_name: str, config: AdapterConfig, prepared: Prepared, active: bool) -> None:
+    def add(self, adapter_name: str, config: AdapterConfig, prepared: inject.Prepared, active: bool) -> None:
         """Registers an adapter that stands in the layers."""
-        with_targets(config, prepared)
+        inject.with_targets(config, prepared)
         self.register(adapter_name, config)
         if active:
             self._active = (adapter_name,)
@@ -139,7 +121,7 @@ class Tuner(nn.Module, HasDefault):
         if config.invocation is not None:
             self.invocations = self.invocations or Invocations(self.model, self.router)
             self.invocations.tokens[adapter_name] = config.invocation
-        if (hooks := method_of(config).hooks) is not None:
+        if (hooks := inject.method_of(config).hooks) is not None:
             self.hooks[adapter_name] = hooks(config)
 
     def check_known(self, names: Sequence[str], missing: str = "does not exist") -> None:
@@ -163,13 +145,13 @@ class Tuner(nn.Module, HasDefault):
         self.check_known(names, "not found")
         if any(layer.merged for _, layer in self.layers()):
             with self.router.writing():
-                unmerge_first(self.model, stacklevel=3)
+                inject.unmerge_first(self.model, stacklevel=3)
         with self._changing():
             for wrapper in self._standing():
                 wrapper.set_adapter(list(names), inference_mode=inference_mode)
             self._active = names
             for name, config in self.peft_config.items():
-                for _, parameter in biases(self.model, config, name):
+                for _, parameter in inject.biases(self.model, config, name):
                     parameter.requires_grad_(name in names and not inference_mode)
 
     def _changing(self) -> AbstractContextManager[None]:
@@ -220,11 +202,8 @@ class Tuner(nn.Module, HasDefault):
         others = [n for n in [*self.peft_config] if n != adapter_name]
         if not left and others:
             left = (others[0],)
-            warnings.warn(
-                f"Adapter {adapter_name} was active and is deleted: {left[0]} is active now.",
-                PeftWarning,
-                stacklevel=3,
-            )
+            told = f"Adapter {adapter_name} was active and is deleted: {left[0]} is active now."
+            warnings.warn(told, PeftWarning, stacklevel=3)
         with self.router.writing(), warnings.catch_warnings():
             warnings.simplefilter("ignore", PeftWarning)  # said once, above
             for wrapper in found:
@@ -278,12 +257,12 @@ class Tuner(nn.Module, HasDefault):
         """
         self.check_known([adapter_name])
         config: Any = self.peft_config[adapter_name]
-        only = None if state_dict is None else layers_in(state_dict, config)
-        prepared, active = prepare(model, config, only, adapter_name, replacing=True), self._active
+        only = None if state_dict is None else inject.layers_in(state_dict, config)
+        prepared, active = inject.prepare(model, config, only, adapter_name, replacing=True), self._active
         trainable = not config.inference_mode
-        for text in (*prepared.plan.warnings, *(told_by_config(prepared) if only is not None else ())):
+        for text in (*prepared.plan.warnings, *(inject.told_by_config(prepared) if only is not None else ())):
             warnings.warn(text, PeftWarning, stacklevel=2)
-        apply(
+        inject.apply(
             prepared, adapter_name, meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype, activate=not active,
             trainable=trainable, router=self.router,
         )  # fmt: skip
@@ -297,7 +276,7 @@ class Tuner(nn.Module, HasDefault):
         config = next(iter(self.peft_config.values()), None)
         if not isinstance(config, AdapterConfig):
             raise AttributeError("No adapter stands in layers.")
-        return method_of(config).default_targets
+        return inject.method_of(config).default_targets
 
     @property
     def rankallocator(self) -> RankBudget:
@@ -313,7 +292,7 @@ class Tuner(nn.Module, HasDefault):
         """(name, hooks, layers) of every adapter that is trained and whose method asks something of training."""
         for name, hooks in self.hooks.items():
             if name not in self._hooked:
-                adapter = method_of(self.peft_config[name]).adapter  # type: ignore[arg-type]  # it has hooks
+                adapter = inject.method_of(self.peft_config[name]).adapter  # type: ignore[arg-type]  # it has hooks
                 found = [(state.without_foreign(path), w) for path, w in self.layers() if not isinstance(w, Tied)]
                 self._hooked[name] = [(path, w) for path, w in found if isinstance(w.methods.get(name), adapter)]
             layers = [Served(path, w.methods[name], w.params(name)) for path, w in self._hooked[name]]
@@ -409,7 +388,7 @@ class Tuner(nn.Module, HasDefault):
             room = self._arena.room(sum(bytes_of(layer.weight) for layer in copied))
             for layer, new in changing:
                 layer.write(new, keep_base, room)
-        tell_rounding(layer for layer, _ in changing)
+        inject.tell_rounding(layer for layer, _ in changing)
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the weights again.
@@ -422,7 +401,7 @@ class Tuner(nn.Module, HasDefault):
             merged = [layer for _, layer in self.layers() if layer.merged]
             if not merged:
                 warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
-            unmerge(merged)
+            inject.unmerge(merged)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -447,8 +426,8 @@ class Tuner(nn.Module, HasDefault):
                 "Replicated layers share one weight and have an adapter each: they cannot merge."
             )
         with self.router.writing():
-            shared = shared_weights(self.model)
-            remove(self.model, merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
+            shared = inject.shared_weights(self.model)
+            inject.remove(self.model, merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
         self._untie(shared)
         return self._released()
 
@@ -480,7 +459,7 @@ class Tuner(nn.Module, HasDefault):
         """
         self._check_in_layers("unload")
         with self.router.writing():
-            remove(self.model, merge=False)
+            inject.remove(self.model, merge=False)
         return self._released()
 
     def _released(self) -> nn.Module:
@@ -512,7 +491,7 @@ class Tuner(nn.Module, HasDefault):
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The model's own config as a dict."""
-        return model_config(model)
+        return inject.model_config(model)
 
 
 def as_names(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -132,16 +132,14 @@ class Host:
         return {"model": self.model}  # signatures, which are kept here too, cannot be copied
 
     @property
-    def embeddings(self) -> nn.Module:
+    def embeddings(self) -> Any:
         """Its input embeddings, as they stand now."""
-        found: nn.Module = self.model.get_input_embeddings()
-        return found
+        return self.model.get_input_embeddings()
 
     @property
     def table(self) -> Tensor:
         """Their weight (V, D)."""
-        inner: Any = self.embeddings
-        return inner.weight  # type: ignore[no-any-return]  # of a wrapper too, which passes the name on
+        return self.embeddings.weight  # type: ignore[no-any-return]  # of a wrapper too, which passes the name on
 
     @cached_property
     def text(self) -> Any:
@@ -248,6 +246,20 @@ class Host:
     def hands_on(self) -> bool:
         """Whether it has no head, or one that hands a cache on; of the heads that do not generate, some do not."""
         return self.inner is self.model or bool(self.model.can_generate())
+
+    def empty_cache(self, length: int | None = None, encoded: int | None = None) -> Any:
+        """A cache of the model's kind, or one of fixed length.
+
+        Args:
+            length (`int`, *optional*): How many tokens it has room for; any number if not given.
+            encoded (`int`, *optional*): The same for what an encoder gives.
+        """
+        from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+
+        def one(length: int | None) -> Any:
+            return DynamicCache(config=self.decoder) if length is None else StaticCache(self.decoder, length)
+
+        return EncoderDecoderCache(one(length), one(encoded)) if self.seq2seq else one(length)
 
     @cached_property
     def classifier(self) -> bool:

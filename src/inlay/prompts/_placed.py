@@ -5,13 +5,12 @@ Rows may have prompts of different lengths, or none: shorter ones are padded on 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import AbstractPrompt, Host, PromptLearningConfig
@@ -48,7 +47,7 @@ class Placed(NamedTuple):
 
     def fill(self, host: Host, cache: Any = None) -> Any:
         """An empty cache, a new one if none is given, with the prompt's keys and values in it."""
-        cache = empty_cache(host) if cache is None else cache
+        cache = host.empty_cache() if cache is None else cache
         own = cache.self_attention_cache if host.seq2seq else cache
         for i, (k, v) in enumerate(self._keys_and_values(host)):
             own.update(k, v, i)
@@ -182,6 +181,16 @@ class Call:
             self._check_shape("attention_mask")
         self._check_positions([p for p in self.parts if p is self.front or not self.host.seq2seq], self.L)
 
+    def _continued(self, placed: Iterable[Placed]) -> int:
+        """How many tokens of the input the cache has beside these prompts; raises `PromptError` if it lacks them."""
+        T, found = sum(p.length for p in placed), seen(self.given["past_key_values"])
+        if found < T:
+            raise PromptError(
+                f"The cache holds {found} tokens, the prompt has {T}: it was not filled by a call with this prompt. "
+                "Give an empty cache, or none."
+            )
+        return found - T
+
     def _check_shape(self, name: str) -> None:
         """Raises `PromptError` where what is said of each token is not of the input's shape."""
         if (value := self.given[name]).shape[:2] != (self.B, self.L):
@@ -256,25 +265,6 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_star
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
-# ---------------------------------------------------------------------- the cache
-
-
-def empty_cache(host: Host, length: int | None = None, encoded: int | None = None) -> Any:
-    """A cache of the model's kind, or one of fixed length.
-
-    Args:
-        host (`Host`): The model.
-        length (`int`, *optional*): How many tokens it has room for; any number if not given.
-        encoded (`int`, *optional*): The same for what an encoder gives.
-    """
-    from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-
-    def one(length: int | None) -> Any:
-        return DynamicCache(config=host.decoder) if length is None else StaticCache(host.decoder, max_cache_len=length)
-
-    return EncoderDecoderCache(one(length), one(encoded)) if host.seq2seq else one(length)
-
-
 def seen(cache: Any) -> int:
     """How many tokens a cache holds; of none, 0.
 
@@ -286,39 +276,3 @@ def seen(cache: Any) -> int:
     if cache is not None and not isinstance(cache, Cache):
         raise PromptError(f"past_key_values must be a cache of transformers, got a {type(cache).__name__}.")
     return 0 if cache is None else int(cache.get_seq_length())
-
-
-def continued(cache: Any, placed: Iterable[Placed]) -> int:
-    """How many tokens of the input a cache that holds something has, beside these prompts.
-
-    Raises:
-        PromptError: It cannot hold the prompts.
-    """
-    T, found = sum(p.length for p in placed), seen(cache)
-    if found < T:
-        raise PromptError(
-            f"The cache holds {found} tokens, the prompt has {T}: it was not filled by a call with this prompt. Give "
-            "an empty cache, or none."
-        )
-    return found - T
-
-
-class _Given(nn.Module):
-    """A module that is given a cache, whoever calls it."""
-
-    def __init__(self, inner: nn.Module, cache: Any) -> None:
-        super().__init__()
-        self.inner, self.cache = inner, cache
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **{**kwargs, "past_key_values": self.cache})
-
-
-def run(host: Host, given: dict[str, Any]) -> Any:
-    """Runs the model; a head that hands no cache on does so as a copy, which stands on a model that has it."""
-    if "past_key_values" not in given or host.hands_on:
-        return host.model(**given)
-    head = copy.copy(host.model)
-    inner = {host.model.base_model_prefix: _Given(host.inner, given.pop("past_key_values"))}
-    head.__dict__["_modules"] = {**head._modules, **inner}
-    return head(**given)

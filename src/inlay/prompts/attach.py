@@ -12,9 +12,9 @@ begins at the length of the row's own prompt.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,18 +23,7 @@ from torch import Tensor, nn
 
 from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import AbstractPrompt, Host
-from inlay.prompts._placed import (
-    Call,
-    Choice,
-    Placed,
-    continued,
-    empty_cache,
-    leading,
-    ordered,
-    padding_behind,
-    run,
-    shift_tokens_right,
-)
+from inlay.prompts._placed import Call, Choice, Placed, leading, ordered, padding_behind, shift_tokens_right
 from inlay.prompts.generation import Generation
 from inlay.routing import Defaults, Following, Route
 
@@ -115,7 +104,7 @@ class Prompts:
         values = P.expand(B, -1, -1)
         if not prompt.config.in_cache:
             return values
-        return Placed(values, None, prompt.config).fill(self.host, empty_cache(self.host, length))
+        return Placed(values, None, prompt.config).fill(self.host, self.host.empty_cache(length))
 
     def choice(self, route: Route | None) -> Choice | None:
         """The prompts that a call with this routing has; None where it has none."""
@@ -132,7 +121,7 @@ class Prompts:
         """Runs the model with the chosen prompts before its input."""
         entry = Entry(self.host, choice, args, kwargs)
         entry.enter()
-        return entry.left(run(self.host, entry.given))
+        return entry.left(_run(self.host, entry.given))
 
     def generate(self, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The model's ``generate``, with the chosen prompts before its input."""
@@ -143,6 +132,27 @@ class Prompts:
         names = inspect.signature(type(self.host.model).generate).parameters
         given = {**dict(zip(list(names)[1:], args, strict=False)), **kwargs}
         return self.host.model.generate(**Generation(self.host, choice, given).arguments())
+
+
+class _Given(nn.Module):
+    """A module that is given a cache, whoever calls it."""
+
+    def __init__(self, inner: nn.Module, cache: Any) -> None:
+        super().__init__()
+        self.inner, self.cache = inner, cache
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **{**kwargs, "past_key_values": self.cache})
+
+
+def _run(host: Host, given: dict[str, Any]) -> Any:
+    """Runs the model; a head that hands no cache on does so as a copy, which stands on a model that has it."""
+    if "past_key_values" not in given or host.hands_on:
+        return host.model(**given)
+    head = copy.copy(host.model)
+    inner = {host.model.base_model_prefix: _Given(host.inner, given.pop("past_key_values"))}
+    head.__dict__["_modules"] = {**head._modules, **inner}
+    return head(**given)
 
 
 class Entry(Call):
@@ -178,7 +188,7 @@ class Entry(Call):
             self._stand_in_front(front)
         if self.going_on:
             before = [p for p in reversed(self.parts) if p is cached or not self.host.seq2seq]
-            self.past = continued(cache, before)
+            self.past = self._continued(before)
             for placed in before:
                 self._shift(placed)
         elif cached is not None:
@@ -193,26 +203,25 @@ class Entry(Call):
             )
         if self._blank_BL is not None and "start_logits" in outputs:
             self._answered(outputs, self._blank_BL)
-        if self.only is None or self._labels is None:
+        loss = None
+        if self.only is not None and self._labels is not None:
+            loss = self.only.loss(outputs, self._labels, self.own)
+        if loss is None:
             return outputs
-        by_name = isinstance(outputs, Mapping)
-        loss = self.only.loss(outputs, self._labels, self.own)
-        if loss is not None and not by_name:
+        if not isinstance(outputs, Mapping):
             return (loss, *outputs[1:])
-        if loss is not None:
-            outputs["loss"] = loss
+        outputs["loss"] = loss
         return outputs
 
     def _answered(self, outputs: Any, blank_BL: Tensor) -> None:
         """Takes the padding between prompts of different lengths out of what answers are chosen from."""
-        for name in ("start_logits", "end_logits"):
-            outputs[name] = outputs[name].masked_fill(blank_BL, torch.finfo(outputs[name].dtype).min)
-        if "loss" in outputs:
-            size = blank_BL.shape[1]
-            at = [self.given[name].clamp(0, size) for name in ("start_positions", "end_positions")]
-            losses = map(
-                partial(F.cross_entropy, ignore_index=size), (outputs["start_logits"], outputs["end_logits"]), at
-            )
+        size, losses = blank_BL.shape[1], []
+        for logits, positions in (("start_logits", "start_positions"), ("end_logits", "end_positions")):
+            outputs[logits] = outputs[logits].masked_fill(blank_BL, torch.finfo(outputs[logits].dtype).min)
+            if "loss" in outputs:
+                at_B = self.given[positions].clamp(0, size)
+                losses.append(F.cross_entropy(outputs[logits], at_B, ignore_index=size))
+        if losses:
             outputs["loss"] = sum(losses) / 2
 
     def _check(self, front: Placed | None) -> None:

@@ -10,16 +10,7 @@ from torch import Tensor
 
 from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import Host
-from inlay.prompts._placed import (
-    Call,
-    Choice,
-    Placed,
-    continued,
-    empty_cache,
-    leading,
-    ordered,
-    padding_behind,
-)
+from inlay.prompts._placed import Call, Choice, Placed, leading, ordered, padding_behind
 
 # What has transformers guess tokens and check several at once.
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -83,9 +74,8 @@ class Generation(Call):
                 given["attention_mask"] = mask.gather(1, at_BL)
                 given["inputs_embeds"] = ordered(given["inputs_embeds"], at_BL)
         else:
-            given["input_ids" if self.x_BLD is None else "inputs_embeds"] = (
-                self.ids_BL if self.x_BLD is None else self.x_BLD
-            )
+            name, x = ("input_ids", self.ids_BL) if self.x_BLD is None else ("inputs_embeds", self.x_BLD)
+            given[name] = x
         if self.cached is not None:
             self._lengthen_decoded(self.cached)
             started = given.get("decoder_input_ids")
@@ -108,7 +98,7 @@ class Generation(Call):
     def _of_decoder(self) -> dict[str, Any]:
         given, going_on = self.given, self.going_on
         if going_on:
-            continued(given["past_key_values"], self.parts)
+            self._continued(self.parts)
         self._lengths()
         self._check_gap(self.L + self._new(20))
         mask = self._mask()
@@ -138,7 +128,7 @@ class Generation(Call):
     def _read(self, front: Placed) -> None:
         """Has the model read a prompt of embeddings into the cache, for what has to begin with ids."""
         cache = self.given.get("past_key_values")
-        cache = empty_cache(self.host) if cache is None else cache
+        cache = self.host.empty_cache() if cache is None else cache
         x_BTD = front.values.to(self.host.table.dtype)
         mask = self.given["attention_mask"][:, : cache.get_seq_length() + front.length]
         with torch.no_grad():
@@ -198,7 +188,7 @@ class Generation(Call):
                 f"A prompt in the cache needs one that can be filled beforehand, 'dynamic' or 'static', not {kind!r}."
             )
         if cache is None and kind == "static":
-            cache = empty_cache(self.host, self.cached.length + before + self._new(default), self._longest())
+            cache = self.host.empty_cache(self.cached.length + before + self._new(default), self._longest())
         self._check_room(cache, self.cached.length)
         filled = self._expanded(self.cached).fill(self.host, cache)
         self.given.update(past_key_values=filled, use_cache=True, cache_implementation=None)
