@@ -208,7 +208,7 @@ class Entry(Call):
             loss = self.only.loss(outputs, self._labels, self.own)
         if loss is None:
             return outputs
-        if not isinstance(outputs, Mapping):
+        if isinstance(outputs, tuple):
             return (loss, *outputs[1:])
         outputs["loss"] = loss
         return outputs
