@@ -293,7 +293,7 @@ class Adapted(Light, HasDefault):
                 if self.kind.matrix and not drops and method.factors(p) is not None:
                     parts[name] = method, p, [(o._parameters, key) for _, o, key in self.tensors(name)]
             stack = Stack(parts, tuple(n for n in names if n in self.methods and n not in parts))
-            if not stack.trained:
+            if stack.lasts:
                 self._stacks[names, self.training] = stack
         return stack
 

@@ -29,7 +29,8 @@ class Memo:
             return known[1]
         with torch.inference_mode(False):  # what is kept must serve later calls with gradients too
             value = make()
-        self._known[at] = ([self._mark(t) for t in owners], value)
+        if not any(t.is_inference() for t in owners):  # of such a tensor nothing tells that it was written to
+            self._known[at] = ([self._mark(t) for t in owners], value)
         return value
 
     def _mark(self, t: Tensor) -> tuple[weakref.ref[Tensor], int, int, Tensor | None]:
@@ -62,11 +63,11 @@ class Stack:
 
     def __init__(self, parts: dict[str, tuple[AbstractAdapter, Params, list[Any]]], apart: tuple[str, ...]) -> None:
         self.order, self.apart = tuple(parts), apart
-        self.trained = torch.is_grad_enabled() and any(
-            t.requires_grad for _, p, _ in parts.values() for t in p.values()
-        )
         tensors = [(d, k, d[k]) for _, _, owners in parts.values() for d, k in owners if d.get(k) is not None]
-        self._marks = [(d, k, t, t._version, t.data_ptr()) for d, k, t in tensors]
+        trained = torch.is_grad_enabled() and any(t.requires_grad for _, p, _ in parts.values() for t in p.values())
+        # Whether a change would be seen, and no backward needs a stack of its own.
+        self.lasts = not trained and not any(t.is_inference() for _, _, t in tensors)
+        self._marks = [(d, k, t, t._version, t.data_ptr()) for d, k, t in tensors] if self.lasts else []
         if parts:
             with torch.inference_mode(False):
                 self.factors = self._stacked([f for m, p, _ in parts.values() if (f := m.factors(p)) is not None])
