@@ -239,6 +239,17 @@ def test_what_was_made_in_inference_mode_runs_and_is_seen_to_change(
             assert not torch.equal(*apart)
 
 
+@pytest.mark.parametrize("cls", [inlay.LoraConfig, inlay.OFTConfig])
+def test_what_is_remembered_of_adapters_that_are_trained_carries_no_graph(mlp: nn.Module, x: Tensor, cls: Any) -> None:
+    config = cls(target_modules=["lin0"], **{"oft_block_size": 2} if cls is inlay.OFTConfig else {})
+    model = inlay.get_peft_model(mlp, config, "a").eval()
+    with torch.inference_mode():
+        model(x, adapter_names=["a"] * len(x))
+    model.requires_grad_(False)
+    for _ in range(2):
+        model(x.requires_grad_(), adapter_names=["a"] * len(x)).sum().backward()
+
+
 def test_a_weight_that_is_computed_by_now_does_not_merge(model: inlay.PeftModel, mlp: nn.Module) -> None:
     layer = mlp.get_submodule("lin1.base_layer")
     nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())

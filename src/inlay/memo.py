@@ -27,9 +27,11 @@ class Memo:
         known = self._known.get(at)
         if known is not None and all(map(self._unchanged, owners, known[0])):
             return known[1]
-        with torch.inference_mode(False):  # what is kept must serve later calls with gradients too
+        lasts = not any(t.is_inference() for t in owners)  # of these nothing tells that they were written to
+        # What is kept must serve later calls with gradients too, and carry none itself.
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not lasts), torch.no_grad():
             value = make()
-        if not any(t.is_inference() for t in owners):  # of such a tensor nothing tells that it was written to
+        if lasts:
             self._known[at] = ([self._mark(t) for t in owners], value)
         return value
 
@@ -65,11 +67,12 @@ class Stack:
         self.order, self.apart = tuple(parts), apart
         tensors = [(d, k, d[k]) for _, _, owners in parts.values() for d, k in owners if d.get(k) is not None]
         trained = torch.is_grad_enabled() and any(t.requires_grad for _, p, _ in parts.values() for t in p.values())
-        # Whether a change would be seen, and no backward needs a stack of its own.
+        # Whether a change of any would be seen, and no backward asks for a stack of its own.
         self.lasts = not trained and not any(t.is_inference() for _, _, t in tensors)
         self._marks = [(d, k, t, t._version, t.data_ptr()) for d, k, t in tensors] if self.lasts else []
         if parts:
-            with torch.inference_mode(False):
+            inference = torch.is_inference_mode_enabled() and not self.lasts
+            with torch.inference_mode(inference), torch.set_grad_enabled(trained):
                 self.factors = self._stacked([f for m, p, _ in parts.values() if (f := m.factors(p)) is not None])
 
     @staticmethod
