@@ -56,8 +56,6 @@ class AbstractLowRank(AbstractDelta):
     experts: int = 1
     use_dora: bool = False
     gain: float = 1.0  # of the product, not of the bias
-    r: int
-    init: Any = True
     # Which rows of the rank a file has, where training has cut the others.
     kept: list[bool] | None = None
     # What computes the start, of which rank where that is not r, and the names in p of the offset that it leaves.

@@ -74,11 +74,7 @@ class PromptLearningConfig(PeftConfig):
                 "positions: make num_virtual_tokens smaller."
             )
         return replace(
-            self,
-            token_dim=width,
-            num_attention_heads=heads,
-            num_layers=layers,
-            num_transformer_submodules=submodules,
+            self, token_dim=width, num_attention_heads=heads, num_layers=layers, num_transformer_submodules=submodules
         )
 
     def _agreed(self, name: str, found: int | None, *valid: int | None) -> int:

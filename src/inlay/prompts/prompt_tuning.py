@@ -71,9 +71,7 @@ class PromptEmbedding(AbstractPrompt):
         self.embedding = table(*config.shape)
 
     def start(self, host: Host) -> None:
-        tokens = first_tokens(self.config, host)
-        if tokens is not None:
-            put(self.embedding.weight, rows(host, tokens))
+        start_at_tokens(self.config, host, self.embedding.weight)
 
 
 def rows(host: Host, tokens: Tensor) -> Tensor:
@@ -83,13 +81,13 @@ def rows(host: Host, tokens: Tensor) -> Tensor:
     return given
 
 
-def first_tokens(config: Any, host: Host) -> Tensor | None:
-    """The tokens whose embeddings a prompt starts at, or None for random numbers."""
+def start_at_tokens(config: Any, host: Host, table_TD: Tensor) -> None:
+    """Fills a prompt's table with the embeddings of the tokens that its config starts at; random numbers stay."""
     kind = getattr(config.prompt_tuning_init, "value", config.prompt_tuning_init)
     if kind == "SAMPLE_VOCAB":
-        return torch.randint(0, len(host.table), (config.tokens,))
+        put(table_TD, rows(host, torch.randint(0, len(host.table), (config.tokens,))))
     if kind != "TEXT":
-        return None
+        return
     ids = _tokenizer(config)(config.prompt_tuning_init_text)["input_ids"]
     if not ids or len(ids) > config.num_virtual_tokens:
         raise PromptError(
@@ -98,7 +96,7 @@ def first_tokens(config: Any, host: Host) -> Tensor | None:
         )
     tokens = torch.tensor((ids * config.tokens)[: config.tokens])
     check_vocabulary(host, tokens)
-    return tokens
+    put(table_TD, rows(host, tokens))
 
 
 def check_vocabulary(host: Host, ids: Tensor) -> None:
