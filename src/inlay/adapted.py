@@ -73,14 +73,14 @@ class Adapted(Light, HasDefault):
     path: str
     tied: bool
     methods: dict[str, AbstractAdapter]
-    _places: dict[str, tuple[tuple[str, str, str], ...]]
+    _places: dict[str, tuple[tuple[str, str, str], ...]]  # of each tensor: the method's name for it, slot, leaf
     _trained: tuple[str, ...]  # adapters that were set to be trained: of hundreds, those that may have to be frozen
     _enabled: bool
-    _run: tuple[str, ...]
-    _merged: tuple[str, ...]
-    _kept: dict[str, Tensor]
-    _added: list[tuple[Tensor, Tensor, Any]]
-    _written: dict[str, AbstractAdapter]
+    _run: tuple[str, ...]  # what runs where the router says nothing
+    _merged: tuple[str, ...]  # what stands in the weight
+    _kept: dict[str, Tensor]  # pristine parameters, put aside while others stand in their place
+    _added: list[tuple[Tensor, Tensor, Any]]  # products that were added to a weight of which nothing is kept
+    _written: dict[str, AbstractAdapter]  # what is merged, as it was then
     rounding: Rounding | None
     _memo: Memo
     _stacks: dict[tuple[tuple[str, ...], bool], Stack]
