@@ -181,6 +181,15 @@ class Call:
             self._check_shape("attention_mask")
         self._check_positions([p for p in self.parts if p is self.front or not self.host.seq2seq], self.L)
 
+    def _lengthen(self, placed: Placed, name: str, width: int | None = None) -> Tensor | None:
+        """Puts a prompt's part before a mask; one of ``width`` tokens is made if none was given and rows differ."""
+        mask: Tensor | None = self.given.get(name)
+        if mask is None and width is not None and placed.mask_BT is not None:
+            mask = torch.ones(self.B, width, dtype=torch.long, device=placed.values.device)
+        if mask is not None:
+            self.given[name] = mask = torch.cat([placed.ones(mask), mask], 1)
+        return mask
+
     def _continued(self, placed: Iterable[Placed]) -> int:
         """How many tokens of the input the cache has beside these prompts; raises `PromptError` if it lacks them."""
         T, found = sum(p.length for p in placed), seen(self.given["past_key_values"])

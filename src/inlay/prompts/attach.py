@@ -27,7 +27,7 @@ from inlay.prompts._placed import Call, Choice, Placed, leading, ordered, paddin
 from inlay.prompts.generation import Generation
 from inlay.routing import Defaults, Following, Route
 
-_LENGTHENED = {"attention_mask": 1, "token_type_ids": 0}
+_BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 _ELSEWHERE = ("decoder_", "encoder_", "past_key_values", "labels", "start_positions", "end_positions")
 
 
@@ -244,7 +244,7 @@ class Entry(Call):
         if "token_type_ids" in self.given:
             self._check_shape("token_type_ids")
         for name, value in self.given.items():
-            known = name in ("input_ids", "inputs_embeds", "position_ids", *_LENGTHENED) or name.startswith(_ELSEWHERE)
+            known = name in _BY_TOKEN or name.startswith(_ELSEWHERE)
             if not known and isinstance(value, Tensor) and value.shape[:2] == (self.B, self.L):
                 raise PromptError(f"{name} has an entry for each token, and a prompt has none for it: leave it out.")
 
@@ -272,9 +272,9 @@ class Entry(Call):
             self._labels = self._lengthened_labels(front)
             self._number(front)
             self._find_answers(front)
-        for name, filling in _LENGTHENED.items():
-            self._lengthen(front, name, filling)
-        mask: Tensor | None = given.get("attention_mask")
+        if (kinds_BL := given.get("token_type_ids")) is not None:
+            given["token_type_ids"] = F.pad(kinds_BL, (front.length, 0))
+        mask = self._lengthen(front, "attention_mask", self.L)
         if host.seq2seq and mask is not None:
             self._order(padding_behind(mask))
         elif host.bidirectional and front.mask_BT is not None:  # there the first token has to be the row's own
@@ -329,16 +329,6 @@ class Entry(Call):
         if front.mask_BT is not None:
             at = torch.arange(size, device=front.values.device)
             self._blank_BL = at >= own + self.L if self.host.bidirectional else at < front.length - own
-
-    def _lengthen(self, placed: Placed, name: str, fill: int) -> None:
-        """Puts a prompt's part before the input's; a mask that was not given is made where rows differ."""
-        value = self.given.get(name)
-        if value is None and name == "attention_mask" and placed.mask_BT is not None:
-            length = self.L if self.host.seq2seq else self.past + self.L
-            value = torch.ones(self.B, length, dtype=torch.long, device=placed.values.device)
-        if value is not None:
-            before = placed.ones(value) if fill else value.new_zeros(len(value), placed.length)
-            self.given[name] = torch.cat([before, value], 1)
 
     def _number(self, front: Placed) -> None:
         """Positions of the prompt and the input: they count from each row's first token."""
@@ -403,7 +393,7 @@ class Entry(Call):
         given["decoder_inputs_embeds"] = torch.cat([placed.values.to(x_BLD), x_BLD], 1)
         if "labels" in given:
             given["labels"] = prompt.labels(given["labels"], self.own)
-        self._lengthen(placed, "decoder_attention_mask", 1)
+        self._lengthen(placed, "decoder_attention_mask")
 
     def _stand_in_cache(self, cached: Placed, cache: Any) -> None:
         model = self.host.model
@@ -426,11 +416,8 @@ class Entry(Call):
     def _shift(self, placed: Placed) -> None:
         """Has the input stand behind a prompt that is in the cache."""
         mask = "decoder_attention_mask" if self.host.seq2seq else "attention_mask"
-        if self.host.seq2seq and placed.mask_BT is not None and mask not in self.given:
-            size = self.past + self._decoded()
-            self.given[mask] = torch.ones(self.B, size, dtype=torch.long, device=placed.values.device)
         given, before = self.given.get("position_ids"), self.given.get(mask)
-        self._lengthen(placed, mask, 1)
+        self._lengthen(placed, mask, self.past + (self._decoded() if self.host.seq2seq else self.L))
         if given is not None:
             self._check_numbered(given)
             self.given["position_ids"] = given + placed.own()

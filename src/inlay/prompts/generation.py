@@ -65,11 +65,7 @@ class Generation(Call):
         if self.front is not None:
             x_BLD = self._embedded(self.ids_BL, self.x_BLD)
             given["inputs_embeds"] = torch.cat([self.front.values.to(x_BLD), x_BLD], 1)
-            mask = given.get("attention_mask")
-            if mask is None and self.front.mask_BT is not None:
-                mask = torch.ones(self.B, self.L, dtype=torch.long, device=x_BLD.device)
-            if mask is not None:
-                mask = torch.cat([self.front.ones(mask), mask], 1)
+            if (mask := self._lengthen(self.front, "attention_mask", self.L)) is not None:
                 at_BL = padding_behind(mask)
                 given["attention_mask"] = mask.gather(1, at_BL)
                 given["inputs_embeds"] = ordered(given["inputs_embeds"], at_BL)
@@ -84,16 +80,13 @@ class Generation(Call):
 
     def _lengthen_decoded(self, cached: Placed) -> None:
         """Puts a prompt's part before the mask of what the decoder begins with."""
-        mask, ids = self.given.get("decoder_attention_mask"), self.given.get("decoder_input_ids")
-        if cached.mask_BT is not None and (not self.host.relative or ids is not None):
+        begun = "decoder_input_ids" in self.given
+        if cached.mask_BT is not None and (begun or not self.host.relative):
             raise RowsError(
                 "Prompts in a decoder's cache have to be of one length, where it has a table of positions or is given "
                 "decoder_input_ids: generate a batch for each."
             )
-        if mask is None and cached.mask_BT is not None:
-            mask = cached.mask_BT.new_ones(self.B, 1)
-        if mask is not None:
-            self.given["decoder_attention_mask"] = torch.cat([cached.ones(mask), mask], 1)
+        self._lengthen(cached, "decoder_attention_mask", 1)
 
     def _of_decoder(self) -> dict[str, Any]:
         given, going_on = self.given, self.going_on
