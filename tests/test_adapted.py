@@ -221,6 +221,35 @@ def test_a_weight_that_was_made_in_inference_mode_is_merged_outside(mlp: nn.Modu
     same_state(bits(model), before)
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, None], ids=str)
+def test_what_was_made_in_inference_mode_runs_and_is_seen_to_change(
+    mlp: nn.Module, x: Tensor, fields: dict[str, Any] | None
+) -> None:
+    cls: Any = inlay.OFTConfig if fields is None else inlay.LoraConfig
+    config = cls(target_modules=["lin0"], **{"oft_block_size": 2} if fields is None else fields)
+    with torch.inference_mode():
+        model = inlay.get_peft_model(copy.deepcopy(mlp), config, "a").eval()
+        model.add_adapter("b", config)
+        for _ in range(2):
+            disturb(model)
+            apart = [model.forward(x, adapter_names=[name] * len(x)) for name in ("a", "b")]
+            for name, rows in zip(("a", "b"), apart, strict=True):
+                with model.use_adapter(name):
+                    close(model(x), rows)
+            assert not torch.equal(*apart)
+
+
+@pytest.mark.parametrize("cls", [inlay.LoraConfig, inlay.OFTConfig])
+def test_what_is_remembered_of_adapters_that_are_trained_carries_no_graph(mlp: nn.Module, x: Tensor, cls: Any) -> None:
+    config = cls(target_modules=["lin0"], **{"oft_block_size": 2} if cls is inlay.OFTConfig else {})
+    model = inlay.get_peft_model(mlp, config, "a").eval()
+    with torch.inference_mode():
+        model(x, adapter_names=["a"] * len(x))
+    model.requires_grad_(False)
+    for _ in range(2):
+        model(x.requires_grad_(), adapter_names=["a"] * len(x)).sum().backward()
+
+
 def test_a_weight_that_is_computed_by_now_does_not_merge(model: inlay.PeftModel, mlp: nn.Module) -> None:
     layer = mlp.get_submodule("lin1.base_layer")
     nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -39,19 +39,25 @@ from inlay.inits.draw import DRAWN
 from inlay.layers import LayerKind, kind_of
 from inlay.leaves import BARE, Group, Leaf, Light, Numbers, Rate
 from inlay.memo import Memo, Stack
-from inlay.methods import METHODS
+from inlay.methods import adapter_alone
 from inlay.methods._abstract import AbstractAdapter, Slot, as_dtype
 from inlay.ops.dora import square_norm
 from inlay.ops.rows import rows as rows_product
-from inlay.routing import Router, Rows
+from inlay.routing import HasDefault, Router, Rows
 from inlay.storage import Rounding, Storage, facts, packing_of, storage_of
 from inlay.storage.placement import HOOK_NAMES, at_hand, brought, distributed, held, hooked, without_hooks
 
+Make = Callable[[Tensor], Tensor]  # of a parameter: room for it, or what is to stand in its place
 _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Adapted(Light):
+class Adapted(Light, HasDefault):
     """A frozen layer with adapters.
+
+    A forward asks the router which adapters run here, gathers their tensors (`params`), lets those that change the
+    input do so (`AbstractAdapter.into`), calls the frozen layer once, and has each adapter make of its output what it
+    makes (`AbstractAdapter.out`). Where that is not possible, the layer's operation runs with the weight that the
+    adapters make of its own (`effective`). With adapters by row all rows still share the one call.
 
     Args:
         base_layer (`nn.Module`): The layer, left as it is.
@@ -67,15 +73,14 @@ class Adapted(Light):
     path: str
     tied: bool
     methods: dict[str, AbstractAdapter]
-    _places: dict[str, tuple[tuple[str, str, str], ...]]
-    _active: tuple[str, ...]
+    _places: dict[str, tuple[tuple[str, str, str], ...]]  # of each tensor: the method's name for it, slot, leaf
     _trained: tuple[str, ...]  # adapters that were set to be trained: of hundreds, those that may have to be frozen
     _enabled: bool
-    _run: tuple[str, ...]
-    _merged: tuple[str, ...]
-    _kept: dict[str, Any]
-    _added: list[tuple[Tensor, Tensor, Any]]
-    _written: dict[str, AbstractAdapter]
+    _run: tuple[str, ...]  # what runs where the router says nothing
+    _merged: tuple[str, ...]  # what stands in the weight
+    _kept: dict[str, Tensor]  # pristine parameters, put aside while others stand in their place
+    _added: list[tuple[Tensor, Tensor, Any]]  # products that were added to a weight of which nothing is kept
+    _written: dict[str, AbstractAdapter]  # what is merged, as it was then
     rounding: Rounding | None
     _memo: Memo
     _stacks: dict[tuple[tuple[str, ...], bool], Stack]
@@ -85,24 +90,9 @@ class Adapted(Light):
         self._modules["base_layer"] = base_layer
         # Past nn.Module.__setattr__, which looks for parameters and modules in each of these.
         self.__dict__.update(
-            kind=kind,
-            router=router,
-            path=path,
-            tied=tied,
-            methods={},
-            _places={},
-            _active=(),
-            _trained=(),
-            _enabled=True,
-            _run=(),
-            _merged=(),
-            _kept={},
-            _added=[],
-            _written={},
-            rounding=None,
-            _memo=Memo(),
-            _stacks={},
-        )
+            kind=kind, router=router, path=path, tied=tied, methods={}, _places={}, _active=(), _trained=(), _run=(),
+            _enabled=True, _merged=(), _kept={}, _added=[], _written={}, rounding=None, _memo=Memo(), _stacks={},
+        )  # fmt: skip
 
     @classmethod
     def around(
@@ -152,24 +142,23 @@ class Adapted(Light):
         if self._merged:
             base = self._frozen()
         x = args[0] if args else kwargs.pop(_input_of(self.get_base_layer(), kwargs))
-        if route is not None and route.tokens is not None:
-            return self._forward_several(run, base, x, *args[1:], tokens=route.tokens, **kwargs)
-        if len(run) == 1:
-            method, p = self.methods[run[0]], self.params(run[0])
-            if method.activated:
-                self._check_called(run[0])
-            if method.through_weight:
-                return self._through_weight(run, x)
-            z = method.into(p, x, self) if method.changes_input else x
-            # Nobody else can hold what a plain linear layer returns, so it may be written to.
-            own = type(base) is nn.Linear and "forward" not in base.__dict__
-            fresh = own and not base._forward_hooks and not _global_forward_hooks
-            if fresh and torch.is_grad_enabled() and self._takes_in(method, p, x, base):
-                with torch.no_grad():
-                    h = base(z, *args[1:], **kwargs)
-                return method.taken_in(p, x, h, base.weight, self)
-            return method.out(p, x, base(z, *args[1:], **kwargs), self, fresh)
-        return self._forward_several(run, base, x, *args[1:], **kwargs)
+        tokens = None if route is None else route.tokens
+        if len(run) != 1 or tokens is not None:
+            return self._forward_several(run, base, x, *args[1:], tokens=tokens, **kwargs)
+        method, p = self.methods[run[0]], self.params(run[0])
+        if method.activated:
+            self._check_called(run[0])
+        if method.through_weight:
+            return self._through_weight(run, x)
+        z = method.into(p, x, self) if method.changes_input else x
+        # Nobody else can hold what a plain linear layer returns, so it may be written to.
+        own = type(base) is nn.Linear and "forward" not in base.__dict__
+        fresh = own and not base._forward_hooks and not _global_forward_hooks
+        if fresh and torch.is_grad_enabled() and self._takes_in(method, p, x, base):
+            with torch.no_grad():
+                h = base(z, *args[1:], **kwargs)
+            return method.taken_in(p, x, h, base.weight, self)
+        return method.out(p, x, base(z, *args[1:], **kwargs), self, fresh)
 
     def _forward_several(
         self, run: tuple[str, ...], base: Any, x: Tensor, *args: Any, tokens: Tokens | None = None, **kwargs: Any
@@ -256,7 +245,11 @@ class Adapted(Light):
 
     def _forward_rows(self, rows: Rows, tokens: Tokens | None, *args: Any, **kwargs: Any) -> Any:
         if self.kind.by_weight:
-            return self._forward_unreachable(rows, *args, **kwargs)
+            if self._merged or any(n in self.methods for n in rows.names):
+                raise RowsUnreachableError(
+                    f"{self.path} ({self.kind.name}) uses its weight whole: adapter_names cannot reach its rows."
+                )
+            return self.base_layer(*args, **kwargs)
         base: Any = self._frozen() if self._merged else self._modules["base_layer"]
         if self.kind.composite:
             return self.kind.around(base, self.part, args, kwargs, partial(self._rows_of, rows))
@@ -268,57 +261,41 @@ class Adapted(Light):
     ) -> Tensor:
         rows = rows.fitted(x.shape[self.kind.row_dim], x.device, self.path)
         stack = self._stack(rows.names)
-        names = stack.apart
-        z = self._into_rows(rows, names, x) if names else x
-        h: Tensor = base(z, *args, **kwargs)
-        h0 = h
+        z = x
+        for name in stack.apart:
+            method, at = self.methods[name], rows.of_adapter(name)
+            if method.changes_input and not method.through_weight:
+                z = z.index_copy(0, at, method.into(self.params(name), z[at], self))
+        h0: Tensor = base(z, *args, **kwargs)
+        h = h0
         if stack.order:
             own = type(base) is nn.Linear and "forward" not in base.__dict__
-            fresh = own and not base._forward_hooks and not _global_forward_hooks and not names and tokens is None
+            alone = tokens is None and not stack.apart  # nothing below asks for h0
+            fresh = alone and own and not base._forward_hooks and not _global_forward_hooks
             h = rows_product(x, h, *stack.factors, rows.index_of(stack.order), h_is_fresh=fresh)
-        for name in names:
-            at = rows.members[rows.names.index(name)]
-            mine = self._row_of(name, x[at], h0[at])
+        for name in stack.apart:
+            method, at = self.methods[name], rows.of_adapter(name)
+            if method.through_weight:
+                mine = self._through_weight((name,), x[at])
+            else:
+                mine = method.out(self.params(name), x[at], h0[at], self)
             h = h.index_copy(0, at, mine.to(h.dtype))
         return h if tokens is None else tokens.applied("", h, h0, self.path)
-
-    def _row_of(self, name: str, x: Tensor, h: Tensor) -> Tensor:
-        method = self.methods[name]
-        return self._through_weight((name,), x) if method.through_weight else method.out(self.params(name), x, h, self)
-
-    def _forward_unreachable(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
-        if self._merged or any(n in self.methods for n in rows.names):
-            raise RowsUnreachableError(
-                f"{self.path} ({self.kind.name}) uses its weight whole: adapter_names cannot reach its rows."
-            )
-        return self.base_layer(*args, **kwargs)
-
-    def _into_rows(self, rows: Rows, names: Sequence[str], x: Tensor) -> Tensor:
-        for name in names:
-            method = self.methods[name]
-            if method.changes_input and not method.through_weight:
-                at = rows.members[rows.names.index(name)]
-                x = x.index_copy(0, at, method.into(self.params(name), x[at], self))
-        return x
 
     def _stack(self, names: tuple[str, ...]) -> Stack:
         """The factors of those of ``names`` that can be stacked, made anew only where one of them has changed."""
         stack = self._stacks.get((names, self.training))
         if stack is None or not stack.current():
-            order = tuple(n for n in names if n in self.methods and self._stackable(n))
-            apart = tuple(n for n in names if n in self.methods and n not in order)
-            stack = Stack({n: (self.methods[n], self.params(n), self._owners(n)) for n in order}, apart)
-            if not stack.trained:
+            parts: dict[str, Any] = {}
+            for name in [n for n in names if n in self.methods]:
+                method, p = self.methods[name], self.params(name)
+                drops = self.training and method.drops()
+                if self.kind.matrix and not drops and method.factors(p) is not None:
+                    parts[name] = method, p, [(o._parameters, key) for _, o, key in self.tensors(name)]
+            stack = Stack(parts, tuple(n for n in names if n in self.methods and n not in parts))
+            if stack.lasts:
                 self._stacks[names, self.training] = stack
         return stack
-
-    def _stackable(self, name: str) -> bool:
-        method = self.methods[name]
-        drops = self.training and method.drops()
-        return self.kind.matrix and not drops and method.factors(self.params(name)) is not None
-
-    def _owners(self, name: str) -> list[tuple[dict[str, Any], str]]:
-        return [(owner._parameters, attribute) for _, owner, attribute in self.tensors(name)]
 
     # ------------------------------------------------------------------ what methods ask of a layer
 
@@ -361,8 +338,7 @@ class Adapted(Light):
                     "anew, or merge with keep_base=True."
                 )
             if parameter in self._kept:
-                kept: Tensor = self._kept[parameter]
-                return kept
+                return self._kept[parameter]
         return self._storage(parameter).stored(self.base_layer, parameter)
 
     def _parts(self) -> tuple[Tensor, ...]:
@@ -376,8 +352,7 @@ class Adapted(Light):
         if (parts := self._parts())[0].is_meta:  # offloaded: nothing tells whether it has changed
             return make()
         owners = tuple(t.of if isinstance(t, Hooked) else t for t in owners)
-        value: Tensor = self._memo.get(key, (*owners, *parts), make)
-        return value
+        return self._memo.get(key, (*owners, *parts), make)
 
     def row_squares(self) -> Tensor:
         """Squared norm of each row of the pristine weight, O."""
@@ -385,8 +360,7 @@ class Adapted(Light):
         # Of a small weight they are computed sooner than it is known to be the same.
         if not parts or parts[0].is_meta or parts[0].numel() <= Memo.small:
             return square_norm(self.matrix())
-        value: Tensor = self._memo.get("row squares", parts, lambda: square_norm(self.matrix()))
-        return value
+        return self._memo.get("row squares", parts, lambda: square_norm(self.matrix()))
 
     def effective(self, run: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
         """Weight (in the layer's layout) and bias of the one layer that does what ``run`` does."""
@@ -517,13 +491,7 @@ class Adapted(Light):
         self.router.changing(self, self._run, [adapter_name])
         if adapter_name in self._merged:
             self._settle(adapter_name)
-        gone = self.methods[adapter_name]
-        for slot in {s.name for s in gone.slots.values()} | ({gone.dropout_name} - {""}):
-            group = self._modules.get(slot)
-            if group is None:  # of a dropout that nobody has
-                continue
-            group._modules.pop(adapter_name, None)
-            group._parameters.pop(adapter_name, None)
+        self._take_out(adapter_name)
         self.__dict__["_last"] = self.methods.pop(adapter_name).numbers
         del self._places[adapter_name]
         if self.methods:
@@ -536,6 +504,14 @@ class Adapted(Light):
                 text = f"Adapter {adapter_name} was active and is deleted: {self._active[0]} is active now."
                 warnings.warn(text, PeftWarning, stacklevel=2)
         self._refresh()
+
+    def _take_out(self, name: str) -> None:
+        """Removes an adapter's tensors and dropout."""
+        method = self.methods[name]
+        for slot in {method.dropout_name, *(s.name for s in method.slots.values())}:
+            if (group := self._modules.get(slot)) is not None:  # else a dropout that nobody has
+                group._modules.pop(name, None)
+                group._parameters.pop(name, None)
 
     def renumber(self, name: str, other: AbstractAdapter) -> None:
         """Gives an adapter the numbers of another one of its method; a scale that is a tensor keeps its place."""
@@ -570,12 +546,7 @@ class Adapted(Light):
 
     # ------------------------------------------------------------------ merging
 
-    def merge(
-        self,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        keep_base: bool = True,
-    ) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep_base: bool = True) -> None:
         """Writes adapters into the frozen weight.
 
         Args:
@@ -600,38 +571,12 @@ class Adapted(Light):
         """The adapters that merging would write, after checking that it can; nothing is written."""
         wanted = self._active if adapter_names is None else adapter_names
         new = tuple([n for n in wanted if n in self.methods and n not in self._merged])
-        if not new:
-            return new
-        base = self._modules["base_layer"]
-        assert base is not None
+        base: Any = self._modules["base_layer"]
         for name in new:
-            if self.methods[name].activated:
-                raise NotMergeableError(
-                    f"{self.path}: {name!r} acts from its invocation on, and a merged weight would on every token: "
-                    "leave it unmerged."
-                )
             self.methods[name].check_mergeable(self.kind, base)
-        if why := self.kind.unmergeable(base):
+        if new and (why := self._unmergeable(new, base)):
             raise NotMergeableError(f"{self.path}: {why}")
-        owner, parameter = self.kind.keeper(self.get_base_layer())
-        if owner._parameters.get(parameter) is None:
-            raise NotMergeableError(
-                f"{self.path}: its weight is computed from others by now, so nothing can be written into it: remove "
-                "that parametrization first."
-            )
-        W: Tensor = getattr(base, self.kind.weight_name)
-        if W.is_meta and (self.tied or held(self.get_base_layer(), self.kind.weight_name) is None):
-            what = "is offloaded, and another layer's too" if self.tied else "is on the meta device"
-            raise NotMergeableError(f"{self.path}: its weight {what}: bring it back first.")
-        if distributed(W) and not distributed(self._beside(W)):
-            raise NotMergeableError(
-                f"{self.path}: its weight is a DTensor, and the adapter's tensors are none: merge, then distribute."
-            )
-        if distributed(W) and (whole := [name for name in new if not self.methods[name].merges_parts]):
-            raise NotMergeableError(
-                f"{self.path}: its weight is a DTensor, and {whole[0]!r} turns it as a whole: merge, then distribute."
-            )
-        if safe_merge:
+        if new and safe_merge:
             with torch.no_grad():
                 finite = [bool(t.isfinite().all()) for t in self._merged_with(new) if t is not None]
             if not all(finite):
@@ -642,9 +587,31 @@ class Adapted(Light):
                 )
         return new
 
-    def write(
-        self, new: tuple[str, ...], keep_base: bool = True, room: Callable[[Tensor], Tensor] = torch.empty_like
-    ) -> None:
+    def _unmergeable(self, new: tuple[str, ...], base: nn.Module) -> str | None:
+        """Why this layer's weight, as it stands, cannot take these adapters, or None."""
+        if late := [n for n in new if self.methods[n].activated]:
+            told = f"{late[0]!r} acts from its invocation on, and a merged weight would on every token"
+            return f"{told}: leave it unmerged."
+        if why := self.kind.unmergeable(base):
+            return why
+        owner, parameter = self.kind.keeper(self.get_base_layer())
+        if owner._parameters.get(parameter) is None:
+            told = "its weight is computed from others by now, so nothing can be written into it"
+            return f"{told}: remove that parametrization first."
+        W: Tensor = getattr(base, self.kind.weight_name)
+        if W.is_meta and self.tied:
+            return "its weight is offloaded, and another layer's too: bring it back first."
+        if W.is_meta and held(self.get_base_layer(), self.kind.weight_name) is None:
+            return "its weight is on the meta device: bring it back first."
+        if not distributed(W):
+            return None
+        if not distributed(self._beside(W)):
+            return "its weight is a DTensor, and the adapter's tensors are none: merge, then distribute."
+        if whole := [n for n in new if not self.methods[n].merges_parts]:
+            return f"its weight is a DTensor, and {whole[0]!r} turns it as a whole: merge, then distribute."
+        return None
+
+    def write(self, new: tuple[str, ...], keep_base: bool = True, room: Make = torch.empty_like) -> None:
         """`merge` of what `check_merge` has returned."""
         if not new:
             return
@@ -664,43 +631,38 @@ class Adapted(Light):
                 snapshot.scaling = snapshot.scaling.clone()
         self._refresh()
 
-    def _add_products(self, new: tuple[str, ...], keep_base: bool, room: Callable[[Tensor], Tensor]) -> bool:
+    def _add_products(self, new: tuple[str, ...], keep_base: bool, room: Make) -> bool:
         """Adds products to the weight, one by one; False, and nothing done, where merging is more than that."""
-        storage, base, name = self.storage, self.base_layer, self.kind.weight_name
-        if self.tied or not storage.in_place or self.weight.is_meta or (self._merged and self._kept):
+        storage, name, W = self.storage, self.kind.weight_name, self.weight
+        stacked = self.kind.by_weight and W.dim() > 2  # of one expert perhaps
+        if self.tied or stacked or not storage.in_place or W.is_meta or (self._merged and self._kept):
             return False
-        if self.kind.by_weight and self.weight.dim() > 2:  # a stack, of one expert perhaps
+        factors = [f for n in new if (f := self.methods[n].factors(self.params(n))) is not None]
+        if len(factors) < len(new):
             return False
-        factors = []
-        for n in new:
-            pair = self.methods[n].factors(self.params(n))
-            if pair is None:
-                return False
-            factors.append(pair)
-        added = 0
+        first = 0
         if keep_base and not self._merged:
             # The first product goes with the weight into new memory: one pass where a copy and a sum would be two.
-            kept = storage.exchange(base, name, lambda W: self._add_product(*factors[0], sign=1, W=W, out=room(W)))
-            added = 1 if kept is not None else 0
-            self._kept[name] = storage.keep(base, name, room) if kept is None else kept
-        for down, up, scale in factors[added:]:
+            sum_of = partial(self._add_product, *factors[0], sign=1)
+            first = int(self._keep(self.get_base_layer(), storage, name, room, lambda W: sum_of(W=W, out=room(W))))
+        for down, up, scale in factors[first:]:
             self._add_product(down, up, scale, sign=1)
             if not keep_base:  # the adapter may change while it is merged: what was added is what is subtracted
                 self._added.append((down.detach().clone(), up.detach().clone(), scale * 1))
         return True
 
-    def _replace(self, parameter: str, value: Tensor, keep_base: bool, room: Callable[[Tensor], Tensor]) -> None:
+    def _keep(self, base: nn.Module, storage: Storage, parameter: str, room: Make, make: Make) -> bool:
+        """Puts a pristine parameter aside; True where what ``make`` makes of it stands in its place by then."""
+        kept = storage.stored(base, parameter) if self.tied else storage.exchange(base, parameter, make)
+        self._kept[parameter] = storage.keep(base, parameter, room) if kept is None else kept
+        return not self.tied and kept is not None
+
+    def _replace(self, parameter: str, value: Tensor, keep_base: bool, room: Make) -> None:
         base, storage = self.get_base_layer(), self._storage(parameter)
-        if keep_base and parameter not in self._kept:
-            keep = storage.stored(base, parameter) if self.tied else None
-            # Filled before it is the weight's: an interrupt finds the one or the other.
-            if (
-                keep is None
-                and (kept := storage.exchange(base, parameter, lambda W: room(W).copy_(value))) is not None
-            ):
-                self._kept[parameter] = kept
-                return
-            self._kept[parameter] = storage.keep(base, parameter, room) if keep is None else keep
+        wanted = keep_base and parameter not in self._kept
+        # Filled before it is the weight's: an interrupt finds the one or the other.
+        if wanted and self._keep(base, storage, parameter, room, lambda W: room(W).copy_(value)):
+            return
         if self.tied:
             self._put(parameter, storage.keep(base, parameter, torch.empty_like))
         storage.write(base, value, parameter)
@@ -781,21 +743,11 @@ class Adapted(Light):
     # ------------------------------------------------------------------ what users of PEFT read and call
 
     @property
-    def active_adapters(self) -> list[str]:
-        """The default adapters of this layer."""
-        return list(self._active)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The same under its older name."""
-        return list(self._active)
-
-    @property
     def disable_adapters(self) -> bool:
         """Whether all adapters are off, by `enable_adapters` or, for the caller alone, by ``disable_adapter``."""
         return not self._enabled or self.router.off
 
-    _active_adapter = active_adapter
+    _active_adapter = HasDefault.active_adapters
     _disable_adapters = disable_adapters
 
     def _all_available_adapter_names(self) -> list[str]:
@@ -897,7 +849,7 @@ class Adapted(Light):
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the frozen weight has its inputs first."""
-        return self.kind.name == "Conv1D"
+        return self.kind.fan_in_fan_out
 
     is_target_conv_1d_layer = fan_in_fan_out
 
@@ -924,20 +876,15 @@ class Adapted(Light):
             UnsupportedLayerError: The method is not defined on this layer, or the adapter would have parts elsewhere.
             MergeError: An adapter is merged.
         """
-        kind = self.kind
-        if kind.composite or kind.by_weight or kind.name not in METHODS[config.method].kinds:
-            raise UnsupportedLayerError(f"{self.path}: a {kind.name} alone cannot be adapted by {config.method}.")
         self._check_unmerged()
         own = replace(config, **dict(zip(dict.fromkeys(("r", *config.patterned)), values, strict=False)), **numbers)
-        method = METHODS[own.method].on(own, kind, self.get_base_layer(), own.layer_values(self.path, None))
+        method = adapter_alone(own, self.kind, self.get_base_layer(), self.path)
         if method.unpacked_only is not None and not self.storage.in_place:
             raise UnsupportedLayerError(f"{self.path} is packed already: {method.unpacked_only}.")
-        old, active = self.methods.get(adapter_name), self.active_adapters
+        active = self.active_adapters
         self.router.changing(self, self._run, [adapter_name])
-        if old is not None:
-            for slot in {slot.name for slot in old.slots.values()}:
-                self._modules[slot]._parameters.pop(adapter_name, None)  # type: ignore[union-attr]  # its groups
-                self._modules[slot]._modules.pop(adapter_name, None)  # type: ignore[union-attr]
+        if adapter_name in self.methods:
+            self._take_out(adapter_name)
         self.add(adapter_name, method, self.facts()[1])
         self.drop_empty()
         method.initialise(self.params(adapter_name), self)
@@ -1039,15 +986,13 @@ class Adapted(Light):
 
     def _get_name(self) -> str:
         """What it is printed as: the first adapter's method and the kind of layer, as in ``lora.Linear``."""
-        adapter = type(next(iter(self.methods.values()), None))
-        method = next((key.lower() for key, row in METHODS.items() if row.adapter is adapter), None)
-        return type(self).__name__ if method is None else f"{method}.{self.kind.printed or self.kind.name}"
+        method = next((m.method.lower() for m in self.methods.values()), "")
+        return f"{method}.{self.kind.printed or self.kind.name}" if method else type(self).__name__
 
     def extra_repr(self) -> str:
         bare = f"parameter_name={self.kind.weight_name!r}, " if self.kind.name == "Parameter" else ""
-        return f"{bare}adapters={list(self.methods)}, active={list(self._active)}" + (
-            f", merged={list(self._merged)}" if self._merged else ""
-        )
+        merged = f", merged={list(self._merged)}" if self._merged else ""
+        return f"{bare}adapters={list(self.methods)}, active={list(self._active)}{merged}"
 
 
 def merged_already(wanted: Iterable[str], merged: Iterable[str]) -> str:

@@ -214,7 +214,7 @@ class Invocations:
         for name, starts_B in starts.items():
             silent = starts_B == NEVER
             if rows is not None:
-                silent = silent[rows.members[rows.names.index(name)].to(silent.device)]
+                silent = silent[rows.of_adapter(name).to(silent.device)]
             if n := int(silent.sum()):
                 told.append(no_invocation(name, n))
         if told:
@@ -230,9 +230,8 @@ class _Call:
         x = _main(given)
         if x is None:
             raise RowsError("An activated adapter needs the call's input: give input_ids or inputs_embeds.")
-        ids = given.get("input_ids", given.get("inputs"))
+        ids, mask = given.get("input_ids", given.get("inputs")), given.get("attention_mask")
         self.ids_BL: Tensor | None = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
-        mask = given.get("attention_mask")
         self.mask: Tensor | None = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.B, self.L = x.shape[:2]
         self.past = _past(given)

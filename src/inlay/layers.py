@@ -44,6 +44,8 @@ class AbstractKind(ABC, Generic[L]):
     # Part of slot names ("lora_embedding_A") and whether tensors stand bare in their slot, as files have it.
     infix: ClassVar[str] = ""
     bare: ClassVar[bool] = False
+    # The layer's weight has its inputs first.
+    fan_in_fan_out: ClassVar[bool] = False
     # The layer reads indices: nothing can be done to its input.
     indexed: ClassVar[bool] = False
     weight_name: str = "weight"
@@ -162,6 +164,7 @@ class _Conv1D(LayerKind):
     name = "Conv1D"
     printed = "Linear"
     matrix = True
+    fan_in_fan_out = True
 
     def owns(self, layer: nn.Module) -> bool:
         return any(

@@ -20,16 +20,19 @@ class Memo:
     small = 1 << 18
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[list[tuple[weakref.ref[Tensor], int, int, Tensor | None]], Any]] = {}
+        self._known: dict[Any, tuple[list[tuple[weakref.ref[Tensor], int, int, Tensor | None]], Tensor]] = {}
 
-    def get(self, key: Hashable, owners: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
+    def get(self, key: Hashable, owners: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
         at = (key, *map(id, owners))
         known = self._known.get(at)
         if known is not None and all(map(self._unchanged, owners, known[0])):
             return known[1]
-        with torch.inference_mode(False):  # what is kept must serve later calls with gradients too
+        lasts = not any(t.is_inference() for t in owners)  # of these nothing tells that they were written to
+        # What is kept must serve later calls with gradients too, and carry none itself.
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not lasts), torch.no_grad():
             value = make()
-        self._known[at] = ([self._mark(t) for t in owners], value)
+        if lasts:
+            self._known[at] = ([self._mark(t) for t in owners], value)
         return value
 
     def _mark(self, t: Tensor) -> tuple[weakref.ref[Tensor], int, int, Tensor | None]:
@@ -62,13 +65,14 @@ class Stack:
 
     def __init__(self, parts: dict[str, tuple[AbstractAdapter, Params, list[Any]]], apart: tuple[str, ...]) -> None:
         self.order, self.apart = tuple(parts), apart
-        self.trained = torch.is_grad_enabled() and any(
-            t.requires_grad for _, p, _ in parts.values() for t in p.values()
-        )
         tensors = [(d, k, d[k]) for _, _, owners in parts.values() for d, k in owners if d.get(k) is not None]
-        self._marks = [(d, k, t, t._version, t.data_ptr()) for d, k, t in tensors]
+        trained = torch.is_grad_enabled() and any(t.requires_grad for _, p, _ in parts.values() for t in p.values())
+        # Whether a change of any would be seen, and no backward asks for a stack of its own.
+        self.lasts = not trained and not any(t.is_inference() for _, _, t in tensors)
+        self._marks = [(d, k, t, t._version, t.data_ptr()) for d, k, t in tensors] if self.lasts else []
         if parts:
-            with torch.inference_mode(False):
+            inference = torch.is_inference_mode_enabled() and not self.lasts
+            with torch.inference_mode(inference), torch.set_grad_enabled(trained):
                 self.factors = self._stacked([f for m, p, _ in parts.values() if (f := m.factors(p)) is not None])
 
     @staticmethod

@@ -37,6 +37,19 @@ BASE = "__base__"  # in adapter_names: this row runs the frozen model
 PATIENCE = 0.05  # seconds that a call lets a waiting write go first, at least
 
 
+class HasDefault:
+    """A layer, or a model, with adapters of which some run by default."""
+
+    _active: tuple[str, ...]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that run by default."""
+        return list(self._active)
+
+    active_adapter = active_adapters  # under its older name
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Adapters by row of a batch.
@@ -65,6 +78,10 @@ class Rows:
     @classmethod
     def _from_ids(cls, names: tuple[str, ...], ids_B: Tensor, repeats: tuple[int, ...]) -> Rows:
         return cls(names, ids_B, tuple((ids_B == i).nonzero().flatten() for i in range(len(names))), repeats)
+
+    def of_adapter(self, name: str) -> Tensor:
+        """The positions of an adapter's rows."""
+        return self.members[self.names.index(name)]
 
     def fitted(self, size: int, device: torch.device, module: str) -> Rows:
         """These rows for a module whose batch is ``size``, on its device.

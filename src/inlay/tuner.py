@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay import state
+from inlay import inject, state, walk, works
 from inlay.adapted import Adapted, merged_already
 from inlay.config import AdapterConfig
 from inlay.errors import (
@@ -26,20 +26,17 @@ from inlay.errors import (
     UnsupportedLayerError,
 )
 from inlay.hooks import Served, TrainingHooks
-from inlay.inject import apply, remove, tell_rounding, unmerge, unmerge_first
 from inlay.invocation import Invocations
 from inlay.methods._budget import RankBudget
 from inlay.prompts import AnyConfig, PromptLearningConfig
 from inlay.prompts.attach import Prompts
-from inlay.routing import Router
+from inlay.routing import HasDefault, Router
 from inlay.storage.arena import Arena, bytes_of
 from inlay.storage.placement import HOOK_NAMES
 from inlay.trained import Tied
-from inlay.walk import adapted_layers, biases, model_config, shared_weights, wrappers
-from inlay.works import Prepared, layers_in, method_of, prepare, told_by_config, with_targets
 
 
-class Tuner(nn.Module):
+class Tuner(nn.Module, HasDefault):
     """The user's model with adapters inside, and the verbs that act on all of its layers.
 
     Args:
@@ -69,7 +66,7 @@ class Tuner(nn.Module):
         """The verbs for a model with adapters inside and no handle around it, which keeps its own configs."""
         tuner = cls(model)
         tuner.peft_config = model.__dict__.get("peft_config") or {}
-        for _, wrapper in wrappers(model):
+        for _, wrapper in walk.wrappers(model):
             tuner._active, tuner.enabled = tuple(wrapper.active_adapters), not wrapper.disable_adapters
             break
         return tuner
@@ -89,7 +86,7 @@ class Tuner(nn.Module):
     def router(self) -> Router:
         """The routing that all wrappers of this model share."""
         if self._own_router is None:
-            for _, wrapper in wrappers(self.model):
+            for _, wrapper in walk.wrappers(self.model):
                 return wrapper.router
             self._own_router = Router()
         return self._own_router
@@ -100,29 +97,19 @@ class Tuner(nn.Module):
         config = next(iter(self.peft_config.values()), None)
         if isinstance(config, PromptLearningConfig):
             return f"{config.method.lower()}_"
-        return "" if config is None else method_of(config).prefix
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that run by default."""
-        return list(self._active)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The same under its older name."""
-        return list(self._active)
+        return "" if config is None else works.method_of(config).prefix
 
     def layers(self) -> Iterator[tuple[str, Adapted]]:
         """(name, wrapper) of every adapted layer."""
-        return adapted_layers(self.model)
+        return walk.adapted_layers(self.model)
 
     def _standing(self) -> list[Any]:
         """Everything with adapters of its own: wrappers, and the prompts before the model."""
-        return [*(w for _, w in wrappers(self.model)), *([self.prompts] if self.prompts is not None else [])]
+        return [*(w for _, w in walk.wrappers(self.model)), *([self.prompts] if self.prompts is not None else [])]
 
-    def add(self, adapter_name: str, config: AdapterConfig, prepared: Prepared, active: bool) -> None:
+    def add(self, adapter_name: str, config: AdapterConfig, prepared: works.Prepared, active: bool) -> None:
         """Registers an adapter that stands in the layers."""
-        with_targets(config, prepared)
+        works.with_targets(config, prepared)
         self.register(adapter_name, config)
         if active:
             self._active = (adapter_name,)
@@ -130,13 +117,11 @@ class Tuner(nn.Module):
     def register(self, adapter_name: str, config: AdapterConfig) -> None:
         """Makes ``config`` an adapter's, in place of the one it may have."""
         self.peft_config[adapter_name] = config
-        self._forget_invocation(adapter_name)
+        self._forget(adapter_name)
         if config.invocation is not None:
             self.invocations = self.invocations or Invocations(self.model, self.router)
             self.invocations.tokens[adapter_name] = config.invocation
-        self.hooks.pop(adapter_name, None)
-        self._hooked.pop(adapter_name, None)
-        if (hooks := method_of(config).hooks) is not None:
+        if (hooks := works.method_of(config).hooks) is not None:
             self.hooks[adapter_name] = hooks(config)
 
     def check_known(self, names: Sequence[str], missing: str = "does not exist") -> None:
@@ -160,13 +145,13 @@ class Tuner(nn.Module):
         self.check_known(names, "not found")
         if any(layer.merged for _, layer in self.layers()):
             with self.router.writing():
-                unmerge_first(self.model, stacklevel=3)
+                inject.unmerge_first(self.model, stacklevel=3)
         with self._changing():
             for wrapper in self._standing():
                 wrapper.set_adapter(list(names), inference_mode=inference_mode)
             self._active = names
             for name, config in self.peft_config.items():
-                for _, parameter in biases(self.model, config, name):
+                for _, parameter in walk.biases(self.model, config, name):
                     parameter.requires_grad_(name in names and not inference_mode)
 
     def _changing(self) -> AbstractContextManager[None]:
@@ -217,19 +202,14 @@ class Tuner(nn.Module):
         others = [n for n in [*self.peft_config] if n != adapter_name]
         if not left and others:
             left = (others[0],)
-            warnings.warn(
-                f"Adapter {adapter_name} was active and is deleted: {left[0]} is active now.",
-                PeftWarning,
-                stacklevel=3,
-            )
+            told = f"Adapter {adapter_name} was active and is deleted: {left[0]} is active now."
+            warnings.warn(told, PeftWarning, stacklevel=3)
         with self.router.writing(), warnings.catch_warnings():
             warnings.simplefilter("ignore", PeftWarning)  # said once, above
             for wrapper in found:
                 wrapper.delete_adapter(adapter_name)
             del self.peft_config[adapter_name]
-            self.hooks.pop(adapter_name, None)
-            self._hooked.pop(adapter_name, None)
-            self._forget_invocation(adapter_name)
+            self._forget(adapter_name)
             if left != self._active:
                 for wrapper in found if others else ():  # what is left may be another handle's, which has its choice
                     wrapper.set_adapter(list(left))
@@ -242,11 +222,14 @@ class Tuner(nn.Module):
         if found := [n for n in names if n in merged]:
             raise PlanError(f"Cannot delete adapter(s) {found} while they are merged: call unmerge_adapter() before.")
 
-    def _forget_invocation(self, *names: str) -> None:
-        for name in names if self.invocations is not None else ():
-            self.invocations.remove(name)  # type: ignore[union-attr]  # it is there
-        if self.invocations is not None and not self.invocations.tokens:
-            self.invocations = None
+    def _forget(self, *names: str) -> None:
+        """Drops what is kept of adapters beside their configs."""
+        for name in names:
+            self.hooks.pop(name, None)
+            self._hooked.pop(name, None)
+            if self.invocations is not None:
+                self.invocations.remove(name)
+                self.invocations = self.invocations if self.invocations.tokens else None
 
     def inject_adapter(
         self,
@@ -274,12 +257,12 @@ class Tuner(nn.Module):
         """
         self.check_known([adapter_name])
         config: Any = self.peft_config[adapter_name]
-        only = None if state_dict is None else layers_in(state_dict, config)
-        prepared, active = prepare(model, config, only, adapter_name, replacing=True), self._active
+        only = None if state_dict is None else works.layers_in(state_dict, config)
+        prepared, active = works.prepare(model, config, only, adapter_name, replacing=True), self._active
         trainable = not config.inference_mode
-        for text in (*prepared.plan.warnings, *(told_by_config(prepared) if only is not None else ())):
+        for text in (*prepared.plan.warnings, *(works.told_by_config(prepared) if only is not None else ())):
             warnings.warn(text, PeftWarning, stacklevel=2)
-        apply(
+        inject.apply(
             prepared, adapter_name, meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype, activate=not active,
             trainable=trainable, router=self.router,
         )  # fmt: skip
@@ -293,7 +276,7 @@ class Tuner(nn.Module):
         config = next(iter(self.peft_config.values()), None)
         if not isinstance(config, AdapterConfig):
             raise AttributeError("No adapter stands in layers.")
-        return method_of(config).default_targets
+        return works.method_of(config).default_targets
 
     @property
     def rankallocator(self) -> RankBudget:
@@ -309,7 +292,7 @@ class Tuner(nn.Module):
         """(name, hooks, layers) of every adapter that is trained and whose method asks something of training."""
         for name, hooks in self.hooks.items():
             if name not in self._hooked:
-                adapter = method_of(self.peft_config[name]).adapter  # type: ignore[arg-type]  # it has hooks
+                adapter = works.method_of(self.peft_config[name]).adapter  # type: ignore[arg-type]  # it has hooks
                 found = [(state.without_foreign(path), w) for path, w in self.layers() if not isinstance(w, Tied)]
                 self._hooked[name] = [(path, w) for path, w in found if isinstance(w.methods.get(name), adapter)]
             layers = [Served(path, w.methods[name], w.params(name)) for path, w in self._hooked[name]]
@@ -325,8 +308,8 @@ class Tuner(nn.Module):
             route = self.router.route()
             names = self._active if route is None else route.names or (() if route.rows is None else route.rows.names)
             for name, hooks, layers in self.trained():
-                extra = hooks.loss(layers) if name in names else None
-                loss = loss if extra is None else loss + extra.to(loss)
+                if name in names and (extra := hooks.loss(layers)) is not None:
+                    loss = loss + extra.to(loss)
             outputs["loss"] = loss  # type: ignore[index]  # a dict, or transformers' own kind of it
         return outputs
 
@@ -369,7 +352,10 @@ class Tuner(nn.Module):
                 "they stand before, and delete_adapter removes one."
             )
 
-    def _check_writable(self, names: Sequence[str]) -> None:
+    def _check_mergeable(self, verb: str, names: Sequence[str]) -> None:
+        self._check_in_layers(verb)
+        if isinstance(names, str):
+            raise TypeError(f"adapter_names must be a list, got a str: write [{names!r}].")
         self.check_known(names)
         if prompts := [n for n in names if isinstance(self.peft_config[n], PromptLearningConfig)]:
             raise NotMergeableError(f"{prompts[0]!r} is a prompt before the input: no weight can hold it.")
@@ -391,10 +377,7 @@ class Tuner(nn.Module):
             NotMergeableError, NonFiniteMergeError: They cannot be merged; nothing was written.
             MissingMethodError: All adapters are prompts.
         """
-        self._check_in_layers("merge_adapter")
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
-        self._check_writable(adapter_names or ())
+        self._check_mergeable("merge_adapter", adapter_names or ())
         with self.router.writing():
             layers = [layer for _, layer in self.layers()]
             changing = [(layer, new) for layer in layers if (new := layer.check_merge(adapter_names, safe_merge))]
@@ -405,7 +388,7 @@ class Tuner(nn.Module):
             room = self._arena.room(sum(bytes_of(layer.weight) for layer in copied))
             for layer, new in changing:
                 layer.write(new, keep_base, room)
-        tell_rounding(layer for layer, _ in changing)
+        inject.tell_rounding(layer for layer, _ in changing)
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the weights again.
@@ -418,7 +401,7 @@ class Tuner(nn.Module):
             merged = [layer for _, layer in self.layers() if layer.merged]
             if not merged:
                 warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
-            unmerge(merged)
+            inject.unmerge(merged)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -437,17 +420,14 @@ class Tuner(nn.Module):
             NotMergeableError, NonFiniteMergeError: They cannot be merged; nothing was written.
             MissingMethodError: All adapters are prompts.
         """
-        self._check_in_layers("merge_and_unload")
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names must be a list, got a str: write [{adapter_names!r}].")
-        self._check_writable(adapter_names or self._active)
+        self._check_mergeable("merge_and_unload", adapter_names or self._active)
         if any(config.layer_replication for config in self.peft_config.values()):
             raise UnsupportedLayerError(
                 "Replicated layers share one weight and have an adapter each: they cannot merge."
             )
         with self.router.writing():
-            shared = shared_weights(self.model)
-            remove(self.model, merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
+            shared = walk.shared_weights(self.model)
+            inject.remove(self.model, merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
         self._untie(shared)
         return self._released()
 
@@ -479,19 +459,17 @@ class Tuner(nn.Module):
         """
         self._check_in_layers("unload")
         with self.router.writing():
-            remove(self.model, merge=False)
+            inject.remove(self.model, merge=False)
         return self._released()
 
     def _released(self) -> nn.Module:
-        self._forget_invocation(*self.peft_config)
+        self._forget(*self.peft_config)
         self.peft_config = {}
-        self.hooks, self._hooked = {}, {}
         self._active = ()
         if self.prompts is not None:
             self.prompts.encoders.clear()
             self.prompts.set_adapter([])
-        if "peft_config" in self.model.__dict__:
-            del self.model.peft_config
+        self.model.__dict__.pop("peft_config", None)
         return self.model
 
     @property
@@ -513,7 +491,7 @@ class Tuner(nn.Module):
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The model's own config as a dict."""
-        return model_config(model)
+        return walk.model_config(model)
 
 
 def as_names(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -59,6 +59,7 @@ class Method:
                 f"its weight stacks {experts} matrices, and {config.method} is defined on one."
             )
         adapter = self.adapter(config, kind, base, values)
+        adapter.method = config.method
         for slot in adapter.slots.values():
             if not (slot.name.startswith(self.prefix) and slot.name.isidentifier()):
                 raise ConfigError(f"A slot of {config.method} must be named {self.prefix}..., got {slot.name!r}.")
@@ -82,6 +83,18 @@ METHODS: dict[str, Method] = {
         AdaptionPromptConfig, AdaptionPromptAdapter, "adaption_", frozenset({"Attention"}), TARGETS
     ),
 }
+
+
+def adapter_alone(config: AdapterConfig, kind: LayerKind, base: nn.Module, path: str) -> AbstractAdapter:
+    """The adapter of a layer that is adapted by itself, past a model's plan.
+
+    Raises:
+        UnsupportedLayerError: The method is not defined on it, or the adapter would have parts elsewhere.
+    """
+    row = METHODS[config.method]
+    if kind.composite or kind.by_weight or kind.name not in row.kinds:
+        raise UnsupportedLayerError(f"{path}: a {kind.name} alone cannot be adapted by {config.method}.")
+    return row.on(config, kind, base, config.layer_values(path, None))
 
 
 def register_peft_method(

@@ -85,6 +85,8 @@ class AbstractAdapter(ABC):
         values (`dict`): The values that vary by layer (`AdapterConfig.patterned`), resolved for this one.
     """
 
+    # Its row in `METHODS`, which has made it.
+    method: str = ""
     # Field names whose values stand as `layer.<name>[adapter]`, as users of PEFT read them.
     numbers: ClassVar[tuple[str, ...]] = ()
     # Attribute of the layer in PEFT, without an adapter's name -> attribute here.
@@ -271,14 +273,12 @@ class AbstractDelta(AbstractAdapter):
         factor: Any = self.scaling
         if layer.training:
             x = F.dropout(x, self.dropout) if self.dropout and not layer.kind.indexed else x
-            if (keep_O := self.mask(p, layer)) is not None:
-                factor = layer.kind.channels(keep_O) * factor
+            if self.rank_dropout or self.module_dropout:
+                factor = layer.kind.channels(self.mask(p, layer)) * factor
         return h + as_dtype(self.change(p, x, layer) * factor, h)
 
-    def mask(self, p: Params, layer: Layer) -> Tensor | None:
-        """What one forward's dropout multiplies each output channel by; None where it keeps all."""
-        if not self.rank_dropout and not self.module_dropout:
-            return None
+    def mask(self, p: Params, layer: Layer) -> Tensor:
+        """What one forward's dropout multiplies each output channel by."""
         like, outs = next(iter(p.values())), layer.kind.shape(layer.base_layer)[0]
         keep_O = (torch.rand(outs, device=like.device) >= self.rank_dropout).to(like.dtype)
         if self.rank_dropout_scale:

@@ -56,8 +56,6 @@ class AbstractLowRank(AbstractDelta):
     experts: int = 1
     use_dora: bool = False
     gain: float = 1.0  # of the product, not of the bias
-    r: int
-    init: Any = True
     # Which rows of the rank a file has, where training has cut the others.
     kept: list[bool] | None = None
     # What computes the start, of which rank where that is not r, and the names in p of the offset that it leaves.
@@ -105,8 +103,8 @@ class AbstractLowRank(AbstractDelta):
         (down_RI, up_OR), dropout = self.pair(p), 0.0
         if layer.training:
             dropout = self.dropout
-            if (keep_O := self.mask(p, layer)) is not None:
-                up_OR = up_OR * keep_O[:, None]
+            if self.rank_dropout or self.module_dropout:
+                up_OR = up_OR * self.mask(p, layer)[:, None]
         return low_rank(x, h, down_RI, up_OR, self.scaling, dropout, p.get("bias"), h_is_fresh=fresh, W_OI=W_OI)
 
     def takes_in(self, p: Params, x: Tensor, W_OI: Tensor, b_O: Tensor | None, layer: Layer) -> bool:

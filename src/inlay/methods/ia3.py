@@ -52,13 +52,12 @@ class IA3Config(AdapterConfig):
         super().__post_init__()
         if isinstance(self.feedforward_modules, list):
             self.feedforward_modules = set(self.feedforward_modules)
-        if isinstance(self.feedforward_modules, set):
-            strange = sorted(name for name in self.feedforward_modules if not self._may_name(name))
-            if strange:
-                raise ConfigError(
-                    f"feedforward_modules must name some of the targets, and {strange} are not in target_modules: add "
-                    "them there, or leave them out here."
-                )
+        chosen = self.feedforward_modules if isinstance(self.feedforward_modules, set) else ()
+        if strange := sorted(name for name in chosen if not self._may_name(name)):
+            raise ConfigError(
+                f"feedforward_modules must name some of the targets, and {strange} are not in target_modules: add "
+                "them there, or leave them out here."
+            )
 
     def _may_name(self, name: str) -> bool:
         """Whether ``name`` is a target, as far as lists tell: one of them, a suffix of one, or a more exact one."""

@@ -45,6 +45,7 @@ class PromptLearningConfig(PeftConfig):
     modules_to_save: list[str] | set[str] | None = None
 
     is_prompt_learning: ClassVar[bool] = True
+    example: ClassVar[dict[str, Any]] = {"num_virtual_tokens": 8}
     # Whether the prompt stands in the cache, and the fields above are those of keys.
     in_cache: ClassVar[bool] = False
     # What a layer method's config has and a prompt's has not, at the value that means nothing.
@@ -73,11 +74,7 @@ class PromptLearningConfig(PeftConfig):
                 "positions: make num_virtual_tokens smaller."
             )
         return replace(
-            self,
-            token_dim=width,
-            num_attention_heads=heads,
-            num_layers=layers,
-            num_transformer_submodules=submodules,
+            self, token_dim=width, num_attention_heads=heads, num_layers=layers, num_transformer_submodules=submodules
         )
 
     def _agreed(self, name: str, found: int | None, *valid: int | None) -> int:
@@ -125,27 +122,20 @@ class Host:
                 f"A prompt stands before the embeddings of a transformers model's tokens; {type(model).__name__} has "
                 "no config, or its get_input_embeddings() gives no table."
             )
-        self._model = model
+        self.model: Any = model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_model": self._model}  # signatures, which are kept here too, cannot be copied
+        return {"model": self.model}  # signatures, which are kept here too, cannot be copied
 
     @property
-    def model(self) -> Any:
-        """The model."""
-        return self._model
-
-    @property
-    def embeddings(self) -> nn.Module:
+    def embeddings(self) -> Any:
         """Its input embeddings, as they stand now."""
-        found: nn.Module = self.model.get_input_embeddings()
-        return found
+        return self.model.get_input_embeddings()
 
     @property
     def table(self) -> Tensor:
         """Their weight (V, D)."""
-        inner: Any = self.embeddings
-        return inner.weight  # type: ignore[no-any-return]  # of a wrapper too, which passes the name on
+        return self.embeddings.weight  # type: ignore[no-any-return]  # of a wrapper too, which passes the name on
 
     @cached_property
     def text(self) -> Any:
@@ -253,6 +243,20 @@ class Host:
         """Whether it has no head, or one that hands a cache on; of the heads that do not generate, some do not."""
         return self.inner is self.model or bool(self.model.can_generate())
 
+    def empty_cache(self, length: int | None = None, encoded: int | None = None) -> Any:
+        """A cache of the model's kind, or one of fixed length.
+
+        Args:
+            length (`int`, *optional*): How many tokens it has room for; any number if not given.
+            encoded (`int`, *optional*): The same for what an encoder gives.
+        """
+        from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+
+        def one(length: int | None) -> Any:
+            return DynamicCache(config=self.decoder) if length is None else StaticCache(self.decoder, length)
+
+        return EncoderDecoderCache(one(length), one(encoded)) if self.seq2seq else one(length)
+
     @cached_property
     def classifier(self) -> bool:
         """Whether it is a classifier of sequences; decoders look for the last token in the input's ids."""
@@ -346,7 +350,7 @@ class AbstractPrompt(nn.Module):
 
     def forward(self, task_ids_B: Tensor | None = None) -> Tensor:
         """The prompt: (T * submodules, D), or (B, T * submodules, D) where it depends on the task."""
-        raise NotImplementedError
+        return self.embedding.weight
 
     def filed(self) -> dict[str, Tensor]:
         """The tensors that files hold, by their names there."""
@@ -357,19 +361,18 @@ class AbstractPrompt(nn.Module):
         return {EMBEDDINGS: self.config.shape}
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes up the tensors of a file, or some of them."""
-        raise NotImplementedError
+        """Takes up the tensors of a file, or some of them.
 
-    def settle(self, prompt: Tensor) -> None:
-        """Makes a file's prompt the table, which is then the prompt itself where an encoder had made it."""
+        The prompt becomes the table, which is then the prompt itself where an encoder had made it.
+        """
+        if (prompt := tensors.get(EMBEDDINGS)) is None:
+            return
         W = self.embedding.weight
         self.fixed = self.fixed or not self.resumable
-        if W.shape == prompt.shape:
-            put(W, prompt)
-        else:
+        if W.shape != prompt.shape:
             rows, width = prompt.shape
             self.embedding = table(rows, width, W.requires_grad).to(W)
-            self.settle(prompt)
+        put(self.embedding.weight, prompt)
 
     # -- what a method may do to a call beside putting its tokens in
 

@@ -1,17 +1,16 @@
-"""Prompts as they stand before the rows of one batch, and the cache that keys and values of prompts stand in.
+"""Prompts as they stand before the rows of one batch, what a call with them is checked for, and the cache they fill.
 
 Rows may have prompts of different lengths, or none: shorter ones are padded on the left and masked.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import AbstractPrompt, Host, PromptLearningConfig
@@ -45,6 +44,26 @@ class Placed(NamedTuple):
         if self.mask_BT is None:
             return like.new_ones(len(like), self.length)
         return self.mask_BT.to(like)
+
+    def fill(self, host: Host, cache: Any = None) -> Any:
+        """An empty cache, a new one if none is given, with the prompt's keys and values in it."""
+        cache = host.empty_cache() if cache is None else cache
+        own = cache.self_attention_cache if host.seq2seq else cache
+        for i, (k, v) in enumerate(self._keys_and_values(host)):
+            own.update(k, v, i)
+        return cache
+
+    def _keys_and_values(self, host: Host) -> list[tuple[Tensor, Tensor]]:
+        """(keys, values) of every layer, each (B, heads, T, head width), of what stands flat in an encoder's table."""
+        layers, heads = self.config.num_layers or 0, self.config.num_attention_heads or 0
+        B, T, _ = self.values.shape
+        flat = self.values.to(host.model.dtype).view(B, T, layers * 2, heads, -1).permute(2, 0, 3, 1, 4)
+        pairs = list(zip(flat[0::2], flat[1::2], strict=True))
+        if (
+            host.seq2seq
+        ):  # the order that files are trained in: PEFT lays the table out twice and deals it out by fours
+            return [pairs[(2 * i) % layers] for i in range(host.decoder_layers or layers)]
+        return pairs[: layers - (host.config.get("num_kv_shared_layers") or 0)]  # the last ones read the others' cache
 
 
 class Choice(NamedTuple):
@@ -111,65 +130,116 @@ def _part(prompt: AbstractPrompt, tasks_B: Tensor | None, decoder: bool) -> Tens
     return P[:, prompt.length :] if decoder else P[:, : prompt.length]
 
 
-def sized(ids_BL: Tensor | None, x_BLD: Tensor | None) -> tuple[int, int]:
-    """(B, L) of the input; raises `PromptError` where there is none."""
-    main, dims = (ids_BL, 2) if x_BLD is None else (x_BLD, 3)
-    if not isinstance(main, Tensor):
-        raise PromptError("A prompt needs the input it stands before: give input_ids or inputs_embeds.")
-    if main.dim() != dims:
-        name = "input_ids of shape (batch, tokens)" if dims == 2 else "inputs_embeds of shape (batch, tokens, width)"
-        raise PromptError(f"A prompt stands before {name}, these have shape {tuple(main.shape)}.")
-    return main.shape[0], main.shape[1]
+class Call:
+    """One call's arguments on their way in: what a forward and a ``generate`` have in common.
 
+    Args:
+        host (`Host`): The model.
+        choice (`Choice`): The prompts.
+        given (`Mapping`): What the handle was called with, by name.
+    """
 
-def check_mask(given: Mapping[str, Any], shape: tuple[int, int] | None) -> None:
-    """Raises `PromptError` for a mask that no prompt can lengthen, or one that is not of the input's shape."""
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = given.get(name)
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+    front: Placed | None  # prompts of embeddings
+    cached: Placed | None  # prompts in the cache
+    parts: list[Placed]  # both, in order
+    going_on: bool  # from a call that brought the prompts in
+    B: int
+    L: int
+
+    def __init__(self, host: Host, choice: Choice, given: Mapping[str, Any]) -> None:
+        self.host, self.choice = host, choice
+        self.given: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        self.tasks_B = self.given.pop("task_ids", None)
+
+    def _place(self, ids_BL: Tensor | None, x_BLD: Tensor | None) -> None:
+        """Takes the size of the input, and the prompts for it; raises `PromptError` where there is none."""
+        main, dims = (ids_BL, 2) if x_BLD is None else (x_BLD, 3)
+        if not isinstance(main, Tensor):
+            raise PromptError("A prompt needs the input it stands before: give input_ids or inputs_embeds.")
+        if main.dim() != dims:
+            name = ("input_ids of shape (batch, tokens)", "inputs_embeds of shape (batch, tokens, width)")[dims - 2]
+            raise PromptError(f"A prompt stands before {name}, these have shape {tuple(main.shape)}.")
+        self.B, self.L = main.shape[:2]
+        self.front, self.cached = (self.choice.placed(way, self.B, self.tasks_B) for way in (False, True))
+        self.parts = [p for p in (self.cached, self.front) if p is not None]
+        self.going_on = seen(self.given.get("past_key_values")) > 0
+
+    def _embedded(self, ids_BL: Tensor | None, x_BLD: Tensor | None) -> Tensor:
+        """The input as embeddings."""
+        return self.host.embeddings(ids_BL) if x_BLD is None else x_BLD
+
+    def _check_input(self) -> None:
+        """Raises `PromptError` for a mask that cannot be lengthened, or more tokens than the model can number."""
+        for name in ("attention_mask", "decoder_attention_mask"):
+            mask = self.given.get(name)
+            if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+                raise PromptError(
+                    f"A prompt lengthens {name}: give one of shape (batch, tokens), not "
+                    f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}."
+                )
+        if not self.going_on and "attention_mask" in self.given:
+            self._check_shape("attention_mask")
+        self._check_positions([p for p in self.parts if p is self.front or not self.host.seq2seq], self.L)
+
+    def _lengthen(self, placed: Placed, name: str, width: int | None = None) -> Tensor | None:
+        """Puts a prompt's part before a mask; one of ``width`` tokens is made if none was given and rows differ."""
+        mask: Tensor | None = self.given.get(name)
+        if mask is None and width is not None and placed.mask_BT is not None:
+            mask = torch.ones(self.B, width, dtype=torch.long, device=placed.values.device)
+        if mask is not None:
+            self.given[name] = mask = torch.cat([placed.ones(mask), mask], 1)
+        return mask
+
+    def _continued(self, placed: Iterable[Placed]) -> int:
+        """How many tokens of the input the cache has beside these prompts; raises `PromptError` if it lacks them."""
+        T, found = sum(p.length for p in placed), seen(self.given["past_key_values"])
+        if found < T:
             raise PromptError(
-                f"A prompt lengthens {name}: give one of shape (batch, tokens), not "
-                f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}."
+                f"The cache holds {found} tokens, the prompt has {T}: it was not filled by a call with this prompt. "
+                "Give an empty cache, or none."
             )
-    if shape is not None and "attention_mask" in given:
-        check_shape("attention_mask", given["attention_mask"], shape)
+        return found - T
 
+    def _check_shape(self, name: str) -> None:
+        """Raises `PromptError` where what is said of each token is not of the input's shape."""
+        if (value := self.given[name]).shape[:2] != (self.B, self.L):
+            raise PromptError(
+                f"{name} has shape {tuple(value.shape)}, and the input is of {self.B} rows of {self.L} tokens: give "
+                "an entry for each of these; those of the prompt are added here."
+            )
 
-def check_shape(name: str, value: Tensor, shape: tuple[int, int]) -> None:
-    """Raises `PromptError` where what is said of each token is not of the input's shape."""
-    if value.shape[:2] != shape:
-        raise PromptError(
-            f"{name} has shape {tuple(value.shape)}, and the input is of {shape[0]} rows of {shape[1]} tokens: give "
-            "an entry for each of these; those of the prompt are added here."
-        )
+    def _check_gap(self, L: int) -> None:
+        """Raises `RowsError` where padding between a prompt in the cache and L tokens would count as distance."""
+        host, front, cached = self.host, self.front, self.cached
+        if host.seq2seq or cached is None or front is None or front.mask_BT is None or host.window is None:
+            return
+        if cached.length + front.length + L > host.window:
+            raise RowsError(
+                f"Rows with prompts in the cache and rows with prompts of embeddings are in one batch, and "
+                f"{type(host.model).__name__} counts the padding between them: have a batch for each."
+            )
 
+    def _check_positions(self, placed: Iterable[Placed], L: int) -> None:
+        """Raises `PromptError` where these prompts and an input of L tokens have not enough positions."""
+        T = sum(p.length for p in placed)
+        if T and self.host.positions is not None and self.host.positions < T + L:
+            raise PromptError(
+                f"A prompt of {T} tokens and an input of {L} exceed the model's {self.host.positions} positions: "
+                "shorten one of them."
+            )
 
-def check_gap(host: Host, cached: Placed | None, front: Placed | None, L: int) -> None:
-    """Raises `RowsError` where padding between a prompt in the cache and its input would count as distance."""
-    if host.seq2seq or cached is None or front is None or front.mask_BT is None or host.window is None:
-        return
-    if cached.length + front.length + L > host.window:
-        raise RowsError(
-            f"Rows with prompts in the cache and rows with prompts of embeddings are in one batch, and "
-            f"{type(host.model).__name__} counts the padding between them: have a batch for each."
-        )
+    def _check_room(self, cache: Any, needed: int) -> None:
+        """Raises `PromptError` where a cache of fixed length has no room for so many tokens."""
+        from transformers.cache_utils import StaticLayer
 
-
-def check_positions(host: Host, front: Placed | None, cached: Placed | None, L: int) -> None:
-    """Raises `PromptError` where the prompts and an input of L tokens have not enough positions."""
-    T = sum(p.length for p in (front, None if host.seq2seq else cached) if p is not None)
-    if T and host.positions is not None and host.positions < T + L:
-        raise PromptError(
-            f"A prompt of {T} tokens and an input of {L} exceed the model's {host.positions} positions: shorten one "
-            "of them."
-        )
-
-
-def embedded(host: Host, ids_BL: Tensor | None, x_BLD: Tensor | None) -> Tensor:
-    """The input as embeddings."""
-    if x_BLD is None:
-        x_BLD = host.embeddings(ids_BL)
-    return x_BLD
+        for layer in getattr(getattr(cache, "self_attention_cache", cache), "layers", ()):
+            if isinstance(layer, StaticLayer):
+                window = (self.host.config.get("sliding_window") or needed) if layer.is_sliding else needed
+                if layer.max_cache_len < min(window, needed):
+                    raise PromptError(
+                        f"The cache has room for {layer.max_cache_len} tokens; the prompt, the input and what follows "
+                        f"are {needed}: make it as long."
+                    )
 
 
 def leading(mask_BL: Tensor) -> Tensor:
@@ -204,60 +274,6 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_star
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
-# ---------------------------------------------------------------------- the cache
-
-
-def empty_cache(host: Host, length: int | None = None, encoded: int | None = None) -> Any:
-    """A cache of the model's kind, or one of fixed length.
-
-    Args:
-        host (`Host`): The model.
-        length (`int`, *optional*): How many tokens it has room for; any number if not given.
-        encoded (`int`, *optional*): The same for what an encoder gives.
-    """
-    from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-
-    def one(length: int | None) -> Any:
-        return DynamicCache(config=host.decoder) if length is None else StaticCache(host.decoder, max_cache_len=length)
-
-    return EncoderDecoderCache(one(length), one(encoded)) if host.seq2seq else one(length)
-
-
-def fill(host: Host, placed: Placed, cache: Any = None) -> Any:
-    """An empty cache, a new one if none is given, with a prompt's keys and values in it."""
-    cache = empty_cache(host) if cache is None else cache
-    own = cache.self_attention_cache if host.seq2seq else cache
-    for i, (k, v) in enumerate(_keys_and_values(host, placed)):
-        own.update(k, v, i)
-    return cache
-
-
-def check_room(host: Host, cache: Any, needed: int) -> None:
-    """Raises `PromptError` where a cache of fixed length has no room for so many tokens."""
-    from transformers.cache_utils import StaticLayer
-
-    own = getattr(cache, "self_attention_cache", cache)
-    for layer in getattr(own, "layers", ()):
-        if isinstance(layer, StaticLayer):
-            window = (host.config.get("sliding_window") or needed) if layer.is_sliding else needed
-            if layer.max_cache_len < min(window, needed):
-                raise PromptError(
-                    f"The cache has room for {layer.max_cache_len} tokens; the prompt, the input and what follows are "
-                    f"{needed}: make it as long."
-                )
-
-
-def _keys_and_values(host: Host, placed: Placed) -> list[tuple[Tensor, Tensor]]:
-    """(keys, values) of every layer, each (B, heads, T, head width), of what stands flat in an encoder's table."""
-    layers, heads = placed.config.num_layers or 0, placed.config.num_attention_heads or 0
-    B, T, _ = placed.values.shape
-    flat = placed.values.to(host.model.dtype).view(B, T, layers * 2, heads, -1).permute(2, 0, 3, 1, 4)
-    pairs = list(zip(flat[0::2], flat[1::2], strict=True))
-    if host.seq2seq:  # the order that files are trained in: PEFT lays the table out twice and deals it out by fours
-        return [pairs[(2 * i) % layers] for i in range(host.decoder_layers or layers)]
-    return pairs[: layers - (host.config.get("num_kv_shared_layers") or 0)]  # the last ones read the others' cache
-
-
 def seen(cache: Any) -> int:
     """How many tokens a cache holds; of none, 0.
 
@@ -269,39 +285,3 @@ def seen(cache: Any) -> int:
     if cache is not None and not isinstance(cache, Cache):
         raise PromptError(f"past_key_values must be a cache of transformers, got a {type(cache).__name__}.")
     return 0 if cache is None else int(cache.get_seq_length())
-
-
-def continued(cache: Any, placed: Iterable[Placed]) -> int:
-    """How many tokens of the input a cache that holds something has, beside these prompts.
-
-    Raises:
-        PromptError: It cannot hold the prompts.
-    """
-    T, found = sum(p.length for p in placed), seen(cache)
-    if found < T:
-        raise PromptError(
-            f"The cache holds {found} tokens, the prompt has {T}: it was not filled by a call with this prompt. Give "
-            "an empty cache, or none."
-        )
-    return found - T
-
-
-class _Given(nn.Module):
-    """A module that is given a cache, whoever calls it."""
-
-    def __init__(self, inner: nn.Module, cache: Any) -> None:
-        super().__init__()
-        self.inner, self.cache = inner, cache
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **{**kwargs, "past_key_values": self.cache})
-
-
-def run(host: Host, given: dict[str, Any]) -> Any:
-    """Runs the model; a head that hands no cache on does so as a copy, which stands on a model that has it."""
-    if "past_key_values" not in given or host.hands_on:
-        return host.model(**given)
-    head = copy.copy(host.model)
-    inner = {host.model.base_model_prefix: _Given(host.inner, given.pop("past_key_values"))}
-    head.__dict__["_modules"] = {**head._modules, **inner}
-    return head(**given)

@@ -12,9 +12,9 @@ begins at the length of the row's own prompt.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,30 +23,11 @@ from torch import Tensor, nn
 
 from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import AbstractPrompt, Host
-from inlay.prompts._placed import (
-    Choice,
-    Placed,
-    check_gap,
-    check_mask,
-    check_positions,
-    check_room,
-    check_shape,
-    continued,
-    embedded,
-    empty_cache,
-    fill,
-    leading,
-    ordered,
-    padding_behind,
-    run,
-    seen,
-    shift_tokens_right,
-    sized,
-)
+from inlay.prompts._placed import Call, Choice, Placed, leading, ordered, padding_behind, shift_tokens_right
 from inlay.prompts.generation import Generation
 from inlay.routing import Defaults, Following, Route
 
-_LENGTHENED = {"attention_mask": 1, "token_type_ids": 0}
+_BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 _ELSEWHERE = ("decoder_", "encoder_", "past_key_values", "labels", "start_positions", "end_positions")
 
 
@@ -123,7 +104,7 @@ class Prompts:
         values = P.expand(B, -1, -1)
         if not prompt.config.in_cache:
             return values
-        return fill(self.host, Placed(values, None, prompt.config), empty_cache(self.host, length))
+        return Placed(values, None, prompt.config).fill(self.host, self.host.empty_cache(length))
 
     def choice(self, route: Route | None) -> Choice | None:
         """The prompts that a call with this routing has; None where it has none."""
@@ -140,7 +121,7 @@ class Prompts:
         """Runs the model with the chosen prompts before its input."""
         entry = Entry(self.host, choice, args, kwargs)
         entry.enter()
-        return entry.left(run(self.host, entry.given))
+        return entry.left(_run(self.host, entry.given))
 
     def generate(self, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The model's ``generate``, with the chosen prompts before its input."""
@@ -153,7 +134,28 @@ class Prompts:
         return self.host.model.generate(**Generation(self.host, choice, given).arguments())
 
 
-class Entry:
+class _Given(nn.Module):
+    """A module that is given a cache, whoever calls it."""
+
+    def __init__(self, inner: nn.Module, cache: Any) -> None:
+        super().__init__()
+        self.inner, self.cache = inner, cache
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **{**kwargs, "past_key_values": self.cache})
+
+
+def _run(host: Host, given: dict[str, Any]) -> Any:
+    """Runs the model; a head that hands no cache on does so as a copy, which stands on a model that has it."""
+    if "past_key_values" not in given or host.hands_on:
+        return host.model(**given)
+    head = copy.copy(host.model)
+    inner = {host.model.base_model_prefix: _Given(host.inner, given.pop("past_key_values"))}
+    head.__dict__["_modules"] = {**head._modules, **inner}
+    return head(**given)
+
+
+class Entry(Call):
     """One forward's arguments on their way in.
 
     Args:
@@ -167,13 +169,10 @@ class Entry:
 
     def __init__(self, host: Host, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         names = [n for n, p in host.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        self.given: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        self.host, self.choice = host, choice
+        super().__init__(host, choice, {**dict(zip(names, args, strict=False)), **kwargs})
         if "input_ids" in self.given and "inputs_embeds" in self.given:
             raise PromptError("The input is given twice, as input_ids and as inputs_embeds: leave one of them out.")
-        self.B, self.L = sized(self.given.get("input_ids"), self.given.get("inputs_embeds"))
-        self.tasks_B = self.given.pop("task_ids", None)
+        self._place(self.given.get("input_ids"), self.given.get("inputs_embeds"))
         self.only = choice.only()
         self.own = {k: self.given.pop(k) for p in choice.prompts.values() for k in p.arguments if k in self.given}
         self.prefix: Any = None
@@ -183,16 +182,13 @@ class Entry:
 
     def enter(self) -> None:
         """Puts the prompts before the input."""
-        cache = self.given.get("past_key_values")
-        cached = self.choice.placed(True, self.B, self.tasks_B)
-        front = self.choice.placed(False, self.B, self.tasks_B)
-        going_on = seen(cache) > 0  # from a call that brought the prompts in
-        self._check(front, cached, going_on)
-        if front is not None and (self.host.seq2seq or not going_on):  # an encoder reads its input anew
+        front, cached, cache = self.front, self.cached, self.given.get("past_key_values")
+        self._check(front)
+        if front is not None and (self.host.seq2seq or not self.going_on):  # an encoder reads its input anew
             self._stand_in_front(front)
-        if going_on:
-            before = [p for p in (None if self.host.seq2seq else front, cached) if p is not None]
-            self.past = continued(cache, before)
+        if self.going_on:
+            before = [p for p in reversed(self.parts) if p is cached or not self.host.seq2seq]
+            self.past = self._continued(before)
             for placed in before:
                 self._shift(placed)
         elif cached is not None:
@@ -207,51 +203,48 @@ class Entry:
             )
         if self._blank_BL is not None and "start_logits" in outputs:
             self._answered(outputs, self._blank_BL)
-        if self.only is None or self._labels is None:
+        loss = None
+        if self.only is not None and self._labels is not None:
+            loss = self.only.loss(outputs, self._labels, self.own)
+        if loss is None:
             return outputs
-        by_name = isinstance(outputs, Mapping)
-        loss = self.only.loss(outputs, self._labels, self.own)
-        if loss is not None and not by_name:
+        if isinstance(outputs, tuple):
             return (loss, *outputs[1:])
-        if loss is not None:
-            outputs["loss"] = loss
+        outputs["loss"] = loss
         return outputs
 
     def _answered(self, outputs: Any, blank_BL: Tensor) -> None:
         """Takes the padding between prompts of different lengths out of what answers are chosen from."""
-        for name in ("start_logits", "end_logits"):
-            outputs[name] = outputs[name].masked_fill(blank_BL, torch.finfo(outputs[name].dtype).min)
-        if "loss" in outputs:
-            size = blank_BL.shape[1]
-            at = [self.given[name].clamp(0, size) for name in ("start_positions", "end_positions")]
-            losses = map(
-                partial(F.cross_entropy, ignore_index=size), (outputs["start_logits"], outputs["end_logits"]), at
-            )
+        size, losses = blank_BL.shape[1], []
+        for logits, positions in (("start_logits", "start_positions"), ("end_logits", "end_positions")):
+            outputs[logits] = outputs[logits].masked_fill(blank_BL, torch.finfo(outputs[logits].dtype).min)
+            if "loss" in outputs:
+                at_B = self.given[positions].clamp(0, size)
+                losses.append(F.cross_entropy(outputs[logits], at_B, ignore_index=size))
+        if losses:
             outputs["loss"] = sum(losses) / 2
 
-    def _check(self, front: Placed | None, cached: Placed | None, going_on: bool) -> None:
+    def _check(self, front: Placed | None) -> None:
         alone = [n for n, p in self.choice.prompts.items() if p.alone]
         if alone and self.only is None and "labels" in self.given:
             raise RowsError(
                 f"{alone[0]!r} has a loss or a prompt in the decoder of its own: train it alone, on a whole batch."
             )
-        shape = (self.B, self.L)
-        check_mask(self.given, None if going_on else shape)
+        self._check_input()
         positions = self.given.get("position_ids")
         if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape != (1, self.L):
-            check_shape("position_ids", positions, shape)
-        check_positions(self.host, front, cached, self.L)
-        check_gap(self.host, cached, front, self.L)
+            self._check_shape("position_ids")
+        self._check_gap(self.L)
         if not self.host.seq2seq:
-            mask, T = self.given.get("attention_mask"), sum(p.length for p in (front, cached) if p is not None)
-            check_room(self.host, self.given.get("past_key_values"), T + (self.L if mask is None else mask.shape[1]))
+            mask, T = self.given.get("attention_mask"), sum(p.length for p in self.parts)
+            self._check_room(self.given.get("past_key_values"), T + (self.L if mask is None else mask.shape[1]))
         self._check_labels(front)
-        if front is None or going_on:
+        if front is None or self.going_on:
             return
         if "token_type_ids" in self.given:
-            check_shape("token_type_ids", self.given["token_type_ids"], shape)
+            self._check_shape("token_type_ids")
         for name, value in self.given.items():
-            known = name in ("input_ids", "inputs_embeds", "position_ids", *_LENGTHENED) or name.startswith(_ELSEWHERE)
+            known = name in _BY_TOKEN or name.startswith(_ELSEWHERE)
             if not known and isinstance(value, Tensor) and value.shape[:2] == (self.B, self.L):
                 raise PromptError(f"{name} has an entry for each token, and a prompt has none for it: leave it out.")
 
@@ -263,12 +256,12 @@ class Entry:
         if front is not None and front.mask_BT is None and not self.host.predicts_next:
             lengths.append(front.length + self.L)  # those of PEFT's token classifiers, which lengthens none
         if labels.shape[1] not in lengths or len(labels) != self.B:
-            check_shape("labels", labels, (self.B, self.L))
+            self._check_shape("labels")
 
     def _stand_in_front(self, front: Placed) -> None:
         given, host, own = self.given, self.host, front.own()
         ids = given.pop("input_ids", None)
-        x_BLD = embedded(host, ids, given.pop("inputs_embeds", None))
+        x_BLD = self._embedded(ids, given.pop("inputs_embeds", None))
         given["inputs_embeds"] = torch.cat([front.values.to(x_BLD), x_BLD], 1)
         last = host.classifier and not (host.seq2seq or host.bidirectional)
         if last:
@@ -279,9 +272,9 @@ class Entry:
             self._labels = self._lengthened_labels(front)
             self._number(front)
             self._find_answers(front)
-        for name, filling in _LENGTHENED.items():
-            self._lengthen(front, name, filling)
-        mask: Tensor | None = given.get("attention_mask")
+        if (kinds_BL := given.get("token_type_ids")) is not None:
+            given["token_type_ids"] = F.pad(kinds_BL, (front.length, 0))
+        mask = self._lengthen(front, "attention_mask", self.L)
         if host.seq2seq and mask is not None:
             self._order(padding_behind(mask))
         elif host.bidirectional and front.mask_BT is not None:  # there the first token has to be the row's own
@@ -337,22 +330,12 @@ class Entry:
             at = torch.arange(size, device=front.values.device)
             self._blank_BL = at >= own + self.L if self.host.bidirectional else at < front.length - own
 
-    def _lengthen(self, placed: Placed, name: str, fill: int) -> None:
-        """Puts a prompt's part before the input's; a mask that was not given is made where rows differ."""
-        value = self.given.get(name)
-        if value is None and name == "attention_mask" and placed.mask_BT is not None:
-            length = self.L if self.host.seq2seq else self.past + self.L
-            value = torch.ones(self.B, length, dtype=torch.long, device=placed.values.device)
-        if value is not None:
-            before = placed.ones(value) if fill else value.new_zeros(len(value), placed.length)
-            self.given[name] = torch.cat([before, value], 1)
-
     def _number(self, front: Placed) -> None:
         """Positions of the prompt and the input: they count from each row's first token."""
         given, mask, own = self.given.get("position_ids"), self.given.get("attention_mask"), front.own()
         as_it_stands = self.host.bidirectional and not self.host.first  # padding in front has a number there
         if given is not None:
-            self._check_positions(given)
+            self._check_numbered(given)
             L = given.expand(self.B, -1)
         elif self.host.by_mask or as_it_stands or (mask is None and front.mask_BT is None):
             return
@@ -371,7 +354,7 @@ class Entry:
         L = torch.arange(self.past, self.past + width, device=device).expand(self.B, -1)
         return self.host.first + (L if mask is None else (L - leading(mask)).clamp(min=0))
 
-    def _check_positions(self, given: Tensor) -> None:
+    def _check_numbered(self, given: Tensor) -> None:
         if given.dim() != 2:
             raise PromptError(
                 f"A prompt comes before position_ids of shape (batch, tokens), these have shape {tuple(given.shape)}."
@@ -404,13 +387,13 @@ class Entry:
                 raise PromptError("The decoder has no input: give labels, decoder_input_ids or decoder_inputs_embeds.")
             text = self.host.text
             ids = shift_tokens_right(given["labels"], text.pad_token_id, text.decoder_start_token_id)
-        x_BLD = embedded(self.host, ids, x_BLD)
+        x_BLD = self._embedded(ids, x_BLD)
         placed = self.choice.placed(False, self.B, self.tasks_B, decoder=True)
         assert placed is not None, "the choice has this prompt"
         given["decoder_inputs_embeds"] = torch.cat([placed.values.to(x_BLD), x_BLD], 1)
         if "labels" in given:
             given["labels"] = prompt.labels(given["labels"], self.own)
-        self._lengthen(placed, "decoder_attention_mask", 1)
+        self._lengthen(placed, "decoder_attention_mask")
 
     def _stand_in_cache(self, cached: Placed, cache: Any) -> None:
         model = self.host.model
@@ -420,10 +403,9 @@ class Entry:
                 "gradient_checkpointing_disable(), or eval(), or use a prompt of embeddings."
             )
         if self.host.seq2seq:
-            check_positions(self.host, cached, None, self._decoded())
-        filled = fill(self.host, cached, cache)
+            self._check_positions([cached], self._decoded())
+        self.given["past_key_values"] = filled = cached.fill(self.host, cache)
         self.prefix = (filled, cached.length)
-        self.given["past_key_values"] = filled
         self._shift(cached)
 
     def _decoded(self) -> int:
@@ -434,13 +416,10 @@ class Entry:
     def _shift(self, placed: Placed) -> None:
         """Has the input stand behind a prompt that is in the cache."""
         mask = "decoder_attention_mask" if self.host.seq2seq else "attention_mask"
-        if self.host.seq2seq and placed.mask_BT is not None and mask not in self.given:
-            size = self.past + self._decoded()
-            self.given[mask] = torch.ones(self.B, size, dtype=torch.long, device=placed.values.device)
         given, before = self.given.get("position_ids"), self.given.get(mask)
-        self._lengthen(placed, mask, 1)
+        self._lengthen(placed, mask, self.past + (self._decoded() if self.host.seq2seq else self.L))
         if given is not None:
-            self._check_positions(given)
+            self._check_numbered(given)
             self.given["position_ids"] = given + placed.own()
         elif self.host.by_mask or (placed.mask_BT is None and self._numbers_itself(before)):
             return

@@ -35,7 +35,6 @@ class CartridgeConfig(PromptLearningConfig):
     num_frozen_tokens: int = field(default=1, metadata=within("[0, 2147483647]"))
 
     method = "CARTRIDGE"
-    example = {"num_virtual_tokens": 8}
     in_cache = True
 
     def __post_init__(self) -> None:

@@ -115,8 +115,8 @@ class CPTEmbedding(AbstractPrompt):
         return self.embedding.weight + delta_TD * (self.types_T % 4 != 0)[:, None]
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
+        super().take(tensors)
         if EMBEDDINGS in tensors:
-            self.settle(tensors[EMBEDDINGS])
             torch.nn.init.zeros_(self.delta_embedding.weight)
 
     def _types(self, labels_BL: Tensor, given: Mapping[str, Any]) -> Tensor:

@@ -10,29 +10,13 @@ from torch import Tensor
 
 from inlay.errors import PromptError, RowsError
 from inlay.prompts._abstract import Host
-from inlay.prompts._placed import (
-    Choice,
-    Placed,
-    check_gap,
-    check_mask,
-    check_positions,
-    check_room,
-    continued,
-    embedded,
-    empty_cache,
-    fill,
-    leading,
-    ordered,
-    padding_behind,
-    seen,
-    sized,
-)
+from inlay.prompts._placed import Call, Choice, Placed, leading, ordered, padding_behind
 
 # What has transformers guess tokens and check several at once.
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
-class Generation:
+class Generation(Call):
     """One ``generate`` call's arguments on their way in.
 
     A prompt of embeddings is given to ``generate`` as ``inputs_embeds`` beside the input's ids; one in the cache as a
@@ -45,18 +29,14 @@ class Generation:
     """
 
     def __init__(self, host: Host, choice: Choice, given: Mapping[str, Any]) -> None:
-        self.given: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        self.host = host
+        super().__init__(host, choice, given)
         self.ids_BL = self.given.pop("input_ids", self.given.pop("inputs", None))
         self.x_BLD = self.given.pop("inputs_embeds", None)
         self.config = self.given.get("generation_config")
         if self.ids_BL is None and self.x_BLD is None and not host.seq2seq:
             begin = self._asked("bos_token_id")  # as transformers begins where it is given no input
             self.ids_BL = None if begin is None else torch.tensor([[begin]], device=host.table.device)
-        self.B, self.L = sized(self.ids_BL, self.x_BLD)
-        tasks_B = self.given.pop("task_ids", None)
-        self.front = choice.placed(False, self.B, tasks_B)
-        self.cached = choice.placed(True, self.B, tasks_B)
+        self._place(self.ids_BL, self.x_BLD)
         for name in ("encoder_outputs", "past_key_values"):
             if host.seq2seq and name in self.given:
                 raise PromptError(f"generate() makes {name} itself, with the prompt in it: leave it out.")
@@ -67,9 +47,7 @@ class Generation:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments with the prompts in them."""
-        cache = self.given.get("past_key_values")
-        check_mask(self.given, None if cache is not None and cache.get_seq_length() else (self.B, self.L))
-        check_positions(self.host, self.front, self.cached, self.L)
+        self._check_input()
         return self._of_seq2seq() if self.host.seq2seq else self._of_decoder()
 
     def _longest(self) -> int:
@@ -85,20 +63,15 @@ class Generation:
     def _of_seq2seq(self) -> dict[str, Any]:
         given = self.given
         if self.front is not None:
-            x_BLD = embedded(self.host, self.ids_BL, self.x_BLD)
+            x_BLD = self._embedded(self.ids_BL, self.x_BLD)
             given["inputs_embeds"] = torch.cat([self.front.values.to(x_BLD), x_BLD], 1)
-            mask = given.get("attention_mask")
-            if mask is None and self.front.mask_BT is not None:
-                mask = torch.ones(self.B, self.L, dtype=torch.long, device=x_BLD.device)
-            if mask is not None:
-                mask = torch.cat([self.front.ones(mask), mask], 1)
+            if (mask := self._lengthen(self.front, "attention_mask", self.L)) is not None:
                 at_BL = padding_behind(mask)
                 given["attention_mask"] = mask.gather(1, at_BL)
                 given["inputs_embeds"] = ordered(given["inputs_embeds"], at_BL)
         else:
-            given["input_ids" if self.x_BLD is None else "inputs_embeds"] = (
-                self.ids_BL if self.x_BLD is None else self.x_BLD
-            )
+            name, x = ("input_ids", self.ids_BL) if self.x_BLD is None else ("inputs_embeds", self.x_BLD)
+            given[name] = x
         if self.cached is not None:
             self._lengthen_decoded(self.cached)
             started = given.get("decoder_input_ids")
@@ -107,33 +80,28 @@ class Generation:
 
     def _lengthen_decoded(self, cached: Placed) -> None:
         """Puts a prompt's part before the mask of what the decoder begins with."""
-        mask, ids = self.given.get("decoder_attention_mask"), self.given.get("decoder_input_ids")
-        if cached.mask_BT is not None and (not self.host.relative or ids is not None):
+        begun = "decoder_input_ids" in self.given
+        if cached.mask_BT is not None and (begun or not self.host.relative):
             raise RowsError(
                 "Prompts in a decoder's cache have to be of one length, where it has a table of positions or is given "
                 "decoder_input_ids: generate a batch for each."
             )
-        if mask is None and cached.mask_BT is not None:
-            mask = cached.mask_BT.new_ones(self.B, 1)
-        if mask is not None:
-            self.given["decoder_attention_mask"] = torch.cat([cached.ones(mask), mask], 1)
+        self._lengthen(cached, "decoder_attention_mask", 1)
 
     def _of_decoder(self) -> dict[str, Any]:
-        given, cache = self.given, self.given.get("past_key_values")
-        going_on = seen(cache) > 0
-        placed = [p for p in (self.cached, self.front) if p is not None]
+        given, going_on = self.given, self.going_on
         if going_on:
-            continued(cache, placed)
+            self._continued(self.parts)
         self._lengths()
-        check_gap(self.host, self.cached, self.front, self.L + self._new(20))
+        self._check_gap(self.L + self._new(20))
         mask = self._mask()
         self._pass_over(leading(mask))
-        given["attention_mask"] = torch.cat([*(p.ones(mask) for p in placed), mask], 1)
+        given["attention_mask"] = torch.cat([*(p.ones(mask) for p in self.parts), mask], 1)
         if "position_ids" in given:
             raise PromptError("generate() counts positions itself, with the prompt in them: leave position_ids out.")
         if self.cached is not None and not going_on:
             self._fill(self._longest(), 20)
-        check_room(self.host, given.get("past_key_values"), given["attention_mask"].shape[1] + self._new(20) - 1)
+        self._check_room(given.get("past_key_values"), given["attention_mask"].shape[1] + self._new(20) - 1)
         if self.ids_BL is not None:
             given["input_ids"] = self.ids_BL
         front, assisted = self.front, any(self._asked(name) for name in _ASSISTED)
@@ -143,7 +111,7 @@ class Generation:
         if front is not None or self.x_BLD is not None or going_on:
             if assisted:  # transformers would leave out the first tokens that are guessed, and take others for checked
                 raise PromptError("Assisted decoding neither goes on from a cache nor from inputs_embeds.")
-            x_BLD = embedded(self.host, self.ids_BL, self.x_BLD)
+            x_BLD = self._embedded(self.ids_BL, self.x_BLD)
             # What the cache has is cut off again; only its length counts.
             before = [] if self.cached is None else [x_BLD.new_zeros(self.B, self.cached.length, x_BLD.shape[2])]
             before += [] if front is None else [front.values.to(x_BLD)]
@@ -153,7 +121,7 @@ class Generation:
     def _read(self, front: Placed) -> None:
         """Has the model read a prompt of embeddings into the cache, for what has to begin with ids."""
         cache = self.given.get("past_key_values")
-        cache = empty_cache(self.host) if cache is None else cache
+        cache = self.host.empty_cache() if cache is None else cache
         x_BTD = front.values.to(self.host.table.dtype)
         mask = self.given["attention_mask"][:, : cache.get_seq_length() + front.length]
         with torch.no_grad():
@@ -213,7 +181,7 @@ class Generation:
                 f"A prompt in the cache needs one that can be filled beforehand, 'dynamic' or 'static', not {kind!r}."
             )
         if cache is None and kind == "static":
-            cache = empty_cache(self.host, self.cached.length + before + self._new(default), self._longest())
-        check_room(self.host, cache, self.cached.length)
-        filled = fill(self.host, self._expanded(self.cached), cache)
+            cache = self.host.empty_cache(self.cached.length + before + self._new(default), self._longest())
+        self._check_room(cache, self.cached.length)
+        filled = self._expanded(self.cached).fill(self.host, cache)
         self.given.update(past_key_values=filled, use_cache=True, cache_implementation=None)

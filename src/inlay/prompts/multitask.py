@@ -21,7 +21,7 @@ from inlay.config import RANKS, within
 from inlay.errors import PromptError, TaskIndexError
 from inlay.formats import files
 from inlay.prompts._abstract import EMBEDDINGS, AbstractPrompt, Host, put, table
-from inlay.prompts.prompt_tuning import PromptTuningConfig, first_tokens, rows
+from inlay.prompts.prompt_tuning import PromptTuningConfig, start_at_tokens
 
 _COLS, _ROWS = "prefix_task_cols", "prefix_task_rows"
 
@@ -79,8 +79,7 @@ class MultitaskPromptEmbedding(AbstractPrompt):
     def start(self, host: Host) -> None:
         kind = MultitaskPromptTuningInit(self.config.prompt_tuning_init)
         if kind in ("RANDOM", "TEXT"):
-            if (tokens := first_tokens(self.config, host)) is not None:
-                put(self.embedding.weight, rows(host, tokens))
+            start_at_tokens(self.config, host, self.embedding.weight)
             return
         names = [EMBEDDINGS] if kind == "ONLY_SOURCE_SHARED" else [EMBEDDINGS, _COLS, _ROWS]
         found = self._source(names)

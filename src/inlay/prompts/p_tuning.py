@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from inlay.config import RANKS, within
 from inlay.errors import ConfigError, PeftWarning
-from inlay.prompts._abstract import EMBEDDINGS, AbstractPrompt, Host, PromptLearningConfig, table
+from inlay.prompts._abstract import AbstractPrompt, Host, PromptLearningConfig, table
 
 
 class PromptEncoderReparameterizationType(str, enum.Enum):
@@ -55,7 +54,6 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_dropout: float = field(default=0.0, metadata=within("[0, 1]"))
 
     method = "P_TUNING"
-    example = {"num_virtual_tokens": 8}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +103,3 @@ class PromptEncoder(AbstractPrompt):
         if "lstm_head" in self._modules:
             return self.mlp_head(self.lstm_head(E_TD[None])[0])[0]  # type: ignore[no-any-return]
         return self.mlp_head(E_TD)  # type: ignore[no-any-return]
-
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        if EMBEDDINGS in tensors:
-            self.settle(tensors[EMBEDDINGS])

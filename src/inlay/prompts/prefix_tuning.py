@@ -6,14 +6,13 @@ it may come from a smaller table through an MLP, of which files keep only what i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
 
 from inlay.config import RANKS, within
-from inlay.prompts._abstract import EMBEDDINGS, AbstractPrompt, Host, PromptLearningConfig, table
+from inlay.prompts._abstract import AbstractPrompt, Host, PromptLearningConfig, table
 
 
 @dataclass
@@ -35,7 +34,6 @@ class PrefixTuningConfig(PromptLearningConfig):
     prefix_projection: bool = False
 
     method = "PREFIX_TUNING"
-    example = {"num_virtual_tokens": 8}
     in_cache = True
 
     def fitted(self, host: Host) -> PrefixTuningConfig:
@@ -63,7 +61,3 @@ class PrefixEncoder(AbstractPrompt):
     def forward(self, task_ids_B: Tensor | None = None) -> Tensor:
         P_TD = self.embedding.weight
         return P_TD if self.fixed or "transform" not in self._modules else self.transform(P_TD)
-
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        if EMBEDDINGS in tensors:
-            self.settle(tensors[EMBEDDINGS])

@@ -6,7 +6,6 @@ The prompt is a table of embeddings P (T, D), trained as it stands; the input be
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inlay.errors import ConfigError, PromptError
-from inlay.prompts._abstract import EMBEDDINGS, AbstractPrompt, Host, PromptLearningConfig, put, table
+from inlay.prompts._abstract import AbstractPrompt, Host, PromptLearningConfig, put, table
 
 
 class PromptTuningInit(str, enum.Enum):
@@ -50,7 +49,6 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_kwargs: dict[str, Any] | None = None
 
     method = "PROMPT_TUNING"
-    example = {"num_virtual_tokens": 8}
     starts = tuple(kind.value for kind in PromptTuningInit)
 
     def __post_init__(self) -> None:
@@ -73,16 +71,7 @@ class PromptEmbedding(AbstractPrompt):
         self.embedding = table(*config.shape)
 
     def start(self, host: Host) -> None:
-        tokens = first_tokens(self.config, host)
-        if tokens is not None:
-            put(self.embedding.weight, rows(host, tokens))
-
-    def forward(self, task_ids_B: Tensor | None = None) -> Tensor:
-        return self.embedding.weight
-
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        if EMBEDDINGS in tensors:
-            self.settle(tensors[EMBEDDINGS])
+        start_at_tokens(self.config, host, self.embedding.weight)
 
 
 def rows(host: Host, tokens: Tensor) -> Tensor:
@@ -92,13 +81,13 @@ def rows(host: Host, tokens: Tensor) -> Tensor:
     return given
 
 
-def first_tokens(config: Any, host: Host) -> Tensor | None:
-    """The tokens whose embeddings a prompt starts at, or None for random numbers."""
+def start_at_tokens(config: Any, host: Host, table_TD: Tensor) -> None:
+    """Fills a prompt's table with the embeddings of the tokens that its config starts at; random numbers stay."""
     kind = getattr(config.prompt_tuning_init, "value", config.prompt_tuning_init)
     if kind == "SAMPLE_VOCAB":
-        return torch.randint(0, len(host.table), (config.tokens,))
+        put(table_TD, rows(host, torch.randint(0, len(host.table), (config.tokens,))))
     if kind != "TEXT":
-        return None
+        return
     ids = _tokenizer(config)(config.prompt_tuning_init_text)["input_ids"]
     if not ids or len(ids) > config.num_virtual_tokens:
         raise PromptError(
@@ -107,7 +96,7 @@ def first_tokens(config: Any, host: Host) -> Tensor | None:
         )
     tokens = torch.tensor((ids * config.tokens)[: config.tokens])
     check_vocabulary(host, tokens)
-    return tokens
+    put(table_TD, rows(host, tokens))
 
 
 def check_vocabulary(host: Host, ids: Tensor) -> None:
