@@ -154,7 +154,7 @@ class Adapted(Light, HasDefault):
         # Nobody else can hold what a plain linear layer returns, so it may be written to.
         own = type(base) is nn.Linear and "forward" not in base.__dict__
         fresh = own and not base._forward_hooks and not _global_forward_hooks
-        if fresh and torch.is_grad_enabled() and self._takes_in(method, p, x, base):
+        if fresh and x.requires_grad and torch.is_grad_enabled() and self._takes_in(method, p, x, base):
             with torch.no_grad():
                 h = base(z, *args[1:], **kwargs)
             return method.taken_in(p, x, h, base.weight, self)

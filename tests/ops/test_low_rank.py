@@ -199,14 +199,13 @@ def test_batched_gradients_go_through_the_function(monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda x, W, b, down: (x.detach(), W, b, down),
         lambda x, W, b, down: (x, W.clone().requires_grad_(), b, down),
         lambda x, W, b, down: (x, W, b.clone().requires_grad_(), down),
         lambda x, W, b, down: (x.double(), W, b, down),
         lambda x, W, b, down: (x[:1], W, b, down),
         lambda x, W, b, down: (x, W, b, down.as_subclass(Marked)),
     ],
-    ids=["constant-x", "trained-W", "trained-b", "another-dtype", "few", "subclass"],
+    ids=["trained-W", "trained-b", "another-dtype", "few", "subclass"],
 )
 def test_what_is_taken_in_is_a_frozen_layer_of_many_numbers(monkeypatch, change):
     monkeypatch.setattr(module, "_FEW", 10 * OUTS)
@@ -214,8 +213,6 @@ def test_what_is_taken_in_is_a_frozen_layer_of_many_numbers(monkeypatch, change)
     W, b = torch.randn(OUTS, INS), torch.randn(OUTS)
     assert module.takes_in(x, W, b, down)
     assert not module.takes_in(*change(x, W, b, down))
-    with torch.no_grad():
-        assert not module.takes_in(x, W, b, down)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not module.takes_in(x, W, b, down)
 

@@ -126,15 +126,13 @@ def low_rank(
 
 
 def takes_in(x_BI: Tensor, W_OI: Tensor, b_O: Tensor | None, *factors: Tensor) -> bool:
-    """Whether `low_rank` can do the backward pass of a frozen ``x @ W.T + b`` too, and gains by it.
+    """Whether `low_rank` of a recorded ``x`` can do the backward pass of a frozen ``x @ W.T + b``, and gains by it.
 
     Two gradients of ``x`` are a pass over the largest tensors and the memory of one more of them; one sum of products
     is neither.
     """
     return (
         not steps_aside(x_BI, W_OI, *factors)
-        and x_BI.requires_grad
-        and torch.is_grad_enabled()
         and not (W_OI.requires_grad or (b_O is not None and b_O.requires_grad))
         and x_BI.dtype is W_OI.dtype
         and x_BI.shape[:-1].numel() * W_OI.shape[0] > _FEW
