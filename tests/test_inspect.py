@@ -128,6 +128,25 @@ def test_plot_draws_any_report(tmp_path: Path) -> None:
         assert plot(one, tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_layers_of_one_last_name_are_drawn_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    report, _ = saved(tmp_path)
+    names = ["attention.output.dense", "attention.query", "output.dense"]
+    rows = [dataclasses.replace(report.rows[0], module=f"h.{i}.{name}") for i in range(3) for name in names]
+    drawn: list[tuple[str, list[int]]] = []
+    plain = Axes.plot
+
+    def noted(self: Axes, depth: list[int], values: list[float], **options: object) -> object:
+        drawn.append((str(options["label"]), depth))
+        return plain(self, depth, values, **options)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    plot(dataclasses.replace(report, rows=rows), tmp_path / "layers.png")
+    once_each = [(label, [0, 1, 2]) for label in ("attention.output.dense", "query", "h.output.dense")]
+    assert sorted(drawn) == sorted([*once_each, *once_each])  # norms, and effective ranks
+
+
 @pytest.mark.parametrize("remove", ["adapter_config.json", "adapter_model.safetensors"])
 def test_half_an_adapter_is_refused(remove: str, tmp_path: Path) -> None:
     saved(tmp_path)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from laws import adapter_tensors, bits, close, disturb, same_bits, same_state
 from safetensors.torch import load_file, save_file
@@ -100,6 +101,32 @@ def in_fresh_thread(work: Callable[[], None]) -> None:
     thread.join()
     if failed:
         raise failed[0]
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=str)
+def test_rows_in_one_graph(mlp: nn.Module, x: Tensor, fields: dict[str, Any]) -> None:
+    """Other rows of the same adapters take no other graph, and gradients pass."""
+    model = inlay.get_peft_model(mlp, config("lin0", "lin1", **fields), adapter_name="a").eval()
+    model.add_adapter("b", config("lin0", **fields))
+    for seed, name in enumerate("ab"):
+        spread(model, name, seed)
+    model.set_requires_grad(["a", "b"])
+    names = [["a", "b", "__base__"] * len(x), ["a", "__base__", "b"] * len(x)]
+    factor = model.base_model.model.lin0.lora_B.b.weight
+
+    def results() -> list[Tensor]:
+        found = []
+        for chosen in names:
+            out = model(x, adapter_names=chosen[: len(x)])
+            found += [out, *torch.autograd.grad(out.square().sum(), [factor])]
+        return found
+
+    wanted, counter = results(), torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    model.get_base_model().compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(results(), wanted)
+    torch._dynamo.reset()
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["handle", "inner"])

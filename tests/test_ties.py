@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from laws import close, disturb
+from laws import close, disturb, same_state
 from sizes import TINY
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import inlay
+from inlay.errors import UnsupportedLayerError
 
 LLAMA = LlamaConfig(**(TINY | {"vocab_size": 40}), tie_word_embeddings=True)
 T5 = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=40, decoder_start_token_id=0)
@@ -218,3 +220,46 @@ def test_a_layer_follows_for_all_of_its_adapters_or_for_none(first: bool, ids_BT
     expected = run(model.eval(), ids_BT)
     model.delete_adapter("default")
     close(run(model, ids_BT), expected)
+
+
+#: the ways in which an adapter can train a table or the head that is tied to it
+WAYS: dict[str, dict[str, Any]] = {
+    "adapted": {"target_modules": ["embed_tokens"]},
+    "by parameter": {"target_modules": [], "target_parameters": ["embed_tokens.weight"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 4]}},
+    "tokens of the head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3, 4]}},
+    "whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "head adapted": {"target_modules": ["lm_head"]},
+    "head whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+# Where the two are different layers, each of which can be trained by itself.
+APART = [
+    *({table, head} for table in ("adapted", "by parameter", "whole") for head in ("head adapted", "head whole")),
+    *({table, "tokens of the head"} for table in ("adapted", "by parameter", "whole")),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Model has:UserWarning")
+@pytest.mark.parametrize("pair", list(itertools.permutations(WAYS, 2)), ids="+".join)
+def test_a_layer_is_trained_in_one_way_by_all_adapters(pair: tuple[str, str], ids_BT: Tensor) -> None:
+    base = build("llama")
+    wanted, weights = run(base, ids_BT), {name: t.clone() for name, t in base.state_dict().items()}
+    first, second = (inlay.LoraConfig(r=2, **WAYS[way]) for way in pair)
+    model = inlay.get_peft_model(base, first, "first")
+    if set(pair) not in APART:
+        names = set(model.state_dict())
+        with pytest.raises(UnsupportedLayerError):
+            model.add_adapter("second", second)
+        assert set(model.state_dict()) == names
+        return
+    model.add_adapter("second", second)
+    disturb(model)
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        before = run(model, ids_BT)
+        model.merge_adapter()
+        close(run(model, ids_BT), before)
+        with model.disable_adapter():
+            close(run(model, ids_BT), wanted)
+        model.unmerge_adapter()
+    same_state(model.unload().state_dict(), weights)

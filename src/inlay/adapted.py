@@ -284,7 +284,7 @@ class Adapted(Light, HasDefault):
 
     def _stack(self, names: tuple[str, ...]) -> Stack:
         """The factors of those of ``names`` that can be stacked, made anew only where one of them has changed."""
-        stack = self._stacks.get((names, self.training))
+        stack = None if torch.compiler.is_compiling() else self._stacks.get((names, self.training))
         if stack is None or not stack.current():
             parts: dict[str, Any] = {}
             for name in [n for n in names if n in self.methods]:

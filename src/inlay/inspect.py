@@ -189,11 +189,20 @@ def plot(report: AdapterReport, file: str | Path) -> Path:
 
 
 def _series(rows: Iterable[LayerRow]) -> dict[str, list[tuple[int, LayerRow]]]:
-    """Layers by the last part of their name, each with its depth: the first number in its name, else its place."""
-    series: dict[str, list[tuple[int, LayerRow]]] = {}
+    """Layers by their names without numbers, each with its depth: the first number in its name, else its place.
+
+    A label is as much of the end of such a name as tells it from the others.
+    """
+    kinds: dict[str, list[tuple[int, LayerRow]]] = {}
     for place, row in enumerate(rows):
         parts = row.module.split(".")
         depth = next((int(part) for part in parts if part.isdecimal()), place)
-        label = next((part for part in reversed(parts) if not part.isdecimal()), row.module)
-        series.setdefault(label, []).append((depth, row))
-    return {label: sorted(points, key=lambda point: point[0]) for label, points in series.items()}
+        kind = ".".join(part for part in parts if not part.isdecimal()) or row.module
+        kinds.setdefault(kind, []).append((depth, row))
+    return {_label(kind, kinds): sorted(points, key=lambda point: point[0]) for kind, points in kinds.items()}
+
+
+def _label(kind: str, kinds: Iterable[str]) -> str:
+    parts = kind.split(".")
+    ends = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+    return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in kinds) == 1), kind)

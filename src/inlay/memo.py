@@ -65,6 +65,11 @@ class Stack:
 
     def __init__(self, parts: dict[str, tuple[AbstractAdapter, Params, list[Any]]], apart: tuple[str, ...]) -> None:
         self.order, self.apart = tuple(parts), apart
+        if torch.compiler.is_compiling():  # stacked anew in each call: traced code can neither keep nor compare
+            self.lasts = False
+            if parts:
+                self.factors = self._stacked(self._found(parts))
+            return
         tensors = [(d, k, d[k]) for _, _, owners in parts.values() for d, k in owners if d.get(k) is not None]
         trained = torch.is_grad_enabled() and any(t.requires_grad for _, p, _ in parts.values() for t in p.values())
         # Whether a change of any would be seen, and no backward asks for a stack of its own.
@@ -73,7 +78,12 @@ class Stack:
         if parts:
             inference = torch.is_inference_mode_enabled() and not self.lasts
             with torch.inference_mode(inference), torch.set_grad_enabled(trained):
-                self.factors = self._stacked([f for m, p, _ in parts.values() if (f := m.factors(p)) is not None])
+                self.factors = self._stacked(self._found(parts))
+
+    @staticmethod
+    def _found(parts: dict[str, tuple[AbstractAdapter, Params, list[Any]]]) -> list[tuple[Tensor, Tensor, Any]]:
+        factors = [m.factors(p) for m, p, _ in parts.values()]
+        return [f for f in factors if f is not None]
 
     @staticmethod
     def _stacked(factors: list[tuple[Tensor, Tensor, Any]]) -> tuple[Tensor, Tensor]:

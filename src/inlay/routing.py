@@ -109,6 +109,8 @@ class Rows:
             position = {name: i for i, name in enumerate(order)}
             table = torch.tensor([position.get(n, len(order)) for n in (*self.names, BASE)], device=self.ids_B.device)
             ids_B = table[self.ids_B]
+            if torch.compiler.is_compiling():
+                return ids_B
             counted = ids_B.numel() == len(order) and torch.equal(ids_B, torch.arange(len(order), device=ids_B.device))
             self._orders[order] = None if counted else ids_B
         return self._orders[order]

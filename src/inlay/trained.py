@@ -85,8 +85,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     @staticmethod
     def check(module: nn.Module, path: str) -> None:
         """Raises `UnsupportedLayerError` for what cannot be copied and run in another's stead."""
-        containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, Adapted)
-        if isinstance(module, containers):
+        containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+        if isinstance(module, (*containers, Adapted, TrainableTokensWrapper)):
             raise UnsupportedLayerError(
                 f"modules_to_save cannot be applied to modules of type {type(module).__name__}, as {path} is: name "
                 "modules that have a forward and no adapter, such as a head."

@@ -375,9 +375,10 @@ def _parameter_works(found: Survey, config: AdapterConfig, targets: list[match.T
     """Work on the parameters of one module: wrappers nest in the order of its parameters, the first inmost."""
     path = targets[0].module
     parent, attribute = found.parent(path)
-    standing = [w.kind for w in chain(found.modules[path])]
-    if any(not isinstance(k, ParameterKind) for k in standing):
-        raise UnsupportedLayerError(f"{path} is adapted through target_modules already: it cannot be both.")
+    around = list(chain(found.modules[path]))
+    standing = [w.kind for w in around if isinstance(w, Adapted)]
+    if len(standing) < len(around) or any(not isinstance(k, ParameterKind) for k in standing):
+        raise UnsupportedLayerError(f"{path} is adapted or trained in another way already: it cannot be both.")
     layer = unwrapped(found.modules[path])
     for target in targets:
         _check_bare(path, layer, target.parameter)
@@ -427,6 +428,20 @@ def _token_works(found: Survey, config: AdapterConfig) -> list[TokenWork]:
 
 
 def _check_apart(prepared: Prepared) -> None:
+    """Raises `UnsupportedLayerError` where a layer with trained tokens is adapted too, or follows another layer."""
+    for tokens in prepared.tokens:
+        there = prepared.survey.modules[tokens.path]
+        if isinstance(there, Adapted | ModulesToSaveWrapper):
+            raise UnsupportedLayerError(
+                f"{tokens.path} is adapted or trained whole already: take it, and what it is tied to, out of "
+                "trainable_token_indices."
+            )
+        follows = isinstance(there, TrainableTokensWrapper) and isinstance(there.token_adapter, Tied)
+        if isinstance(there, TrainableTokensWrapper) and follows != (tokens.source is not None):
+            raise UnsupportedLayerError(
+                f"{tokens.path} has trained tokens already, and is tied to the table for only one of the adapters: "
+                "name the same layers in trainable_token_indices for each."
+            )
     adapted = {work.path for work in prepared.works}
     for path, source in prepared.saved.items():
         adapted |= set() if source is None else {path, source}

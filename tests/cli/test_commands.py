@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -179,6 +180,30 @@ def test_explain_counts_what_training_then_trains(task: str, run: Inlay, tmp_pat
     assert run("train", file)[0] == 0
     trainable = json.loads((tmp_path / "run" / "report.json").read_text())["trainable"]
     assert f"{trainable:,}" in out
+
+
+def test_explain_counts_what_the_checkpoint_lacks(run: Inlay, tmp_path: Path) -> None:
+    """A checkpoint without the pooler that a classifier reads: training trains it whole, in the dtype asked for."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    plan = tree("sequence-classification", tmp_path, max_steps=1)
+    base, file = tmp_path / "masked", tmp_path / "config.yaml"
+    BertForMaskedLM(BertConfig.from_pretrained(plan["model"]["name"])).save_pretrained(base)
+    plan["model"] |= {"name": str(base), "tokenizer": plan["model"]["name"], "dtype": "bfloat16"}
+    plan["adapter"]["target_modules"] = "all-linear"
+    file.write_text(yaml.safe_dump(plan))
+    code, out, err = run("explain", file)
+    assert code == 0, err
+    assert "checkpoint" not in out
+    assert run("train", file)[0] == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert f"{report['trainable']:,}" in out
+    (told,) = re.findall(r"^  frozen model +([\d.]+) kB", out, re.MULTILINE)
+    buffers = 2 * 8 * 64  # Bert's positions and token types
+    assert float(told) * 1000 == pytest.approx(report["base_bytes"] + buffers, rel=0.01)
+
+    (base / "model.safetensors").unlink()
+    assert "note: the checkpoint is not on this machine" in run("explain", file)[1]
 
 
 def test_explain_needs_a_model_only(run: Inlay) -> None:

@@ -318,6 +318,17 @@ def test_every_kind_of_file_gives_the_same_rows(ending: str, tmp_path: Path) -> 
     assert [row.values for row in read_examples(path)] == rows
 
 
+def test_parquet_gives_lists_and_numbers_as_json_does(tmp_path: Path) -> None:
+    import pandas
+
+    rows = [{"tokens": ["a", "b"], "tags": [3, 1], "label": 7}, {"tokens": ["c"], "tags": [1], "label": None}]
+    path = tmp_path / "rows.parquet"
+    pandas.DataFrame(rows).astype({"label": "Int64"}).to_parquet(path)
+    found = [row.values for row in read_examples(path)]
+    assert found == rows
+    assert isinstance(found[0]["tags"], list)
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

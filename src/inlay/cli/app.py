@@ -117,17 +117,22 @@ def explain(
     import inlay
     from inlay.cli.show import console, quiet_libraries
     from inlay.integrations.data import load_examples
-    from inlay.integrations.models import empty_base
+    from inlay.integrations.models import empty_base, save_with
     from inlay.integrations.train import adapter_config
 
     # The classes in the data decide the size of the head; without data the model's own head is shown.
     labels = load_examples(plan).labels if plan.data.path and Path(plan.data.path).is_file() else []
     with quiet_libraries():
-        empty = empty_base(plan.model, plan.task, labels)
+        empty, adapter = empty_base(plan.model, plan.task, labels), adapter_config(plan)
+        save_with(adapter, empty.new)
         found = inlay.explain(
-            empty, adapter_config(plan), batch=plan.training.batch_size, tokens=plan.data.max_length, device=device
+            empty.model, adapter, batch=plan.training.batch_size, tokens=plan.data.max_length, device=device
         )
     console().print(str(found), markup=False)
+    if not empty.seen:
+        console().print(
+            "  note: the checkpoint is not on this machine; what it lacks, as a head, is trained whole too"
+        )
 
 
 @app.command()

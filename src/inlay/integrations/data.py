@@ -54,16 +54,20 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
 def _read_table(path: Path) -> list[dict[str, Any]]:
     import pandas
 
-    if path.suffix.lower() == ".parquet":
-        frame = pandas.read_parquet(path)
-    else:
-        # Everything stays text: a class called "NA" or "007" must not become a missing value or a 7.
-        separator = "," if path.suffix.lower() == ".csv" else "\t"
-        frame = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+    # Everything stays text: a class called "NA" or "007" must not become a missing value or a 7.
+    separator = "," if path.suffix.lower() == ".csv" else "\t"
+    frame = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
     return cast(list[dict[str, Any]], frame.to_dict(orient="records"))
 
 
-READERS = {".jsonl": _read_json_lines, ".csv": _read_table, ".tsv": _read_table, ".parquet": _read_table}
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet
+
+    # Not by way of pandas: there lists become arrays, and whole numbers beside an empty cell floats.
+    return cast(list[dict[str, Any]], pyarrow.parquet.read_table(path).to_pylist())
+
+
+READERS = {".jsonl": _read_json_lines, ".csv": _read_table, ".tsv": _read_table, ".parquet": _read_parquet}
 
 
 def read_examples(path: str | Path) -> list[Example]:

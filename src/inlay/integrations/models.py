@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from inlay.errors import ConfigError
 from inlay.integrations.tasks import TASKS
@@ -45,10 +44,11 @@ def load_model_config(model: ModelSection, labels: Sequence[str] = ()) -> Any:
 class Base:
     """A pretrained model, and what of it is not pretrained."""
 
-    model: Any  # on the CPU, in evaluation mode
+    model: Any  # on the CPU or the meta device, in evaluation mode
     # Modules that the checkpoint has no weights for, such as a new head: they start at random, and an adapter that
     # does not bring them along is worthless.
     new: list[str]
+    seen: bool = True  # whether there was a checkpoint to tell them by
 
 
 def load_base(
@@ -62,11 +62,19 @@ def load_base(
     config = load_model_config(model, labels)
     if config.pad_token_id is None:
         config.pad_token_id = pad_token_id
-    dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
-    options = {"config": config, "revision": model.revision, "dtype": dtype, "output_loading_info": True}
     with _told(f"model {model.name!r} cannot be loaded for {task}"):
-        loaded, info = _auto_class(task, config).from_pretrained(model.name, **options)
+        return _pretrained(model, task, config)
+
+
+def _pretrained(model: ModelSection, task: str | None, config: Any, **options: Any) -> Base:
+    auto = _auto_class(task, config)
+    options |= {"config": config, "revision": model.revision, "dtype": _dtype(model)}
+    loaded, info = auto.from_pretrained(model.name, output_loading_info=True, **options)
     return Base(loaded, sorted({key.rpartition(".")[0] for key in info["missing_keys"]} - {""}))
+
+
+def _dtype(model: ModelSection) -> Any:
+    return model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
 
 
 def save_with(config: Any, new: Sequence[str]) -> None:
@@ -78,14 +86,19 @@ def save_with(config: Any, new: Sequence[str]) -> None:
         config.modules_to_save = [*named, *more]
 
 
-def empty_base(model: ModelSection, task: str | None, labels: Sequence[str] = ()) -> nn.Module:
-    """The same model on the meta device: every shape, no weights, no memory."""
+def empty_base(model: ModelSection, task: str | None, labels: Sequence[str] = ()) -> Base:
+    """The same model on the meta device: every shape, no weights, no memory.
+
+    Of a checkpoint on this machine the names of its tensors are read, for what it lacks; none is fetched.
+    """
     config = load_model_config(model, labels)
+    with suppress(OSError, ValueError):
+        return _pretrained(model, task, config, device_map="meta", local_files_only=True)
     auto = _auto_class(task, config)
-    build = auto.from_config if auto.__name__.startswith("Auto") else auto
+    build = auto.from_config if auto.__name__.startswith("Auto") else auto._from_config
+    dtype = config.dtype if model.dtype == "auto" else _dtype(model)
     with _told(f"model {model.name!r} cannot be built for {task}"), torch.device("meta"):
-        empty: nn.Module = build(config)
-    return empty
+        return Base(build(config, dtype=dtype or torch.float32), [], seen=False)
 
 
 def _auto_class(task: str | None, config: Any) -> Any:
