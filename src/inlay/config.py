@@ -274,8 +274,8 @@ class PeftConfig:
         extra = sorted(set(values) - set(known))
         if extra:
             warnings.warn(
-                f"{where} has values that a {config_cls.__name__} does not know, and are ignored: {extra}. A newer "
-                "library may have written them; check that the adapter does not depend on them.",
+                f"Unexpected keyword arguments {extra} for class {config_cls.__name__}, these are ignored. A newer "
+                f"library may have written {where}; check that the adapter does not depend on them.",
                 PeftWarning,
                 stacklevel=3,
             )
