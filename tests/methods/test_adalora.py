@@ -271,6 +271,20 @@ def test_a_pruned_adapter_is_trained_on(tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(3, 4), nn.Conv2d(3, 4, 3)], ids=["linear", "convolution"])
+def test_a_layer_of_which_all_is_cut_is_the_frozen_one(layer: nn.Module) -> None:
+    config = inlay.AdaLoraConfig(
+        **SCHEDULE, target_modules=["0"], rank_pattern={"0.lora_E": [False] * SCHEDULE["init_r"]}
+    )
+    x = torch.randn((2, 3) if isinstance(layer, nn.Linear) else (2, 3, 5, 5), requires_grad=True)
+    expected = layer(x)
+    model = inlay.get_peft_model(nn.Sequential(layer), config)
+    found = model(x)
+    assert torch.equal(found, expected)
+    for result in (found, expected):
+        result.sum().backward()
+
+
 def test_tokens_are_trained_beside(tmp_path: Path) -> None:
     model = causal(inlay, trainable_token_indices=[1, 2])
     train(model, range(1, 9))

@@ -95,6 +95,8 @@ class AbstractLowRank(AbstractDelta):
     def out(
         self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False, W_OI: Tensor | None = None
     ) -> Tensor:
+        if not self.r:  # training has cut all of it
+            return h
         h = self.shifted(p, x, h, layer, fresh) if self.offset else h
         if self.use_dora:
             return self._dora(p, x, h, layer, fresh, W_OI)

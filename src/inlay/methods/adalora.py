@@ -143,10 +143,5 @@ class AdaLoraAdapter(AbstractLowRank):
     def pair(self, p: Params) -> tuple[Tensor, Tensor]:
         return p["A"] * (p["E"] / (self.ranknum + 1e-5)), p["B"]
 
-    def out(
-        self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False, W_OI: Tensor | None = None
-    ) -> Tensor:
-        return super().out(p, x, h, layer, fresh, W_OI) if self.r else h
-
     def restored(self, saved: Params, p: Params) -> Params:
         return super().restored(saved, {**p, "E": torch.zeros_like(p["E"])})  # what was cut does nothing
