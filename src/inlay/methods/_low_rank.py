@@ -95,8 +95,6 @@ class AbstractLowRank(AbstractDelta):
     def out(
         self, p: Params, x: Tensor, h: Tensor, layer: Layer, fresh: bool = False, W_OI: Tensor | None = None
     ) -> Tensor:
-        if not self.r:  # training has cut all of it
-            return h
         h = self.shifted(p, x, h, layer, fresh) if self.offset else h
         if self.use_dora:
             return self._dora(p, x, h, layer, fresh, W_OI)
@@ -111,7 +109,7 @@ class AbstractLowRank(AbstractDelta):
 
     def takes_in(self, p: Params, x: Tensor, W_OI: Tensor, b_O: Tensor | None, layer: Layer) -> bool:
         twice = self.use_dora and self.dropout and layer.training  # the layer runs for the dropped input too
-        return bool(self.r) and not (self.dense or self.offset or twice) and takes_in(x, W_OI, b_O, *p.values())
+        return not (self.dense or self.offset or twice) and takes_in(x, W_OI, b_O, *p.values())
 
     def taken_in(self, p: Params, x: Tensor, h: Tensor, W_OI: Tensor, layer: Layer) -> Tensor:
         return self.out(p, x, h, layer, True, W_OI)

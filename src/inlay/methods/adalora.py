@@ -143,5 +143,8 @@ class AdaLoraAdapter(AbstractLowRank):
     def pair(self, p: Params) -> tuple[Tensor, Tensor]:
         return p["A"] * (p["E"] / (self.ranknum + 1e-5)), p["B"]
 
+    def change(self, p: Params, x: Tensor, layer: Layer) -> Tensor:
+        return super().change(p, x, layer) if self.r else x.new_zeros(())
+
     def restored(self, saved: Params, p: Params) -> Params:
         return super().restored(saved, {**p, "E": torch.zeros_like(p["E"])})  # what was cut does nothing
