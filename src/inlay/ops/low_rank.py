@@ -1,8 +1,8 @@
 """``h + scale * (dropout(x) @ down.T) @ up.T`` in the fewest passes over the large tensors.
 
 Training runs one autograd function that keeps ``x`` as it is, of dropout one bit per element, and the middle, of size
-rank x tokens, where all is of one dtype. Second derivatives need it as a function of tensors that autograd knows:
-there it is computed again. A few tokens take plain torch instead, whose backward does not enter Python.
+rank x tokens. Second derivatives need that as a function of tensors that autograd knows: there it is computed again.
+A few tokens take plain torch instead, whose backward does not enter Python.
 
 Where the factors have a wider dtype than a bfloat16 ``x`` (fp32 adapters on a bf16 model), many tokens are multiplied
 in bfloat16 with fp32 accumulation, as autocast does, and added to ``h`` with a single rounding; few tokens are
